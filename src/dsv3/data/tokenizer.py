@@ -74,11 +74,15 @@ class Tokenizer:
         """Reads `directory/tokenizer.json`; `UserError` when it is missing or is not a tokenizer."""
         path = Path(directory) / "tokenizer.json"
         try:
-            return cls(path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8")
+            kind = json.loads(text)["model"]["type"]
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(f"{path} does not exist; expected a directory written by `dsv3 tokenizer train`") from None
-        except (ValueError, KeyError) as error:
-            raise UserError(f"{path} is not a byte-level BPE tokenizer: {error}") from None
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path} is no tokenizer; expected the JSON of Hugging Face tokenizers") from None
+        if kind != "BPE":
+            raise UserError(f"{path} holds a {kind} tokenizer; expected byte-level BPE")
+        return cls(text)
 
     def save(self, directory: str | Path) -> None:
         """Writes `tokenizer.json` and `tokenizer_config.json` (special tokens, chat template), creating the directory."""
@@ -226,8 +230,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, digits: int = 3) -> T
             pre_tokenizers.Split(Regex(WORDS), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
-    )  # type: ignore[assignment]  # the stubs give the property no setter type
-    backend.decoder = decoders.ByteLevel()  # type: ignore[assignment]  # as above
+    )
+    backend.decoder = decoders.ByteLevel()
     backend.train_from_iterator(
         cut_long_runs(texts),
         trainers.BpeTrainer(
@@ -245,7 +249,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, digits: int = 3) -> T
     # Hugging Face callers get the bos that the released tokenizer adds; `Tokenizer.encode` adds none.
     backend.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, 0)]
-    )  # type: ignore[assignment]  # as above
+    )
     return Tokenizer(backend.to_str(pretty=True))
 
 
