@@ -4,9 +4,9 @@ import pytest
 
 from dsv3.data import build
 from dsv3.data.build import build_shards
+from dsv3.data.joined import joined_newline_splits
 from dsv3.data.shards import ShardSet
 from dsv3.data.sources import documents
-from dsv3.data.tokenizer import joined_newline_splits
 from dsv3.errors import UserError
 
 
@@ -72,7 +72,7 @@ def test_the_seed_decides_and_the_batch_does_not(corpus, tokenizer, tmp_path, mo
     build_shards(corpus, "train", tokenizer, tmp_path / "b", seed=1, **options)
     monkeypatch.setattr(build, "BATCH_BYTES", 1)
     build_shards(corpus, "train", tokenizer, tmp_path / "c", seed=0, **options)
-    names = ("tokens-00000.bin", "documents-00000.npy", "names-00000.jsonl", "manifest.json")
+    names = ("tokens-00000.bin", "documents-00000.npy", "documents-00000.names", "manifest.json")
     assert [(tmp_path / "a" / n).read_bytes() for n in names] == [(tmp_path / "c" / n).read_bytes() for n in names]
     assert every(tmp_path / "a") != every(tmp_path / "b")
 

@@ -1,4 +1,5 @@
 import os
+import sys
 import sysconfig
 from itertools import islice
 from pathlib import Path
@@ -109,6 +110,13 @@ def test_a_sample_is_bounded_spread_and_fixed():
     assert 350 < sum(numbers) / len(numbers) < 650
     assert sample(iter(texts), 10_000) == chosen
     assert sample(iter(texts), 10**9) == [document.text for document in texts]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are bytes on Linux alone")
+def test_a_file_name_may_be_any_bytes(tmp_path):
+    with open(os.fsencode(tmp_path) + b"/\xff.txt", "w") as stream:
+        stream.write("text")
+    assert list(documents(str(tmp_path), "train", seed=0)) == [Document("\\udcff.txt", "text")]
 
 
 @pytest.mark.parametrize(

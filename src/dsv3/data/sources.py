@@ -72,7 +72,7 @@ def choose(
 
 def hash_fraction(name: str) -> float:
     """A fixed number in [0, 1) for a name: the same on every machine and in every run."""
-    return int.from_bytes(hashlib.sha256(name.encode(errors="surrogateescape")).digest()[:6]) / 2**48
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6]) / 2**48
 
 
 def sample(documents: Iterable[Document], limit_bytes: int) -> list[str]:
@@ -116,9 +116,14 @@ def files(uri: str, report: SkipReport) -> Iterator[Document]:
     def every() -> Iterator[Document]:
         for path in paths:
             longest = finest if suffix_of(path) in TEXT else LONGEST_DOCUMENT
-            yield from read(path, path.relative_to(root).as_posix(), report, longest)
+            yield from read(path, printable(path.relative_to(root)), report, longest)
 
     return every()
+
+
+def printable(path: Path) -> str:
+    """A path as text with a UTF-8 form, whatever bytes its name is made of."""
+    return path.as_posix().encode(errors="backslashreplace").decode()
 
 
 def find(uri: str) -> tuple[Path, list[Path]]:

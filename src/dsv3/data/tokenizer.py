@@ -8,11 +8,9 @@ import codecs
 import hashlib
 import json
 import re
-import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from random import Random
 
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
@@ -261,39 +259,6 @@ def cut_long_runs(texts: Iterable[str]) -> Iterator[str]:
             yield text[start : run.end()]
             start = run.end()
         yield text[start:]
-
-
-def joined_newline_splits(tokenizer: Tokenizer) -> dict[int, tuple[list[int], list[int]]]:
-    """For each token that joins punctuation or symbols with following line breaks: the ids of its two parts."""
-    splits = {}
-    for token in range(tokenizer.vocab_size):
-        text = tokenizer.token_bytes(token).decode("utf-8", errors="replace")
-        head = text.rstrip("\r\n")
-        marks = head.removeprefix(" ")
-        if marks and head != text and all(unicodedata.category(c)[0] in "PS" and c != "\ufffd" for c in marks):
-            splits[token] = (tokenizer.encode(head), tokenizer.encode(text[len(head) :]))
-    return splits
-
-
-def split_joined(
-    ids: Sequence[int], splits: dict[int, tuple[list[int], list[int]]], rate: float, rng: Random
-) -> list[int]:
-    """Splits each joined token with probability `rate`; the decoded text stays the same.
-
-    The report does so against the bias that such tokens bring to prompts without a final line break (section 4.1) and
-    leaves the proportion open. `splits` comes from `joined_newline_splits`.
-    """
-    if rate == 0:
-        return list(ids)
-    result: list[int] = []
-    for token in ids:
-        if token in splits and rng.random() < rate:
-            head, tail = splits[token]
-            result += head
-            result += tail
-        else:
-            result.append(token)
-    return result
 
 
 def without_special_tokens(text: str) -> tokenizers.Tokenizer:
