@@ -130,6 +130,7 @@ def test_a_run_without_evaluations(make_run, tmp_path, page):
     (run / "pretrain" / "evaluations.jsonl").unlink()
     parsed, _ = page(run)
     assert len(drawn(parsed)) == 3
+    assert "not evaluated yet · 6 seconds on this machine" in parsed.text["p"]
     for absent in ("No evaluation of held-out text", "No evaluation by tasks", "No samples"):
         assert absent in parsed.text["p"]
     assert "evaluations.jsonl holds no evaluation yet." in parsed.text["li"]
@@ -142,7 +143,7 @@ def test_a_run_with_one_evaluation_of_text_alone_and_no_run_json(make_run, tmp_p
         '{"step": 0, "tokens": 0, "seconds": 1.0, "bits_per_byte": {"mine": 3.4}}\n'
     )
     parsed, _ = page(run)
-    assert "3.40 bits per byte on held-out mine" in parsed.text["p"]
+    assert "3.40 bits per byte on held-out mine, before training · 6 seconds on this machine" in parsed.text["p"]
     assert len(drawn(parsed)) == 4
 
 
@@ -153,8 +154,9 @@ def test_a_loss_that_is_not_finite_is_said_so(make_run, tmp_path, page):
     assert "The loss is not finite at step 21" in page(run)[0].text["p"]
 
 
-def test_an_output_that_cannot_be_written_is_refused(make_run, tmp_path):
-    run = make_run(tmp_path / "run", steps=5)
+def test_an_output_that_cannot_be_written_is_refused(tmp_path):
+    run = tmp_path / "run"
+    (run / "tokenizer").mkdir(parents=True)
     (tmp_path / "file").write_text("")
     for out in (tmp_path / "file" / "page.html", tmp_path):
         with pytest.raises(UserError, match=r"cannot be written \(.*--out"):

@@ -44,7 +44,7 @@ def render(run: Run) -> str:
     return template.render(
         run=run,
         name=run.path.resolve().name,
-        verdict=" · ".join(map(str, [*found, *spent[:1]])) or "Nothing to judge yet.",
+        verdict=" · ".join([*(map(str, found) if found else ["not evaluated yet"]), *map(str, spent[:1])]),
         tiles=[*found, *spent],
         evaluations=evaluations(run),
         state=state(run),
@@ -86,18 +86,19 @@ class Tile:
 def scores(run: Run) -> list[Tile]:
     """Bits per byte of one source (the standard library, or the first) and the share of solved tasks."""
     tiles = []
+    when = "" if run.evaluations and run.evaluations[-1]["step"] else ", before training"
     if scored := [row["bits_per_byte"] for row in having(run.evaluations, "bits_per_byte")]:
         sources = ((run.about.get("recipe") or {}).get("data") or {}).get("sources") or ()
         library = next((source["name"] for source in sources if source["uri"] == "builtin:stdlib"), None)
         name = library if library in scored[-1] else next(iter(scored[-1]))
         values = [f"{row[name]:.2f}" for row in scored if name in row]
-        what = f"bits per byte on held-out {'standard library' if name == library else name}"
+        what = f"bits per byte on held-out {'standard library' if name == library else name}{when}"
         tiles.append(Tile(what, values[-1], values[0] if len(values) > 1 else None))
     tested = [row["pass_at_1"] for row in having(run.evaluations, "pass_at_1")]
     for task in tested[-1] if tested else ():
         results = [(row[task]["passed"], row[task]["total"]) for row in tested if task in row]
         (passed, total), (low, high) = results[-1], charts.wilson(*results[-1])
-        what = f"pass@1 on held-out {'combinations' if task == 'tinypy' else task}"
+        what = f"pass@1 on held-out {'combinations' if task == 'tinypy' else task}{when}"
         was = f"{results[0][0] / results[0][1]:.0%}" if len(results) > 1 else None
         tiles.append(
             Tile(what, f"{passed / total:.0%}", was, f"{passed} of {total}; 95% interval {low:.0%} to {high:.0%}")
