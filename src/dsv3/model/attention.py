@@ -1,0 +1,98 @@
+"""Multi-head latent attention (report, section 2.1.1), in two forms over one set of weights.
+
+Expanded, for training and prefill: keys and values of every head are computed from the latents.
+Absorbed, for decoding: queries are carried into the latent space, so that only latents are cached and read.
+
+Legend: B sequences, T tokens, S cached positions, H heads, N content elements of a head (nope), R rotated elements,
+V elements of a value head, C elements of the latent.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dsv3.model.config import ModelConfig
+from dsv3.model.linear import Linear, RMSNorm
+from dsv3.model.rope import Rope
+from dsv3.ops.attention import attention
+
+
+class Cache(Protocol):
+    """What attention needs of a latent cache: 576 values a token and layer for DeepSeek-V3. `inference/` provides it."""
+
+    def store(self, block: str, latent_BTC: Tensor, key_BTR: Tensor) -> None:
+        """Keeps the normed latent and the rotated key of the pass's tokens at their positions."""
+
+    def read(self, block: str) -> tuple[Tensor, Tensor, Tensor] | None:
+        """(latent [B, S, C], key [B, S, R], visible bool [B, T, S]) for absorbed attention.
+
+        None when the pass's tokens are the first of their sequences: then they see only one another.
+        """
+
+
+class MultiHeadLatentAttention(nn.Module):
+    """`x [B, T, D] -> [B, T, D]`; parameters carry the released checkpoint's names."""
+
+    def __init__(self, config: ModelConfig, name: str):
+        super().__init__()
+        self.config, self.name = config, name
+        heads, eps = config.num_attention_heads, config.rms_norm_eps
+        if config.q_lora_rank is None:
+            self.q_proj = Linear(config.hidden_size, heads * config.qk_head_dim)
+        else:
+            self.q_a_proj = Linear(config.hidden_size, config.q_lora_rank)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, eps)
+            self.q_b_proj = Linear(config.q_lora_rank, heads * config.qk_head_dim)
+        self.kv_a_proj_with_mqa = Linear(config.hidden_size, config.kv_lora_rank + config.qk_rope_head_dim)
+        self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, eps)
+        self.kv_b_proj = Linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim))
+        self.o_proj = Linear(heads * config.v_head_dim, config.hidden_size)
+
+    def forward(self, x: Tensor, rope: Rope, segment_ids: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        """Causal attention; with `segment_ids` (int [B, T]) within documents; with a cache, over what it holds as well."""
+        q_nope, q_rope = self.queries(x, rope)
+        latent, key = self.latents(x, rope)
+        cached = None
+        if cache is not None:
+            cache.store(self.name, latent, key)
+            cached = cache.read(self.name)
+        if cached is None:
+            out = self.expanded(q_nope, q_rope, latent, key, segment_ids)
+        else:
+            out = self.absorbed(q_nope, q_rope, *cached)
+        return self.o_proj(out.flatten(2))
+
+    def queries(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+        """(content part [B, T, H, N], rotated part [B, T, H, R])."""
+        config = self.config
+        q = self.q_proj(x) if config.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        q = q.unflatten(-1, (config.num_attention_heads, config.qk_head_dim))
+        q_nope, q_rope = q.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
+        return q_nope, rope.rotate(q_rope)
+
+    def latents(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+        """What is cached: (normed latent [B, T, C], rotated key shared by all heads [B, T, R])."""
+        both = self.kv_a_proj_with_mqa(x)
+        latent, key = both.split([self.config.kv_lora_rank, self.config.qk_rope_head_dim], dim=-1)
+        return self.kv_a_layernorm(latent), rope.rotate(key.unsqueeze(2)).squeeze(2)
+
+    def expanded(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, key: Tensor, segments: Tensor | None) -> Tensor:
+        """Equations (5) to (10): keys and values per head, ordinary attention. [B, T, H, V]"""
+        config = self.config
+        kv = self.kv_b_proj(latent).unflatten(-1, (config.num_attention_heads, -1))
+        k_nope, v = kv.split([config.qk_nope_head_dim, config.v_head_dim], dim=-1)
+        q = torch.cat((q_nope, q_rope), dim=-1)
+        k = torch.cat((k_nope, key.unsqueeze(2).expand(-1, -1, config.num_attention_heads, -1)), dim=-1)
+        return attention(q, k, v, config.softmax_scale, segments)
+
+    def absorbed(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, key: Tensor, visible: Tensor) -> Tensor:
+        """The same with `W_UK` moved to the queries and `W_UV` behind the weighted sum of latents. [B, T, H, V]"""
+        config = self.config
+        weight = self.kv_b_proj.weight.to(latent.dtype).unflatten(0, (config.num_attention_heads, -1))
+        w_uk, w_uv = weight.split([config.qk_nope_head_dim, config.v_head_dim], dim=1)
+        q_latent = torch.einsum("bthn,hnc->bthc", q_nope, w_uk)
+        scores = torch.einsum("bthc,bsc->bths", q_latent, latent) + torch.einsum("bthr,bsr->bths", q_rope, key)
+        scores = (scores.float() * config.softmax_scale).masked_fill(~visible.unsqueeze(2), float("-inf"))
+        mixed = torch.einsum("bths,bsc->bthc", scores.softmax(-1).to(latent.dtype), latent)
+        return torch.einsum("bthc,hvc->bthv", mixed, w_uv)

@@ -1,0 +1,103 @@
+"""One Transformer block, written as five phases so that an executor can run those of two micro-batches alternately.
+
+attend (compute) -> dispatch (communication) -> experts (compute) -> combine (communication) -> merge (compute)
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from dsv3.model.attention import Cache, MultiHeadLatentAttention
+from dsv3.model.config import ModelConfig
+from dsv3.model.feed_forward import DeepSeekMoE, Dispatcher, Routing, SwiGLU
+from dsv3.model.linear import RMSNorm
+from dsv3.model.rope import Rope
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What all blocks share in one forward pass."""
+
+    rope: Rope
+    segment_ids: Tensor | None = None
+    """int [B, T]: tokens see their own document only; None: all earlier ones of the row."""
+    cache: Cache | None = None
+    balance_weight: float = 0.0
+    """What backward multiplies the balance loss by: alpha times the share of this micro-batch in its batch."""
+
+
+@dataclass
+class Carry:
+    """What one phase leaves for the next."""
+
+    residual: Tensor
+    """[B, T, D]: the stream after attention."""
+    normed: Tensor
+    """[B, T, D]: the feed-forward's input."""
+    routing: Routing | None = None
+    rows: Tensor | None = None
+    counts: Tensor | None = None
+    handle: Any = None
+    update: Tensor | None = None
+    """[B, T, D]: what the feed-forward adds to the stream."""
+
+
+class Block(nn.Module):
+    """`x += attention(norm(x)); x += feed_forward(norm(x))`. Dense blocks have empty communication phases."""
+
+    def __init__(self, config: ModelConfig, name: str, dense: bool, dispatcher: Dispatcher):
+        super().__init__()
+        self.name = name
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = MultiHeadLatentAttention(config, name)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size) if dense else DeepSeekMoE(config, dispatcher)
+
+    @property
+    def moe(self) -> DeepSeekMoE | None:
+        """The mixture of experts, or None in a dense block."""
+        return self.mlp if isinstance(self.mlp, DeepSeekMoE) else None
+
+    def forward(self, x: Tensor, shared: Pass) -> tuple[Tensor, Routing | None]:
+        """[B, T, D] -> ([B, T, D], the routing of a MoE block): the five phases in order."""
+        carry = self.attend(x, shared)
+        self.dispatch(carry)
+        self.experts(carry)
+        self.combine(carry)
+        return self.merge(carry), carry.routing
+
+    def attend(self, x: Tensor, shared: Pass) -> Carry:
+        """Attention, the feed-forward's norm and the router."""
+        x = x + self.self_attn(self.input_layernorm(x), shared.rope, shared.segment_ids, shared.cache)
+        carry = Carry(x, self.post_attention_layernorm(x))
+        if self.moe is not None:
+            carry.routing = self.moe.gate(carry.normed.flatten(0, 1), x.shape[0], shared.balance_weight)
+        return carry
+
+    def dispatch(self, carry: Carry) -> None:
+        """Tokens travel to their experts."""
+        if self.moe is not None and carry.routing is not None:
+            carry.rows, carry.counts, carry.handle = self.moe.dispatcher.dispatch(
+                carry.normed.flatten(0, 1), carry.routing
+            )
+
+    def experts(self, carry: Carry) -> None:
+        """The routed experts on the rows that arrived; shared experts, or the dense feed-forward, on this rank's tokens."""
+        if self.moe is None:
+            carry.update = self.mlp(carry.normed)
+            return
+        carry.rows = self.moe.experts(carry.rows, carry.counts)
+        if self.moe.shared_experts is not None:
+            carry.update = self.moe.shared_experts(carry.normed)
+
+    def combine(self, carry: Carry) -> None:
+        """Rows travel back and are summed with their weights."""
+        if self.moe is not None and carry.routing is not None and carry.rows is not None:
+            routed = self.moe.dispatcher.combine(carry.rows, carry.routing, carry.handle).view_as(carry.normed)
+            carry.update = routed if carry.update is None else carry.update + routed
+
+    def merge(self, carry: Carry) -> Tensor:
+        """The feed-forward's update joins the stream."""
+        assert carry.update is not None, "merge comes after experts and combine"
+        return carry.residual + carry.update

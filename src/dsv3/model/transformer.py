@@ -1,0 +1,212 @@
+"""The whole network: embedding, blocks, final norm, head, and the MTP modules; forward pass and losses.
+
+Legend: B sequences, T tokens, D hidden, V vocabulary.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from dsv3.model.attention import Cache
+from dsv3.model.block import Block, Pass
+from dsv3.model.config import ModelConfig
+from dsv3.model.feed_forward import Dispatcher, LocalDispatcher, Routing
+from dsv3.model.linear import Linear, RMSNorm
+from dsv3.model.mtp import MultiTokenPrediction
+from dsv3.model.rope import Rope
+from dsv3.ops.cross_entropy import IGNORE, linear_cross_entropy
+
+
+@dataclass
+class Output:
+    """What a forward pass gives."""
+
+    hidden: Tensor
+    """[B, T, D] after the final norm."""
+    head: Linear
+    routing: dict[str, Routing] = field(default_factory=dict)
+    """By the name of the MoE block."""
+
+    @property
+    def logits(self) -> Tensor:
+        """[B, T, V], computed on access."""
+        return self.head(self.hidden)
+
+
+@dataclass
+class Losses:
+    """The losses of one micro-batch. `total` is for backward; the others are for reading and carry no gradient."""
+
+    total: Tensor
+    """The main loss plus lambda / D times the sum of the MTP losses. Balance losses join in the backward pass alone."""
+    main: Tensor
+    """Cross-entropy of the next token, nats."""
+    mtp: list[Tensor]
+    """Equation (24) for each depth: the sum divided by T, not by the T - k terms."""
+    balance: Tensor
+    """The balance loss without alpha, summed over blocks; 0 when it is off."""
+    load: dict[str, Tensor]
+    """int64 [E] by MoE block: assignments to each expert."""
+
+
+class DeepSeekV3(nn.Module):
+    """A DeepSeek-V3 model. `compute_dtype` is what activations have; weights keep their own dtype and are cast on use.
+
+    Parameters are uninitialised: call `initialize`, or load weights.
+    """
+
+    def __init__(
+        self, config: ModelConfig, compute_dtype: torch.dtype | None = None, dispatcher: Dispatcher | None = None
+    ):
+        super().__init__()
+        self.config = config
+        self.compute_dtype = compute_dtype
+        dispatcher = dispatcher or LocalDispatcher()
+        self.embed_tokens = nn.Embedding(
+            config.vocab_size, config.hidden_size, _weight=torch.empty(config.vocab_size, config.hidden_size)
+        )
+        self.layers: Sequence[Block] = module_list(
+            Block(config, str(i), i < config.first_k_dense_replace, dispatcher) for i in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        self.mtp: Sequence[MultiTokenPrediction] = module_list(
+            MultiTokenPrediction(config, k, dispatcher) for k in range(config.num_nextn_predict_layers)
+        )
+
+    def blocks(self) -> Iterator[Block]:
+        """Every Transformer block, those of the MTP modules included: what is done per layer walks this."""
+        yield from self.layers
+        yield from (module.block for module in self.mtp)
+
+    def initialize(self, std: float | Literal["fan_in"] | None = None, seed: int = 0) -> "DeepSeekV3":
+        """Normal weights: one `std` for all (the report: 0.006; None: the config's `initializer_range`), or 1 / sqrt(inputs).
+
+        Norm gains become 1 and routing biases 0. The values depend on the seed alone. With "fan_in" the projections
+        that write to the residual stream are divided by sqrt(2 blocks), and the embedding and the head get 1 and
+        1 / sqrt(inputs).
+        """
+        std = self.config.initializer_range if std is None else std
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 1:
+                nn.init.ones_(parameter)
+                continue
+            scale = std if std != "fan_in" else fan_in_std(name, parameter, len(self.layers))
+            values = torch.empty(parameter.shape).normal_(0.0, scale, generator=generator)
+            with torch.no_grad():
+                parameter.copy_(values)
+        for block in self.blocks():
+            if block.moe is not None:
+                block.moe.gate.e_score_correction_bias.zero_()
+        return self
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """int [B, T] -> [B, T, D] in the compute dtype."""
+        x = self.embed_tokens(tokens)
+        return x if self.compute_dtype is None else x.to(self.compute_dtype)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """[..., D] after the final norm -> logits [..., V]."""
+        return self.lm_head(hidden)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        positions: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Output:
+        """int [B, T] -> the main model's `Output`. Positions default to 0 .. T-1; see `Pass` for segments and cache."""
+        positions = default_positions(tokens) if positions is None else positions
+        return self.run(tokens, Pass(Rope(self.config, positions), segment_ids, cache))
+
+    def run(self, tokens: Tensor, shared: Pass) -> Output:
+        """The main model on one pass."""
+        x = self.embed(tokens)
+        output = Output(x, self.lm_head)
+        for block in self.layers:
+            x, routing = block(x, shared)
+            if routing is not None:
+                output.routing[block.name] = routing
+        output.hidden = self.norm(x)
+        return output
+
+    def loss(
+        self,
+        tokens: Tensor,
+        *,
+        valid: Tensor | None = None,
+        positions: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        mtp_weight: float = 0.0,
+        balance_alpha: float = 0.0,
+        scale: float = 1.0,
+        divisor: float | None = None,
+    ) -> Losses:
+        """The losses of rows of T + 1 tokens (int [B, T + 1]): T are read, T predicted.
+
+        `valid` (bool [B, T + 1]) excludes tokens as targets, for instance padding; with `segment_ids` (int [B, T + 1])
+        the first token of a document is no target either. `divisor` is the number of targets that the main loss is
+        divided by, this micro-batch's own by default; equation (24) divides every MTP loss by the same. `scale`
+        multiplies all gradients, the balance loss's too: with gradient accumulation, one over the number of
+        micro-batches, and `divisor` the whole batch's targets divided by that number. `mtp_weight` is lambda (0 leaves the MTP modules out).
+        """
+        inputs = tokens[:, :-1]
+        positions = default_positions(inputs) if positions is None else positions[:, :-1]
+        segments = None if segment_ids is None else segment_ids[:, :-1]
+        rope = Rope(self.config, positions)
+        shared = Pass(rope, segments, None, balance_alpha * scale)
+        output = self.run(inputs, shared)
+        target = targets(tokens, 1, valid, segment_ids)
+        count = float((target != IGNORE).sum().clamp(min=1)) if divisor is None else divisor
+        main = linear_cross_entropy(output.hidden.flatten(0, 1), self.lm_head.weight, target.flatten(), count)
+        total, mtp, hidden, routings = main, [], output.hidden, dict(output.routing)
+        length = inputs.shape[1]
+        for module in self.mtp if mtp_weight > 0 else []:
+            k = module.depth + 1
+            part = Pass(
+                rope[: length - k], None if segments is None else segments[:, : length - k], None, shared.balance_weight
+            )
+            hidden, routing = module(hidden[:, : length - k], self.embed(inputs[:, k:]), part)
+            routings[module.block.name] = routing
+            target = targets(tokens, k + 1, valid, segment_ids)
+            loss = linear_cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, target.flatten(), count)
+            total = total + loss * (mtp_weight / len(self.mtp))
+            mtp.append(loss.detach())
+        balances = [each.balance for each in routings.values() if each.balance is not None]
+        balance = torch.stack(balances).sum() if balances else torch.zeros((), device=tokens.device)
+        return Losses(total * scale, main.detach(), mtp, balance, {name: each.load for name, each in routings.items()})
+
+
+def module_list(modules: Iterable[nn.Module]) -> Any:
+    """A ModuleList that the type checker lets us call a sequence of what it holds."""
+    return nn.ModuleList(modules)
+
+
+def default_positions(tokens: Tensor) -> Tensor:
+    """0 .. T-1 for every row: int [1, T], which broadcasts."""
+    return torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)
+
+
+def targets(tokens: Tensor, ahead: int, valid: Tensor | None, segment_ids: Tensor | None) -> Tensor:
+    """The tokens `ahead` of each input position, `IGNORE` where they do not count. [B, T + 1 - ahead]"""
+    target = tokens[:, ahead:]
+    if valid is not None:
+        target = target.masked_fill(~valid[:, ahead:], IGNORE)
+    if segment_ids is not None:
+        target = target.masked_fill(segment_ids[:, ahead:] != segment_ids[:, :-ahead], IGNORE)
+    return target
+
+
+def fan_in_std(name: str, parameter: Tensor, num_blocks: int) -> float:
+    """The scale of `initialize("fan_in")` for one weight."""
+    if name == "embed_tokens.weight":
+        return 1.0
+    std = parameter.shape[-1] ** -0.5
+    writes_residual = name.endswith(("o_proj.weight", "down_proj.weight", "down_proj"))
+    return std * (2 * num_blocks) ** -0.5 if writes_residual else std

@@ -1,0 +1,92 @@
+"""One linear layer an expert: rows sorted by expert, each group times its own weight.
+
+Legend: R rows, E experts, I elements in, O elements out.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dsv3.ops.operation import Implementation, Operation, anything
+
+
+def segments(counts_E: Tensor) -> Iterator[tuple[int, int, int]]:
+    """(expert, first row, end row) of every group that holds rows."""
+    start = 0
+    for expert, count in enumerate(counts_E.tolist()):
+        if count:
+            yield expert, start, start + count
+        start += count
+
+
+def reference(x_RI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor:
+    """The definition: a loop over experts."""
+    parts = [F.linear(x_RI[start:end], weight_EOI[e].to(x_RI.dtype)) for e, start, end in segments(counts_E)]
+    return torch.cat(parts) if parts else x_RI.new_zeros(0, weight_EOI.shape[1])
+
+
+class Loop(torch.autograd.Function):
+    """The loop with results written in place: no concatenation forward, no per-expert slices of gradients backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x_RI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor:
+        weight = weight_EOI.to(x_RI.dtype)
+        groups = list(segments(counts_E))
+        ctx.save_for_backward(x_RI, weight)
+        ctx.groups = groups
+        ctx.weight_dtype = weight_EOI.dtype
+        out_RO = x_RI.new_empty(x_RI.shape[0], weight.shape[1])
+        for e, start, end in groups:
+            torch.mm(x_RI[start:end], weight[e].t(), out=out_RO[start:end])
+        return out_RO
+
+    @staticmethod
+    def backward(ctx: Any, grad_RO: Tensor) -> tuple[Tensor, Tensor, None]:
+        x_RI, weight = ctx.saved_tensors
+        grad_RO = grad_RO.contiguous()
+        grad_x = torch.empty_like(x_RI)
+        grad_weight = torch.zeros_like(weight)
+        for e, start, end in ctx.groups:
+            torch.mm(grad_RO[start:end], weight[e], out=grad_x[start:end])
+            torch.mm(grad_RO[start:end].t(), x_RI[start:end], out=grad_weight[e])
+        return grad_x, grad_weight.to(ctx.weight_dtype), None
+
+
+def on_cpu(x_RI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> str | None:
+    """Reading the counts costs nothing there; on a GPU it would wait for the device."""
+    return None if x_RI.device.type == "cpu" else "for tensors on the CPU"
+
+
+def grouped_mm(x_RI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor:
+    """Torch's grouped matrix product."""
+    offsets = counts_E.cumsum(0, dtype=torch.int32)
+    return F.grouped_mm(x_RI, weight_EOI.to(x_RI.dtype).transpose(1, 2), offs=offsets)
+
+
+def fits_grouped_mm(x_RI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> str | None:
+    """Torch's kernel takes BF16 with strides that are multiples of 16 bytes, on sm_90 and later."""
+    if x_RI.device.type != "cuda" or torch.cuda.get_device_capability(x_RI.device) < (9, 0):
+        return "needs a GPU of compute capability 9.0 or later"
+    if x_RI.dtype != torch.bfloat16:
+        return f"takes bfloat16, not {x_RI.dtype}"
+    if x_RI.shape[1] % 8 or weight_EOI.shape[1] % 8:
+        return "needs sizes that are multiples of 8"
+    return None
+
+
+grouped_linear = Operation(
+    "grouped_linear",
+    [
+        Implementation("grouped_mm", grouped_mm, fits_grouped_mm),
+        Implementation("loop", Loop.apply, on_cpu),
+        Implementation("reference", reference, anything),
+    ],
+)
+"""`grouped_linear(x [R, I], weight [E, O, I], counts [E] int) -> [R, O]`.
+
+The first counts[0] rows meet weight[0], the next counts[1] rows weight[1], and so on; the counts sum to R. The weight is
+cast to x's dtype.
+"""

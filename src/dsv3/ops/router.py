@@ -1,0 +1,79 @@
+"""The router (report, sections 2.1.2 and 2.1.3): which experts a token goes to, and with which weights. All in FP32.
+
+Legend: T tokens, E experts, K experts per token.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsv3.ops.operation import Implementation, Operation, anything
+
+
+def select(
+    affinity_TE: Tensor,
+    bias_E: Tensor,
+    num_experts: int,
+    n_group: int,
+    topk_group: int,
+    normalise: bool,
+    scaling: float,
+) -> tuple[Tensor, Tensor]:
+    """The definition, equations (13) and (16), with the released code's group limit.
+
+    The bias decides selection only: groups are ranked by the sum of their two highest biased affinities, experts of
+    dropped groups get -inf (0 would win against a negative bias), and the weights come from un-biased affinities.
+    """
+    biased_TE = affinity_TE.detach() + bias_E
+    if topk_group < n_group:
+        grouped = biased_TE.unflatten(1, (n_group, -1))
+        rank_TG = grouped.topk(2, dim=-1).values.sum(-1)
+        kept_TG = torch.zeros_like(rank_TG, dtype=torch.bool).scatter_(
+            1, rank_TG.topk(topk_group, dim=-1).indices, True
+        )
+        biased_TE = grouped.masked_fill(~kept_TG.unsqueeze(-1), float("-inf")).flatten(1)
+    expert_TK = biased_TE.topk(num_experts, dim=-1).indices
+    weight_TK = affinity_TE.gather(1, expert_TK)
+    if normalise:
+        weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True)
+    return weight_TK * scaling, expert_TK
+
+
+select_experts = Operation("select_experts", [Implementation("reference", select, anything)])
+"""`select_experts(affinity [T, E] FP32, bias [E] FP32, K, n_group, topk_group, normalise, scaling) -> (weight [T, K] FP32,
+expert [T, K] int64)`."""
+
+
+def sequence_balance(affinity_TE: Tensor, num_sequences: int, num_experts: int) -> Tensor:
+    """The complementary sequence-wise balance loss without its factor alpha: `sum_i f_i P_i`, equations (17) to (20).
+
+    Tokens are `num_sequences` sequences of equal length, one after the other; the mean over sequences is returned (the
+    report leaves the aggregation open). f counts the un-biased top K, as printed, and carries no gradient.
+    """
+    affinity = affinity_TE.unflatten(0, (num_sequences, -1))
+    chosen = affinity.detach().topk(num_experts, dim=-1).indices
+    num_routed, length = affinity.shape[2], affinity.shape[1]
+    hits = torch.zeros_like(affinity).scatter_(2, chosen, 1.0).sum(1)
+    frequency = hits * (num_routed / (num_experts * length))
+    probability = (affinity / affinity.sum(-1, keepdim=True)).mean(1)
+    return (frequency * probability).sum(-1).mean()
+
+
+class AddLoss(torch.autograd.Function):
+    """The identity on a tensor; backward also starts `weight` times a loss. No value seen by users changes, and a
+    recomputed forward counts nothing twice, since only the backward pass adds it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, loss: Tensor, weight: float) -> Tensor:
+        ctx.weight = weight
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        return grad, grad.new_full((), ctx.weight), None
+
+
+def add_loss(x: Tensor, loss: Tensor, weight: float) -> Tensor:
+    """x itself; whatever is differentiated through it also receives `weight` times the loss's gradient."""
+    return AddLoss.apply(x, loss, weight)
