@@ -86,7 +86,7 @@ class Optimizer:
             dict(params=[p for p in rest if p.dim() > 1], weight_decay=section.weight_decay),
             dict(params=[p for p in rest if p.dim() == 1], weight_decay=0.0),
         ]
-        adamw = torch.optim.AdamW(groups, lr=0.0, betas=tuple(section.betas), eps=section.eps, fused=True)
+        adamw = torch.optim.AdamW(groups, lr=0.0, betas=section.betas, eps=section.eps, fused=True)
         self.parts: list[tuple[torch.optim.Optimizer, float]] = [(adamw, 1.0)]
         if muon:
             part = Muon(muon, 0.0, section.muon_momentum, section.weight_decay, muon_dtype)

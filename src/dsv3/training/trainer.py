@@ -132,7 +132,7 @@ class Trainer:
             losses = self.model.loss(
                 batch.tokens[part].to(self.device),
                 valid=batch.valid[part].to(self.device),
-                positions=batch.positions[part].to(self.device) if mask else None,
+                positions=None if batch.positions is None else batch.positions[part].to(self.device),
                 segment_ids=batch.segment_ids[part].to(self.device) if mask else None,
                 mtp_weight=mtp_weight,
                 balance_alpha=self.recipe.training.balance_alpha,
@@ -196,7 +196,7 @@ class Trainer:
     def not_finite(self, loss: float, batch: Batch) -> str:
         """What to say of a loss that is not a number."""
         kept = latest_checkpoint(self.directory / "checkpoints")
-        documents = ", ".join(sorted({name for row in batch.documents for name in row}))
+        documents = ", ".join(self.loader.describe(batch))
         return (
             f"the loss of step {self.step_count + 1} is {loss}. Its batch holds rows {self.row_count} to "
             f"{self.row_count + len(batch.tokens) - 1}, with the documents {documents}. The last good checkpoint is "
