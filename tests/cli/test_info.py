@@ -9,21 +9,18 @@ from dsv3.model.config import ModelConfig
 
 def test_the_table_shows_our_figures_beside_the_report_s(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["info", "model", "deepseek-v3"]) == 0
-    shown = {line.split("  ")[1].strip(): line for line in capsys.readouterr().out.splitlines() if line[:2] == "  "}
-    assert "671,026,419,200" in shown["main model"]
-    assert "671B" in shown["main model"]
-    text = "\n".join(shown.values())
-    for figure in (
-        "37,552,297,472",
-        "37B",
-        "11,610,068,224",
-        "684,489,845,504",
-        "685B",
-        "70,272 B",
-        "70.272 KB",
-        "250.5",
+    lines = capsys.readouterr().out.splitlines()
+    for name, ours, theirs in (
+        ("main model", "671,026,419,200", "671B"),
+        ("active for one token", "37,552,297,472", "37B"),
+        ("MTP modules (1)", "11,610,068,224", "11.5B"),
+        ("all in the files", "684,489,845,504", "685B"),
+        ("cache a token, BF16", "70,272 B", "70.272 KB"),
+        ("training a token", "250.5 GFLOP", "250 GFLOP"),
     ):
-        assert figure in text
+        line = next(line for line in lines if line.strip().startswith(name))
+        assert ours in line
+        assert theirs in line
 
 
 def test_other_models_are_not_compared_with_the_report(capsys: pytest.CaptureFixture[str]) -> None:
