@@ -1,0 +1,42 @@
+"""Fill-in-the-middle: some documents are rearranged so that the model learns to write what is missing.
+
+Prefix-suffix-middle at the level of the document, before packing (report, section 4.1):
+`<｜fim▁begin｜> prefix <｜fim▁hole｜> suffix <｜fim▁end｜> middle <eos>`.
+"""
+
+from collections.abc import Sequence
+from random import Random
+from typing import NamedTuple
+
+from dsv3.data.tokenizer import Tokenizer
+
+
+class Parts(NamedTuple):
+    """A document cut in three; `prefix + middle + suffix` is the document."""
+
+    prefix: str
+    middle: str
+    suffix: str
+
+
+def fim_document(text: str, rng: Random, rate: float) -> Parts | None:
+    """Chooses a document with probability `rate` (the report: 0.1) and cuts it; None leaves it as it is.
+
+    The report does not say where documents are cut. Here both cuts are uniform over the positions between characters,
+    the ends included, so any part may be empty. The parts are encoded one by one: no token straddles a cut.
+    """
+    if rng.random() >= rate:
+        return None
+    # random() alone is the same in every Python version.
+    first, second = sorted(int(rng.random() * (len(text) + 1)) for _ in range(2))
+    return Parts(text[:first], text[first:second], text[second:])
+
+
+def fim_ids(prefix: Sequence[int], middle: Sequence[int], suffix: Sequence[int], tokenizer: Tokenizer) -> list[int]:
+    """The rearranged document without bos and eos, from the ids of its parts."""
+    return [*fim_prompt(prefix, suffix, tokenizer), *middle]
+
+
+def fim_prompt(prefix: Sequence[int], suffix: Sequence[int], tokenizer: Tokenizer) -> list[int]:
+    """What a model continues with the missing middle, from the ids of what is before and after it (no bos)."""
+    return [tokenizer.fim_begin_id, *prefix, tokenizer.fim_hole_id, *suffix, tokenizer.fim_end_id]

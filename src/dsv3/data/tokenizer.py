@@ -1,0 +1,318 @@
+"""The tokenizer: byte-level BPE with DeepSeek-V3's pre-tokenizer and special tokens (report, section 4.1).
+
+The BPE itself is Hugging Face `tokenizers`; the directory that `Tokenizer.save` writes is one that
+`transformers.AutoTokenizer` loads and agrees with.
+"""
+
+import codecs
+import hashlib
+import json
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from random import Random
+
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
+
+from dsv3.errors import UserError
+
+BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
+THINK_BEGIN, THINK_END = "<think>", "</think>"
+FIM_HOLE, FIM_BEGIN, FIM_END = "<｜fim▁hole｜>", "<｜fim▁begin｜>", "<｜fim▁end｜>"
+USER, ASSISTANT, END_OF_TURN = "<｜User｜>", "<｜Assistant｜>", "<|EOT|>"
+TOOLS = tuple(
+    f"<｜tool▁{name}｜>"
+    for name in (
+        "calls▁begin", "calls▁end", "call▁begin", "call▁end", "outputs▁begin", "outputs▁end", "output▁begin",
+        "output▁end", "sep",
+    )
+)  # fmt: skip
+
+FIRST = (BOS, EOS, PAD)
+"""Ids 0, 1, 2, as in the released tokenizer."""
+LAST = (THINK_BEGIN, THINK_END, FIM_HOLE, FIM_BEGIN, FIM_END, USER, ASSISTANT, END_OF_TURN, *TOOLS)
+"""The last ids of the vocabulary, in the released tokenizer's order (there 128798 to 128814)."""
+SMALLEST = 256 + len(FIRST) + len(LAST)
+"""Ids that every vocabulary holds: the bytes and the special tokens."""
+
+HAN_AND_KANA = "[一-龥\u3040-ゟ゠-ヿ]+"
+WORDS = (
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+"""
+    r"|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+    r"| ?[\p{P}\p{S}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""The third split of the released tokenizer; its third branch makes the tokens that join punctuation with line breaks."""
+
+LONG_RUN = re.compile(r"\S{256}|\s{256}")
+
+CHAT_TEMPLATE = (
+    "{%- set system = messages | selectattr('role', 'equalto', 'system') | map(attribute='content') | list -%}"
+    "{{ bos_token }}{{ system | join('\n\n') }}"
+    "{%- for message in messages -%}"
+    "{%- if message.role == 'user' -%}{{ '" + USER + "' + message.content }}"
+    "{%- elif message.role == 'assistant' -%}{{ '" + ASSISTANT + "' + message.content + eos_token }}"
+    "{%- elif message.role != 'system' -%}{{ raise_exception('unknown role ' + message.role) }}"
+    "{%- endif -%}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '" + ASSISTANT + "' }}{%- endif -%}"
+)
+
+
+class Tokenizer:
+    """Text <-> token ids. `json` is the content of a `tokenizer.json` whose model is byte-level BPE."""
+
+    def __init__(self, json: str) -> None:
+        self.json = json
+        self._marked = tokenizers.Tokenizer.from_str(json)
+        self._plain = without_special_tokens(json)
+
+    @classmethod
+    def load(cls, directory: str | Path) -> "Tokenizer":
+        """Reads `directory/tokenizer.json`; `UserError` when it is missing or is not a tokenizer."""
+        path = Path(directory) / "tokenizer.json"
+        try:
+            return cls(path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError):
+            raise UserError(f"{path} does not exist; expected a directory written by `dsv3 tokenizer train`") from None
+        except (ValueError, KeyError) as error:
+            raise UserError(f"{path} is not a byte-level BPE tokenizer: {error}") from None
+
+    def save(self, directory: str | Path) -> None:
+        """Writes `tokenizer.json` and `tokenizer_config.json` (special tokens, chat template), creating the directory."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": BOS,
+            "eos_token": EOS,
+            "pad_token": PAD,
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": 131072,
+            "chat_template": CHAT_TEMPLATE,
+        }
+        (directory / "tokenizer.json").write_text(self.json, encoding="utf-8", newline="\n")
+        text = json.dumps(config, ensure_ascii=False, indent=2) + "\n"
+        (directory / "tokenizer_config.json").write_text(text, encoding="utf-8", newline="\n")
+
+    @cached_property
+    def hash(self) -> str:
+        """sha256 of `tokenizer.json`, in hexadecimal: what shards and checkpoints are bound to."""
+        return hashlib.sha256(self.json.encode()).hexdigest()
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """One more than the largest id, special tokens included."""
+        return max(self._marked.get_vocab(with_added_tokens=True).values()) + 1
+
+    def id(self, token: str) -> int:
+        """The id of one special token, given as its text; `UserError` when the vocabulary lacks it."""
+        found = self._marked.token_to_id(token)
+        if found is None:
+            raise UserError(f"this tokenizer has no token {token!r}; expected one with DeepSeek-V3's special tokens")
+        return int(found)
+
+    @property
+    def bos_id(self) -> int:
+        """Starts every document."""
+        return self.id(BOS)
+
+    @property
+    def eos_id(self) -> int:
+        """Ends every document and every answer."""
+        return self.id(EOS)
+
+    @property
+    def pad_id(self) -> int:
+        """Fills rows; never a target."""
+        return self.id(PAD)
+
+    @property
+    def fim_begin_id(self) -> int:
+        """Comes before the prefix of a fill-in-the-middle document."""
+        return self.id(FIM_BEGIN)
+
+    @property
+    def fim_hole_id(self) -> int:
+        """Stands for the missing middle, between prefix and suffix."""
+        return self.id(FIM_HOLE)
+
+    @property
+    def fim_end_id(self) -> int:
+        """Comes after the suffix; the middle follows."""
+        return self.id(FIM_END)
+
+    def encode(self, text: str, *, specials: bool = False) -> list[int]:
+        """Token ids of `text`, no bos and no eos added.
+
+        The text of a special token becomes its id with `specials` alone. Without, it is text like any other, so that
+        nobody ends a turn or opens a tool call from inside a document or a message.
+        Raises `UserError` for a string that has no UTF-8 form (lone surrogates).
+        """
+        return self.encode_batch([text], specials=specials)[0]
+
+    def encode_batch(self, texts: Sequence[str], *, specials: bool = False) -> list[list[int]]:
+        """`encode` of each text, on all cores."""
+        backend = self._marked if specials else self._plain
+        try:
+            return [e.ids for e in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        except TypeError:
+            for text in texts:
+                try:
+                    text.encode()
+                except UnicodeEncodeError as error:
+                    raise UserError(f"a text to tokenize has no UTF-8 form: {error}") from None
+            raise
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`, special tokens written out, invalid UTF-8 as U+FFFD, ids outside the vocabulary as nothing."""
+        return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes one id stands for: a part of a UTF-8 character is possible."""
+        return self._bytes[token] if 0 <= token < len(self._bytes) else b""
+
+    def stream(self) -> "TextStream":
+        """A fresh incremental detokeniser."""
+        return TextStream(self)
+
+    @cached_property
+    def _bytes(self) -> list[bytes]:
+        tokens = (self._marked.id_to_token(i) for i in range(self.vocab_size))
+        return [b"" if token is None else bytes_of(token) for token in tokens]
+
+
+class TextStream:
+    """Ids in, text out, as early as possible but never a part of a character.
+
+    The concatenation of everything `push` and `flush` return is `Tokenizer.decode` of all ids.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token: int) -> str:
+        """The characters that `token` completes: often its text, empty inside a character."""
+        return self._decoder.decode(self._tokenizer.token_bytes(token))
+
+    def flush(self) -> str:
+        """What is left at the end: U+FFFD where the last character is incomplete."""
+        return self._decoder.decode(b"", final=True)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, digits: int = 3) -> Tokenizer:
+    """Trains byte-level BPE; the same texts in the same order give the same file.
+
+    `vocab_size` counts all ids: 256 bytes, 3 + 17 special tokens, merges; where the texts yield too few merges,
+    placeholders fill it up, as in the released vocabulary. `digits` is the most digits that one token joins:
+    3 is DeepSeek-V3's, 1 gives each digit a token. Raises `UserError` below 256 + special tokens. Memory grows with the
+    different words in `texts`; bound the bytes of text (`sources.sample`) where they may be many.
+    """
+    if vocab_size < SMALLEST:
+        raise UserError(
+            f"vocab_size = {vocab_size}: expected at least {SMALLEST}, "
+            f"256 bytes and {SMALLEST - 256} special tokens; a useful vocabulary starts at about 1000"
+        )
+    if not 1 <= digits <= 3:
+        raise UserError(f"digits = {digits}: expected 1, 2 or 3, the most digits that one token joins")
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(rf"\p{{N}}{{1,{digits}}}"), "isolated"),
+            pre_tokenizers.Split(Regex(HAN_AND_KANA), "isolated"),
+            pre_tokenizers.Split(Regex(WORDS), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )  # type: ignore[assignment]  # the stubs give the property no setter type
+    backend.decoder = decoders.ByteLevel()  # type: ignore[assignment]  # as above
+    backend.train_from_iterator(
+        cut_long_runs(texts),
+        trainers.BpeTrainer(
+            vocab_size=vocab_size - len(LAST),
+            special_tokens=list(FIRST),
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        ),
+    )
+    missing = vocab_size - len(LAST) - backend.get_vocab_size()
+    placeholders = [AddedToken(f"<｜place▁holder▁no▁{i}｜>", special=True, normalized=False) for i in range(missing)]
+    # The released flags: markup stays visible where special tokens are left out of the text, and servers parse it.
+    markup = [AddedToken(t, special=t == END_OF_TURN, normalized=False) for t in LAST]
+    backend.add_tokens([*placeholders, *markup])
+    # Hugging Face callers get the bos that the released tokenizer adds; `Tokenizer.encode` adds none.
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, 0)]
+    )  # type: ignore[assignment]  # as above
+    return Tokenizer(backend.to_str(pretty=True))
+
+
+def cut_long_runs(texts: Iterable[str]) -> Iterator[str]:
+    """The texts, cut inside every run of `LONG_RUN`: the trainer's time is quadratic in the length of a word."""
+    for text in texts:
+        start = 0
+        for run in LONG_RUN.finditer(text):
+            yield text[start : run.end()]
+            start = run.end()
+        yield text[start:]
+
+
+def joined_newline_splits(tokenizer: Tokenizer) -> dict[int, tuple[list[int], list[int]]]:
+    """For each token that joins punctuation or symbols with following line breaks: the ids of its two parts."""
+    splits = {}
+    for token in range(tokenizer.vocab_size):
+        text = tokenizer.token_bytes(token).decode("utf-8", errors="replace")
+        head = text.rstrip("\r\n")
+        marks = head.removeprefix(" ")
+        if marks and head != text and all(unicodedata.category(c)[0] in "PS" and c != "\ufffd" for c in marks):
+            splits[token] = (tokenizer.encode(head), tokenizer.encode(text[len(head) :]))
+    return splits
+
+
+def split_joined(
+    ids: Sequence[int], splits: dict[int, tuple[list[int], list[int]]], rate: float, rng: Random
+) -> list[int]:
+    """Splits each joined token with probability `rate`; the decoded text stays the same.
+
+    The report does so against the bias that such tokens bring to prompts without a final line break (section 4.1) and
+    leaves the proportion open. `splits` comes from `joined_newline_splits`.
+    """
+    if rate == 0:
+        return list(ids)
+    result: list[int] = []
+    for token in ids:
+        if token in splits and rng.random() < rate:
+            head, tail = splits[token]
+            result += head
+            result += tail
+        else:
+            result.append(token)
+    return result
+
+
+def without_special_tokens(text: str) -> tokenizers.Tokenizer:
+    """The same BPE with no token that is matched as a whole."""
+    content = json.loads(text)
+    content["added_tokens"] = []
+    content["post_processor"] = None
+    return tokenizers.Tokenizer.from_str(json.dumps(content))
+
+
+def byte_alphabet() -> dict[str, int]:
+    """The characters that stand for bytes in a byte-level vocabulary: printable ones for themselves, others from U+0100."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(b): b for b in printable} | {chr(0x100 + k): b for k, b in enumerate(others)}
+
+
+BYTES = byte_alphabet()
+
+
+def bytes_of(token: str) -> bytes:
+    """The bytes of one vocabulary entry; an entry that is not byte-level (special tokens) stands for its own text."""
+    try:
+        return bytes(BYTES[character] for character in token)
+    except KeyError:
+        return token.encode()

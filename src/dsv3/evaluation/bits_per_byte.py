@@ -1,0 +1,101 @@
+"""Bits per byte: how well a model predicts text, whatever its tokenizer.
+
+Context rule: a document is its tokens behind one `bos`, cut into windows of `sequence_length` inputs that do not overlap. Every token but
+`bos` is predicted exactly once, from what precedes it in its window; the first prediction of a window sees one token, the last
+of the window before it. Documents never see each other, and nothing is predicted after a document's last token.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dsv3.errors import UserError
+
+IGNORED = -100
+
+
+class Encoder(Protocol):
+    """What is needed of a tokenizer."""
+
+    @property
+    def bos_id(self) -> int:
+        """The token that starts a document."""
+        ...
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a text, without `bos`."""
+        ...
+
+
+@dataclass(frozen=True)
+class BitsPerByte:
+    """`bits` is the negative log2-likelihood of all texts together, `bytes` their length in UTF-8."""
+
+    bits: float
+    bytes: int
+
+    @property
+    def value(self) -> float:
+        """Bits per byte."""
+        return self.bits / self.bytes
+
+
+@torch.inference_mode()
+def bits_per_byte(
+    model: nn.Module,
+    tokenizer: Encoder,
+    texts: Sequence[str],
+    *,
+    sequence_length: int,
+    batch_rows: int,
+    device: torch.device | str = "cpu",
+) -> BitsPerByte:
+    """Scores `texts`, each a document, in batches of `batch_rows` windows.
+
+    `model(tokens)` with tokens int64 `[B, T]` has `.logits` `[B, T, vocab]` and is causal, so that padding at the end of a row changes nothing.
+    It runs in evaluation mode and is put back into its mode after. Log-likelihoods are taken in float32, whatever the logits' dtype, and summed in float64.
+    Raises `UserError` when there is no byte to score.
+    """
+    bytes_ = sum(len(text.encode()) for text in texts)
+    if bytes_ == 0:
+        raise UserError(
+            f"bits per byte of {len(texts)} texts without a byte: expected at least one character of held-out text"
+        )
+    windows = [window for text in texts for window in cut([tokenizer.bos_id, *tokenizer.encode(text)], sequence_length)]
+    # Windows of like length share a batch, so that little of it is padding.
+    windows.sort(key=len, reverse=True)
+    was_training = model.training
+    model.eval()
+    nats = 0.0
+    try:
+        for first in range(0, len(windows), batch_rows):
+            inputs, targets = pad(windows[first : first + batch_rows])
+            logits = model(inputs.to(device)).logits
+            losses = F.cross_entropy(
+                logits.flatten(0, 1).float(), targets.to(device).flatten(), ignore_index=IGNORED, reduction="none"
+            )
+            nats += losses.double().sum().item()
+    finally:
+        model.train(was_training)
+    return BitsPerByte(bits=nats / math.log(2), bytes=bytes_)
+
+
+def cut(tokens: Sequence[int], sequence_length: int) -> list[Sequence[int]]:
+    """Windows of up to `sequence_length + 1` tokens, each starting with the last token of the one before; none for a single token."""
+    return [tokens[first : first + sequence_length + 1] for first in range(0, len(tokens) - 1, sequence_length)]
+
+
+def pad(windows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and targets, int64 `[B, T]`: all but the last and all but the first of each window's tokens, then 0 and `IGNORED`."""
+    width = max(map(len, windows)) - 1
+    inputs = torch.zeros(len(windows), width, dtype=torch.int64)
+    targets = torch.full((len(windows), width), IGNORED)
+    for row, window in enumerate(windows):
+        inputs[row, : len(window) - 1] = torch.tensor(window[:-1])
+        targets[row, : len(window) - 1] = torch.tensor(window[1:])
+    return inputs, targets

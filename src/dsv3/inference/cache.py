@@ -1,0 +1,60 @@
+"""The latent cache: for each token and block, the normed latent and the rotated key (576 values for DeepSeek-V3).
+
+Legend: B sequences, T tokens of a pass, S positions held, C elements of the latent, R elements of the rotated key.
+"""
+
+import torch
+from torch import Tensor
+
+from dsv3.errors import UserError
+from dsv3.model.config import ModelConfig
+
+
+class LatentCache:
+    """A rectangle of positions for each sequence of a batch; what `dsv3.model.attention.Cache` asks for.
+
+    Entries are addressed by position, so rows of unequal length need no padding on the left: what a shorter row writes
+    behind its end is hidden from its tokens by position, and overwritten before any of them may see it.
+    """
+
+    def __init__(
+        self, config: ModelConfig, blocks: list[str], batch: int, length: int, dtype: torch.dtype, device: torch.device
+    ):
+        if length > config.max_position_embeddings:
+            raise UserError(
+                f"{length} tokens are more than the model's max_position_embeddings = {config.max_position_embeddings}; "
+                "shorten the prompt or max_tokens"
+            )
+        self.rank, self.length = config.kv_lora_rank, length
+        width = config.kv_lora_rank + config.qk_rope_head_dim
+        self.values = {name: torch.zeros(batch, length, width, dtype=dtype, device=device) for name in blocks}
+        self.rows = torch.arange(batch, device=device).unsqueeze(1)
+        self.position_BT = torch.empty(0)
+        self.end = 0
+        self.first = True
+        self.visible: Tensor | None = None
+
+    def begin(self, position_BT: Tensor, end: int) -> Tensor:
+        """Announces a pass over the tokens at these positions, all below `end`; returns the positions for the model."""
+        self.first = self.end == 0
+        self.end = max(self.end, end)
+        self.position_BT = position_BT
+        held = torch.arange(self.end, device=position_BT.device)
+        self.visible = None if self.first else held <= position_BT.unsqueeze(-1)
+        return position_BT
+
+    def store(self, block: str, latent_BTC: Tensor, key_BTR: Tensor) -> None:
+        """See `dsv3.model.attention.Cache`."""
+        self.values[block][self.rows, self.position_BT] = torch.cat((latent_BTC, key_BTR), dim=-1)
+
+    def read(self, block: str) -> tuple[Tensor, Tensor, Tensor] | None:
+        """See `dsv3.model.attention.Cache`."""
+        if self.visible is None:
+            return None
+        held = self.values[block][:, : self.end]
+        return held[..., : self.rank], held[..., self.rank :], self.visible
+
+    def keep(self, rows: Tensor) -> None:
+        """Forgets all sequences but these (int [n])."""
+        self.values = {name: values[rows] for name, values in self.values.items()}
+        self.rows = self.rows[: len(rows)]

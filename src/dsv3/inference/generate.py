@@ -1,0 +1,80 @@
+"""Token by token continuation of a batch of prompts through the latent cache.
+
+Prompts are read in one pass in MLA's expanded form; each later pass reads one token a sequence in the absorbed form.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dsv3.errors import UserError
+from dsv3.inference.cache import LatentCache
+from dsv3.inference.sampling import SamplingParams, sample
+from dsv3.model.transformer import DeepSeekV3
+
+
+@dataclass(frozen=True)
+class NewToken:
+    """One step of one sequence."""
+
+    sequence: int
+    """Index of the prompt."""
+    token: int
+    last: bool
+    """Whether the continuation ends here: at a stop token, which is `token`, or at max_tokens."""
+
+
+@torch.inference_mode()
+def generate(model: DeepSeekV3, prompts: Sequence[Sequence[int]], params: SamplingParams) -> Iterator[list[NewToken]]:
+    """Yields, step by step, one token of every sequence that has not ended. `prompts` are token ids, none empty.
+
+    A caller that wants a sequence to end earlier (at a stop text) sends its index back: `steps.send({3, 5})`.
+    """
+    if not prompts:
+        return
+    for i, prompt in enumerate(prompts):
+        if not prompt:
+            raise UserError(f"prompt {i} is empty: give it at least one token, such as the beginning-of-sentence token")
+    device = model.lm_head.weight.device
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    longest = max(len(prompt) for prompt in prompts)
+    length = longest + params.max_tokens
+    dtype = model.compute_dtype or model.lm_head.weight.dtype
+    cache = LatentCache(model.config, [layer.name for layer in model.layers], len(prompts), length, dtype, device)
+    tokens = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts], device=device)
+    positions = torch.arange(longest, device=device).expand_as(tokens)
+    hidden = model(tokens, positions=cache.begin(positions, longest), cache=cache).hidden
+    hidden = hidden[torch.arange(len(prompts), device=device), lengths - 1]
+    random = [torch.Generator().manual_seed(seed_of(params, i)) for i in range(len(prompts))]
+    ends = {*params.stop_token_ids} if params.ignore_eos else {*params.stop_token_ids, model.config.eos_token_id}
+    alive = list(range(len(prompts)))
+    for step in range(params.max_tokens):
+        uniform = torch.stack([torch.rand((), generator=random[i], dtype=torch.float64) for i in alive]).to(device)
+        chosen = sample(model.head(hidden).float(), params, uniform)
+        last = step == params.max_tokens - 1
+        new = [NewToken(i, token, last or token in ends) for i, token in zip(alive, chosen.tolist(), strict=True)]
+        stopped: set[int] = (yield new) or set()
+        going = [k for k, each in enumerate(new) if not each.last and each.sequence not in stopped]
+        if not going:
+            return
+        if len(going) < len(alive):
+            rows = torch.tensor(going, device=device)
+            cache.keep(rows)
+            alive, chosen, lengths = [alive[k] for k in going], chosen[rows], lengths[rows]
+        end = longest + step + 1
+        hidden = model(chosen.unsqueeze(1), positions=cache.begin(lengths.unsqueeze(1), end), cache=cache).hidden[:, 0]
+        lengths = lengths + 1
+
+
+def seed_of(params: SamplingParams, sequence: int) -> int:
+    """A sequence's own seed: by its number, so that what else is in the batch does not matter."""
+    base = torch.seed() if params.seed is None else params.seed
+    return (base + 0x9E3779B97F4A7C15 * sequence) % 2**63
+
+
+def logits_of(model: DeepSeekV3, tokens: Tensor) -> Tensor:
+    """[B, T] -> [B, T, V] without a cache: the reference twin of the cached passes."""
+    with torch.inference_mode():
+        return model(tokens).logits

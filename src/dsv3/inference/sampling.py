@@ -1,0 +1,49 @@
+"""From logits to tokens: temperature and nucleus, each sequence with random numbers of its own."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from dsv3.errors import UserError
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to continue a prompt; names and meanings as vLLM's users expect."""
+
+    temperature: float = 1.0
+    """0 takes the most likely token."""
+    top_p: float = 1.0
+    """Sampling is among the fewest most likely tokens whose probabilities reach this sum."""
+    max_tokens: int = 128
+    stop: tuple[str, ...] = ()
+    """Texts that end the continuation; they are not part of it."""
+    seed: int | None = None
+    """Repeats a continuation, whatever else is in the batch; None draws a new one each time."""
+    ignore_eos: bool = False
+
+    stop_token_ids: tuple[int, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise UserError(f"temperature = {self.temperature}: expected 0 or more")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p = {self.top_p}: expected more than 0 and at most 1")
+        if self.max_tokens < 1:
+            raise UserError(f"max_tokens = {self.max_tokens}: expected 1 or more")
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+
+
+def sample(logits_BV: Tensor, params: SamplingParams, uniform_B: Tensor) -> Tensor:
+    """One token a row: int64 [B]. `uniform_B` (FP64, in [0, 1)) decides each row's draw, by inverting the cumulative sum."""
+    if params.temperature == 0:
+        return logits_BV.argmax(-1)
+    probability_BV = (logits_BV.double() / params.temperature).softmax(-1)
+    probability, token = torch.sort(probability_BV, dim=-1, descending=True, stable=True)
+    cumulative = probability.cumsum(-1)
+    # A token stays while those before it have not reached top_p; the first always stays.
+    kept = torch.where(cumulative - probability < params.top_p, probability, 0.0).cumsum(-1)
+    chosen = (kept <= uniform_B.unsqueeze(-1) * kept[:, -1:]).sum(-1, keepdim=True).clamp(max=kept.shape[1] - 1)
+    return token.gather(-1, chosen).squeeze(-1)

@@ -1,0 +1,227 @@
+"""The recipe: everything that decides what a training run computes, section by section.
+
+Where the report (arXiv 2412.19437) gives a value, it is the default and its section is named; where no source
+gives one, the docstring says so, and the default is our choice.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from dsv3.recipe.network import ModelSection
+from dsv3.recipe.quantity import Length, Quantity
+from dsv3.recipe.schedule import Schedules
+from dsv3.recipe.section import Section
+from dsv3.recipe.segment import Scheduled, ScheduledCount, Segment, as_segments
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+def _deviation_or_rule(value: object) -> object:
+    number = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+    if not number and value != "fan_in":
+        raise ValueError("expected a standard deviation above 0, or 'fan_in'")
+    return value
+
+
+class TokenizerSection(Section):
+    """`[tokenizer]`: byte-level BPE (report, section 4.1). Its vocabulary size is `model.vocab_size`."""
+
+    digits: int = Field(default=3, ge=1, le=3)
+    """Most digits of a number that one token may hold; the released tokenizer takes 3."""
+    training_bytes: Quantity = 20_000_000
+    """Bytes of the training split that the merges are learned from; not published."""
+    path: str | None = None
+    """Directory of a finished tokenizer to use instead of training one."""
+
+
+class Source(Section):
+    """One corpus of the mixture."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """What logs, shards and scores call it; also the name of its directory."""
+    uri: str
+    """A file or directory of text, or a corpus that comes with dsv3: `builtin:stdlib`, `builtin:tinypy`."""
+    weight: float = Field(default=1.0, gt=0)
+    """Its share of the training tokens, relative to the other sources' weights."""
+    tokens: Quantity | None = None
+    """How many tokens of an endless source to build."""
+
+
+class DataSection(Section):
+    """`[data]`: what is trained on, and how it is laid out (report, section 4.1)."""
+
+    sources: Annotated[tuple[Source, ...], Field(strict=False, min_length=1)]
+    """The mixture. The report's own is not published."""
+    sequence_length: Length = 4096
+    """Tokens a sequence; the report: 4K (section 4.2)."""
+    fim_rate: Fraction = 0.1
+    """Share of the documents rearranged to prefix, suffix, middle (report, section 4.1)."""
+    split_joined_rate: Fraction = 0.1
+    """Share of the joined punctuation-and-newline tokens that are split at random while training (report, section
+    4.1; the proportion is not published)."""
+    validation_fraction: float = Field(default=0.02, gt=0, lt=1)
+    """Share of the documents held out, chosen by a hash; ours."""
+    document_mask: bool = False
+    """Whether a token sees only its own document; the report packs without it in pre-training (section 4.1)."""
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Self:
+        names = [source.name for source in self.sources]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"expected sources with different names, and {sorted(twice)[0]!r} is there twice")
+        return self
+
+
+class OptimizerSection(Section):
+    """`[optimizer]`: AdamW as in the report, section 4.2, or Muon for the matrices and AdamW for the rest."""
+
+    kind: Literal["adamw", "muon"] = "adamw"
+    """The update rule; the report: `adamw`."""
+    betas: Annotated[tuple[float, float], Field(strict=False)] = (0.9, 0.95)
+    """Decay rates of Adam's first and second moment (report, section 4.2)."""
+    eps: float = Field(default=1e-8, gt=0)
+    """Adam's addend to the denominator; not published."""
+    weight_decay: float = Field(default=0.1, ge=0)
+    """Decoupled decay a unit of learning rate (report, section 4.2)."""
+    clip_norm: float = Field(default=1.0, gt=0)
+    """Largest global norm of the gradient (report, section 4.2)."""
+    muon_momentum: float = Field(default=0.95, ge=0, lt=1)
+    """Muon's momentum; the report has no Muon."""
+    muon_scale: float = Field(default=1.0, gt=0)
+    """Learning rate of Muon's matrices as a multiple of the scheduled one."""
+
+    @model_validator(mode="after")
+    def _betas_decay(self) -> Self:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"expected betas from 0 up to, but not including, 1, and found {list(self.betas)}")
+        return self
+
+
+class ScheduleSection(Section):
+    """`[schedule]`: what changes while training. Each value is a number, or a list of segments."""
+
+    learning_rate: Scheduled
+    """Learning rate (report, section 4.2: five pieces, in `recipes/deepseek-v3/pretrain.toml`)."""
+    batch_size: ScheduledCount
+    """Sequences an optimizer step (report, section 4.2: 3072 to 15360)."""
+    batch_size_multiple: Length = 1
+    """What a changing batch size is rounded down to a multiple of, in sequences; not published."""
+    mtp_weight: Scheduled = 0.3
+    """Weight of the MTP loss, lambda (report, equation 25; 0.3, and 0.1 after 10T tokens)."""
+    bias_update_speed: Scheduled = 0.001
+    """Change of an expert's bias a step, gamma (report, section 2.1.2; 0.001, and 0 after 14.3T tokens)."""
+
+
+class TrainingSection(Section):
+    """`[training]`: how long, how exactly, from where."""
+
+    tokens: Quantity
+    """Where the training stops, in tokens; the report: 14.8T."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the initial weights, the order of the data and everything else that is drawn."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Arithmetic of the matrix products; the weights the optimizer sees are FP32."""
+    device: str = "auto"
+    """Where to train: `cpu`, `cuda`, `cuda:1`, or `auto` for the first GPU if there is one."""
+    micro_batch_size: Length | None = None
+    """Sequences in one forward pass, a divisor of every batch size; by default the whole batch."""
+    balance_alpha: float = Field(default=1e-4, ge=0)
+    """Weight of the sequence-wise balance loss, alpha (report, equation 17)."""
+    initialization: Annotated[float | Literal["fan_in"], BeforeValidator(_deviation_or_rule)] = 0.006
+    """Standard deviation of the initial weights (report, section 4.2), or `fan_in`: one over the root of the inputs."""
+    checkpoint_every_steps: Length | None = None
+    """Steps between checkpoints; by default one at the end."""
+    evaluate_every_steps: Length | None = None
+    """Steps between evaluations; by default one before and one after."""
+    load_every_steps: Length = 10
+    """Steps between records of every expert's load."""
+
+
+class EvaluationSection(Section):
+    """`[evaluation]`: what is measured while training; ours."""
+
+    bits_per_byte_bytes: Quantity = 200_000
+    """Held-out bytes scored, a source."""
+    tinypy_tasks: int = Field(default=0, ge=0)
+    """Held-out function-writing tasks tried."""
+    sample_prompts: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """Prompts that are continued for the reader."""
+
+
+class Recipe(Section):
+    """One training run. Frozen; made by `load` or `from_dict`, which explain what is wrong with a written recipe."""
+
+    model: ModelSection = ModelSection()
+    tokenizer: TokenizerSection = TokenizerSection()
+    data: DataSection
+    optimizer: OptimizerSection = OptimizerSection()
+    schedule: ScheduleSection
+    training: TrainingSection
+    evaluation: EvaluationSection = EvaluationSection()
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> "Recipe":
+        """The recipe in a TOML file, with overrides such as `"optimizer.weight_decay=0.05"` applied.
+
+        Raises `UserError` naming file, line and key for whatever is wrong.
+        """
+        from dsv3.recipe.load import load_recipe
+
+        return load_recipe(path, overrides)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], overrides: Sequence[str] = ()) -> "Recipe":
+        """The recipe that nested mappings describe (`to_dict`'s result is one); `UserError` as in `load`."""
+        from dsv3.recipe.load import read_recipe
+
+        return read_recipe(values, overrides)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able, complete but for `model`, which holds the preset and what differs from it; `from_dict` reads it."""
+        return self.model_dump(mode="json")
+
+    def hash(self, *sections: str) -> str:
+        """SHA-256 of the content (of the named sections, or of all), 64 hex digits; the network counts as resolved.
+
+        A preset and the same network written field by field have one hash.
+        """
+        content = self.to_dict()
+        content["model"] = self.model.config().to_hf()
+        chosen = {name: content[name] for name in sections or content}
+        return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        longest = self.model.config().max_position_embeddings
+        if self.data.sequence_length > longest:
+            raise ValueError(
+                f"data.sequence_length = {self.data.sequence_length}: expected at most "
+                f"model.max_position_embeddings = {longest}; shorten the one or raise the other"
+            )
+        segments = as_segments(self.schedule.batch_size)
+        if (micro := self.training.micro_batch_size) is not None:
+            for size in batch_sizes(segments, self.schedule.batch_size_multiple):
+                if size % micro:
+                    raise ValueError(
+                        f"schedule.batch_size = {size} is no multiple of training.micro_batch_size = {micro}: expected "
+                        f"a batch of {max(size // micro, 1) * micro} or {-(-size // micro) * micro} sequences, or another "
+                        "micro-batch"
+                    )
+            changing = any(segment.kind != "constant" for segment in segments)
+            if changing and self.schedule.batch_size_multiple % micro:
+                raise ValueError(
+                    f"schedule.batch_size_multiple = {self.schedule.batch_size_multiple}: expected a multiple of "
+                    f"training.micro_batch_size = {micro}, because the batch size changes while training"
+                )
+        Schedules.resolve(self)
+        return self
+
+
+def batch_sizes(segments: tuple[Segment, ...], multiple: int) -> list[int]:
+    """The batch sizes at every segment's ends, in sequences."""
+    return [int(value) // multiple * multiple for segment in segments for value in segment.values]

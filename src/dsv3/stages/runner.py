@@ -1,0 +1,85 @@
+"""Stages cached by content: each has a key made from what it depends on, and is run only when its key is new.
+
+The key is written before a stage runs and marked as done after, in `DIRECTORY/stages/NAME.json`. So a second run skips what
+is done, continues a stage that was interrupted (training does, from its checkpoint), and starts afresh where an input changed.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dsv3.errors import UserError
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of a pipeline."""
+
+    name: str
+    inputs: dict[str, Any]
+    """What the result depends on, JSON-able. The keys of the stages before it count as well."""
+    output: Path
+    """The file or directory it makes; removed when the stage must start afresh."""
+    run: Callable[[], None]
+
+
+def run_stages(stages: Sequence[Stage], directory: Path, say: Callable[[str, str], None]) -> list[str]:
+    """Runs the stages in order; returns the names of those that ran. `say(name, state)` hears of each: "cached", "resumed"
+    or "started". Raises `UserError` when the directory cannot be written."""
+    try:
+        (directory / "stages").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {directory}: {error.strerror}; choose another output directory") from None
+    before, ran = "", []
+    for stage in stages:
+        record = directory / "stages" / f"{stage.name}.json"
+        before = key_of(stage, before)
+        known = read_record(record)
+        if known == {"key": before, "done": True} and stage.output.exists():
+            say(stage.name, "cached")
+            continue
+        if known is None or known["key"] != before:
+            remove(stage.output)
+            write_record(record, before, done=False)
+            say(stage.name, "started")
+        else:
+            say(stage.name, "resumed")
+        stage.run()
+        write_record(record, before, done=True)
+        ran.append(stage.name)
+    return ran
+
+
+def key_of(stage: Stage, before: str) -> str:
+    """SHA-256 of a stage's name, its inputs and the key of the stage before it."""
+    content = json.dumps([stage.name, stage.inputs, before], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """A stage's record, or None where there is none that can be read."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError):
+        return None
+    return content if isinstance(content, dict) and content.keys() == {"key", "done"} else None
+
+
+def write_record(path: Path, key: str, done: bool) -> None:
+    """Replaces a stage's record as a whole."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps({"key": key, "done": done}))
+    os.replace(temporary, path)
+
+
+def remove(output: Path) -> None:
+    """Deletes what a stage made before."""
+    if output.is_dir():
+        shutil.rmtree(output)
+    else:
+        output.unlink(missing_ok=True)

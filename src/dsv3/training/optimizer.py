@@ -1,0 +1,127 @@
+"""AdamW as the report sets it, and Muon (Jordan et al. 2024) for the matrices of the blocks where a recipe asks for it."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dsv3.model.transformer import DeepSeekV3
+from dsv3.recipe.schema import OptimizerSection
+
+NEWTON_SCHULZ = ((4.0848, -6.8946, 2.9270), (3.9505, -6.3029, 2.6377), (3.7418, -5.5913, 2.3037), (2.8769, -3.1427, 1.2046), (2.8366, -3.0525, 1.2012))  # fmt: skip
+"""Coefficients of the five iterations that bring singular values to about 1 (You Jiacheng's schedule, as published for the
+modded-nanogpt speed run)."""
+
+
+def orthogonalise(matrices: Tensor, dtype: torch.dtype) -> Tensor:
+    """The nearest semi-orthogonal matrix of each [out, in] matrix of a batch, to within the iteration's tolerance.
+
+    `[N, out, in] -> [N, out, in]` in `dtype`; five Newton-Schulz steps.
+    """
+    x = matrices.to(dtype)
+    tall = x.shape[1] > x.shape[2]
+    if tall:
+        x = x.mT.contiguous()
+    x = x / (torch.linalg.matrix_norm(x, keepdim=True) * 1.01 + 1e-7)
+    for a, b, c in NEWTON_SCHULZ:
+        gram = torch.bmm(x, x.mT.contiguous())
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is made semi-orthogonal, then scaled to the size of an AdamW update.
+
+    A parameter is a matrix [out, in] or a stack of them [N, out, in]; matrices of equal shape are handled in one batch.
+    The scale `0.2 sqrt(max(out, in))` gives the root mean square of AdamW's updates, so that both take like learning
+    rates (Liu et al. 2025, "Muon is scalable for LLM training", section 2.2).
+    """
+
+    def __init__(
+        self, params: Iterable[nn.Parameter], lr: float, momentum: float, weight_decay: float, dtype: torch.dtype
+    ):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One update; `closure` is not used."""
+        for group in self.param_groups:
+            by_shape: dict[tuple[int, int], list[nn.Parameter]] = defaultdict(list)
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    by_shape[parameter.shape[-2], parameter.shape[-1]].append(parameter)
+            for shape, parameters in by_shape.items():
+                self.update(parameters, shape, group)
+
+    def update(self, parameters: list[nn.Parameter], shape: tuple[int, int], group: dict[str, Any]) -> None:
+        """One update of all parameters whose matrices have one shape."""
+        directions = []
+        for parameter in parameters:
+            momentum = self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))
+            momentum.lerp_(parameter.grad, 1 - group["momentum"])
+            directions.append(parameter.grad.lerp(momentum, group["momentum"]).view(-1, *shape))
+        steps = orthogonalise(torch.cat(directions), self.dtype).split([len(each) for each in directions])
+        size = 0.2 * max(shape) ** 0.5
+        for parameter, step in zip(parameters, steps, strict=True):
+            parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            parameter.add_(step.to(parameter.dtype).view_as(parameter), alpha=-group["lr"] * size)
+
+
+class Optimizer:
+    """The optimizers of one model, stepped together; `learning_rate` is set before each step.
+
+    Weight decay spares norm gains (one-dimensional parameters), which the report leaves open. Muon, where the recipe
+    chooses it, takes the matrices of all blocks and of `eh_proj`; embedding, head, routers and gains stay with AdamW.
+    """
+
+    def __init__(self, model: DeepSeekV3, section: OptimizerSection, muon_dtype: torch.dtype = torch.float32):
+        self.section = section
+        self.names = {parameter: name for name, parameter in model.named_parameters()}
+        muon = [p for p, name in self.names.items() if section.kind == "muon" and is_hidden_matrix(p, name)]
+        rest = [p for p in self.names if not any(p is each for each in muon)]
+        groups = [
+            dict(params=[p for p in rest if p.dim() > 1], weight_decay=section.weight_decay),
+            dict(params=[p for p in rest if p.dim() == 1], weight_decay=0.0),
+        ]
+        adamw = torch.optim.AdamW(groups, lr=0.0, betas=section.betas, eps=section.eps, fused=True)
+        self.parts: list[tuple[torch.optim.Optimizer, float]] = [(adamw, 1.0)]
+        if muon:
+            part = Muon(muon, 0.0, section.muon_momentum, section.weight_decay, muon_dtype)
+            self.parts.append((part, section.muon_scale))
+
+    def step(self, learning_rate: float) -> float:
+        """Clips the gradients to the recipe's global norm, updates, clears them; returns the norm before clipping."""
+        norm = nn.utils.clip_grad_norm_(self.names, self.section.clip_norm)
+        for part, scale in self.parts:
+            for group in part.param_groups:
+                group["lr"] = learning_rate * scale
+            part.step()
+            part.zero_grad(set_to_none=True)
+        return float(norm)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All state, by parameter name and the optimizer's own word: `layers.0....exp_avg`. Empty before the first step."""
+        return {
+            f"{self.names[parameter]}.{word}": value  # type: ignore[index]  # an optimizer's state is keyed by parameters
+            for part, _ in self.parts
+            for parameter, words in part.state.items()
+            for word, value in words.items()
+        }
+
+    def allocate(self) -> None:
+        """Creates the state that the first step would, so that a checkpoint can be read into it."""
+        for part, _ in self.parts:
+            for group in part.param_groups:
+                for parameter in group["params"]:
+                    words = ("momentum",) if isinstance(part, Muon) else ("exp_avg", "exp_avg_sq")
+                    part.state[parameter] = {word: torch.zeros_like(parameter) for word in words}
+                    if not isinstance(part, Muon):
+                        part.state[parameter]["step"] = torch.zeros((), dtype=torch.float32)
+
+
+def is_hidden_matrix(parameter: Tensor, name: str) -> bool:
+    """Whether Muon may take it: a matrix between hidden states, where all directions are alike in kind."""
+    return parameter.dim() > 1 and not name.startswith(("embed_tokens", "lm_head")) and not name.endswith("gate.weight")
