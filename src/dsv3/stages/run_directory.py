@@ -1,0 +1,84 @@
+"""Reads the records of a run, finished or going: `run.json`, `metrics.jsonl`, `evaluations.jsonl`, the latest checkpoint."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dsv3.errors import UserError
+
+Row = Mapping[str, Any]
+"""One line of `metrics.jsonl` or `evaluations.jsonl`; always has `step` and `tokens`."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run directory holds at this moment."""
+
+    path: Path
+    about: Mapping[str, Any]
+    """`run.json`: recipe, derived, machine, versions, command; empty before it is written."""
+    metrics: Sequence[Row]
+    evaluations: Sequence[Row]
+    checkpoint: Path | None
+    notes: Sequence[str]
+    """One sentence for every part that is absent or unreadable."""
+
+
+def read_run(path: Path) -> Run:
+    """Reads a run directory, whatever part of it is written by now; `UserError` when `path` is none."""
+    if not any((path / part).is_dir() for part in ("tokenizer", "shards", "pretrain")):
+        raise UserError(
+            f"{path} is not a run directory: expected one that holds tokenizer/, shards/ or pretrain/, "
+            "such as runs/quickstart, which `dsv3 quickstart` makes"
+        )
+    home, notes, about = path / "pretrain", [], {}
+    try:
+        about = json.loads((home / "run.json").read_text("utf-8", errors="replace"))
+    except FileNotFoundError:
+        notes.append("pretrain/run.json is not there yet: the recipe and the machine are unknown.")
+    except json.JSONDecodeError as error:
+        notes.append(f"pretrain/run.json is not whole ({error}): the recipe and the machine are left out.")
+    records = {}
+    for name, what in (("metrics.jsonl", "training step"), ("evaluations.jsonl", "evaluation")):
+        records[name], unreadable = read_rows(home / name)
+        if not records[name]:
+            notes.append(f"pretrain/{name} holds no {what} yet.")
+        if unreadable:
+            notes.append(f"Lines of pretrain/{name} that are not whole records and are left out: {unreadable}.")
+    latest = home / "checkpoints" / "latest"
+    checkpoint = latest.parent / latest.read_text("utf-8", errors="replace").strip() if latest.is_file() else None
+    if checkpoint is None:
+        notes.append("There is no checkpoint yet.")
+    return Run(path, about, records["metrics.jsonl"], records["evaluations.jsonl"], checkpoint, notes)
+
+
+def read_rows(path: Path) -> tuple[list[Row], int]:
+    """The records of a JSONL file by rising step, and how many lines are none; `([], 0)` when there is no file.
+
+    A last line without its newline is still being written and is not counted. Where a step comes again, the run was resumed
+    from before it, and the earlier records from that step on are dropped.
+    """
+    rows: list[Row] = []
+    unreadable = 0
+    if not path.is_file():
+        return rows, unreadable
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            try:
+                row = json.loads(line)
+                step, _ = row["step"], row["tokens"]
+            except (json.JSONDecodeError, TypeError, KeyError):
+                unreadable += line.endswith("\n")
+                continue
+            while rows and rows[-1]["step"] >= step:
+                rows.pop()
+            rows.append(row)
+    return rows, unreadable
+
+
+def elapsed(rows: Sequence[Row]) -> float:
+    """Seconds of all the rows together; a clock that falls was started anew by a resume."""
+    clock = [row["seconds"] for row in rows]
+    return sum(now - before if now >= before else now for before, now in zip([0.0, *clock], clock, strict=False))
