@@ -87,14 +87,14 @@ class ModelConfig:
             "n_routed_experts", "num_experts_per_tok", "n_group", "topk_group", "max_position_embeddings",
         ]  # fmt: skip
         for name in positive:
-            require(getattr(self, name) > 0, name, getattr(self, name), "a number above 0")
+            require(is_count(getattr(self, name), 1), name, getattr(self, name), "a whole number above 0")
         for name in ("num_nextn_predict_layers", "first_k_dense_replace", "n_shared_experts"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+            require(is_count(getattr(self, name), 0), name, getattr(self, name), "a whole number, 0 or more")
         require(
-            self.q_lora_rank is None or self.q_lora_rank > 0,
+            self.q_lora_rank is None or is_count(self.q_lora_rank, 1),
             "q_lora_rank",
             self.q_lora_rank,
-            "None or a number above 0",
+            "None or a whole number above 0",
         )
         require(
             self.qk_rope_head_dim % 2 == 0,
@@ -145,6 +145,9 @@ class ModelConfig:
             if key not in known:
                 raise UserError(f"unknown model field {key!r}: {nearest(key, known)}")
         if isinstance(scaling := overrides.get("rope_scaling"), Mapping):
+            legal = {f.name for f in fields(RopeScaling)}
+            for key in scaling.keys() - legal - {"type"}:
+                raise UserError(f"unknown model field 'rope_scaling.{key}': {nearest(key, legal)}")
             overrides["rope_scaling"] = read_rope_scaling(scaling)
         return cls(**{**PRESETS[name], **overrides})
 
@@ -164,13 +167,15 @@ class ModelConfig:
                 ) from None
             except (json.JSONDecodeError, UnicodeDecodeError) as error:
                 raise UserError(f"{path} is not JSON: {error}") from None
+            if not isinstance(values, dict):
+                raise UserError(f"{path} holds a {type(values).__name__}, expected an object of fields and values")
         for key, legal in FIXED.items():
             if key in values and values[key] not in legal:
                 raise UserError(
                     f"{where}: {key} = {values[key]!r}, but this network has {' or '.join(map(repr, legal))}"
                 )
-        kv_heads = values.get("num_key_value_heads", values.get("num_attention_heads"))
-        if kv_heads != values.get("num_attention_heads"):
+        kv_heads = values.get("num_key_value_heads")
+        if kv_heads not in (None, values.get("num_attention_heads")):
             raise UserError(
                 f"{where}: num_key_value_heads = {kv_heads}, but MLA has one per attention head ({values.get('num_attention_heads')})"
             )
@@ -183,7 +188,8 @@ class ModelConfig:
         if missing:
             raise UserError(f"{where} lacks {', '.join(missing)}")
         chosen = {name: values[name] for name in known & values.keys()}
-        chosen["rope_scaling"] = read_rope_scaling(scaling)
+        # Absent, this one means 0 in the released modelling code: cos and sin are scaled in place of the logits.
+        chosen["rope_scaling"] = read_rope_scaling({"mscale_all_dim": 0.0, **scaling})
         extra = {key: value for key, value in values.items() if key not in known and key not in WRITTEN}
         return cls(**{**HF_DEFAULTS, **chosen}, extra=extra)
 
@@ -202,6 +208,11 @@ class ModelConfig:
     def replace(self, **changes: Any) -> "ModelConfig":
         """A copy with some fields changed, checked again."""
         return replace(self, **changes)
+
+
+def is_count(value: object, least: int) -> bool:
+    """Whether a field is a whole number, `least` or more; True and 3.0 are none."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def require(holds: bool, name: str, found: object, expected: str) -> None:
@@ -230,6 +241,7 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "attention_dropout": (0.0, 0),
     "tie_word_embeddings": (False,),
     "moe_layer_freq": (1,),
+    "rope_interleave": (True,),
 }
 """Fields of `config.json` that have one legal value here, the first of each being what `to_hf` writes."""
 

@@ -1,0 +1,219 @@
+"""Training checkpoints: a directory of tensors, with everything else in `state.json` and files beside them.
+
+    checkpoints/step-00000930/   .metadata, *.distcp (torch.distributed.checkpoint), state.json, tokenizer/...
+    checkpoints/latest           the name of the newest one
+
+A checkpoint is written under another name, brought to the disk and renamed when it is whole; `latest` moves last. At
+whatever moment the machine stops, the directory under a checkpoint's name is a whole one.
+"""
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsv3.errors import RunError, UserError, nearest
+from dsv3.model.config import ModelConfig
+from dsv3.model.transformer import DeepSeekV3
+from dsv3.weights.huggingface import from_pretrained
+from dsv3.weights.names import KEPT_FLOAT32
+from dsv3.weights.shards import sync
+from dsv3.weights.tensor_directory import check_files, read_layout, read_tensors, write_tensors
+
+log = logging.getLogger(__name__)
+STATE = "state.json"
+LATEST = "latest"
+PARTIAL, REPLACED = ".partial", ".replaced"
+TOKENIZER = "tokenizer"
+DTYPES = {"fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16}
+
+
+def save_checkpoint(
+    directory: Path, tensors: Mapping[str, Any], state: Mapping[str, Any], files: Mapping[str, Path | bytes]
+) -> None:
+    """Writes a checkpoint, replacing one of the same name, and points `latest` to it.
+
+    `tensors` is a dict of tensors, nested to any depth; `state` is what JSON can hold; `files` are contents, or files and
+    directories to copy, by their name in the checkpoint. Raises `RunError` when it cannot be written; then whatever was
+    there is there still.
+    """
+    parent = directory.parent
+    partial = parent / PARTIAL
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        write_tensors(partial, flatten(tensors))
+        for name, content in files.items():
+            add_file(partial / name, content)
+        (partial / STATE).write_text(json.dumps(state, indent=1))
+        for path in [*partial.rglob("*"), partial]:
+            sync(path)
+        replace_directory(partial, directory)
+        (parent / f".{LATEST}").write_text(directory.name + "\n")
+        sync(parent / f".{LATEST}")
+        (parent / f".{LATEST}").replace(parent / LATEST)
+        sync(parent)
+    except (OSError, RunError) as error:
+        raise RunError(
+            f"could not save the checkpoint {directory} ({error}). Earlier checkpoints are untouched; "
+            "make room or choose another directory, then resume"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def add_file(path: Path, content: Path | bytes) -> None:
+    """One file, or a directory with all it holds."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content.is_dir():
+        shutil.copytree(content, path)
+    else:
+        shutil.copyfile(content, path)
+
+
+def replace_directory(new: Path, directory: Path) -> None:
+    """Gives `new` the name `directory`. Directories cannot replace others, so one that has the name is moved aside first,
+    and a stop right then leaves it aside, where `latest_checkpoint` finds it."""
+    aside = new.with_name(REPLACED)
+    if directory.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+        directory.rename(aside)
+    new.rename(directory)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def load_checkpoint(directory: Path, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Fills the given tensors (as for `save_checkpoint`) in place and returns the state.
+
+    Raises `UserError` when the checkpoint is incomplete, or its tensors have other names, shapes or dtypes than those
+    given; then nothing was loaded.
+    """
+    state = read_state(directory)
+    check_files(directory)
+    found, wanted = read_layout(directory), flatten(tensors)
+    for name, tensor in wanted.items():
+        if name not in found:
+            raise UserError(
+                f"{directory} has no tensor {name}: it is a checkpoint of another config. {nearest(name, found)}"
+            )
+        dtype, shape = found[name]
+        if (dtype, shape) != (tensor.dtype, tensor.shape):
+            raise UserError(
+                f"{directory}: {name} is {dtype} {list(shape)}, expected {tensor.dtype} {list(tensor.shape)}: "
+                "it is a checkpoint of another config"
+            )
+    unexpected = [name for name in found if name not in wanted]
+    if unexpected:
+        raise UserError(
+            f"{directory} holds {len(unexpected)} tensors that this run has no place for ({', '.join(unexpected[:3])}): "
+            "it is a checkpoint of another config"
+        )
+    read_tensors(directory, wanted)
+    return state
+
+
+def latest_checkpoint(parent: Path) -> Path | None:
+    """The checkpoint that `latest` names; where that one is broken, the newest whole one, with a warning. None: there is none."""
+    pointer = parent / LATEST
+    named = parent / pointer.read_text().strip() if pointer.is_file() else None
+    others = sorted((path.parent for path in parent.glob(f"[!.]*/{STATE}")), reverse=True)
+    aside = [parent / REPLACED] if (parent / REPLACED).exists() else []
+    for candidate in [*([named] if named else []), *others, *aside]:
+        try:
+            read_state(candidate)
+            check_files(candidate)
+        except UserError as error:
+            log.warning("%s is passed over: %s", candidate, error)
+            continue
+        if named and candidate != named:
+            log.warning("%s is used instead of %s", candidate, named)
+        return candidate
+    return None
+
+
+def read_state(directory: Path) -> dict[str, Any]:
+    """What `save_checkpoint` was given as state."""
+    try:
+        return json.loads((directory / STATE).read_text())
+    except FileNotFoundError:
+        raise UserError(f"{directory} is no checkpoint: it has no {STATE}") from None
+    except ValueError as error:
+        raise UserError(f"{directory / STATE} is damaged: {error}") from None
+
+
+def load_model(
+    path: str | os.PathLike[str],
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+) -> tuple[DeepSeekV3, Path]:
+    """The model of a training checkpoint, of a run (its newest checkpoint) or of a Hugging Face directory, and the
+    directory with its tokenizer.
+
+    `dtype`: what weights become, "bf16" and "fp32" included; None or "auto": what they are. `device`: None is the CPU,
+    "auto" a GPU where there is one. Raises `UserError` when there is no model, or it is damaged.
+    """
+    path = Path(path)
+    if isinstance(dtype, str):
+        if dtype not in ("auto", *DTYPES):
+            raise UserError(f"unknown dtype {dtype!r}: {nearest(dtype, ('auto', *DTYPES))}")
+        dtype = DTYPES.get(dtype)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if (path / "config.json").is_file() and not (path / STATE).is_file():
+        return from_pretrained(path, dtype, device), path
+    directory = find_checkpoint(path)
+    state = read_state(directory)
+    if "model" not in state:
+        raise UserError(f"{directory / STATE} has no model config: expected one under 'model'")
+    check_files(directory)
+    config = ModelConfig.from_hf(state["model"])
+    with torch.device("meta"):
+        model = DeepSeekV3(config)
+    found = read_layout(directory)
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        if f"model.{name}" not in found:
+            raise UserError(f"{directory} has no tensor model.{name}, which its config asks for")
+        kept, shape = found[f"model.{name}"]
+        if shape != tensor.shape:
+            raise UserError(
+                f"{directory}: model.{name} has shape {list(shape)}, but its config asks for {list(tensor.shape)}"
+            )
+        kept = torch.float32 if name.endswith(KEPT_FLOAT32) else dtype or kept
+        tensors[name] = torch.empty(shape, dtype=kept, device=device or "cpu")
+    read_tensors(directory, flatten({"model": tensors}))
+    model.load_state_dict(tensors, assign=True)
+    return model, directory / TOKENIZER
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint meant by a path: itself, or the newest of the run there, of its last stage when it has several."""
+    if (path / STATE).is_file():
+        return path
+    parents = [path, path / "checkpoints", *path.glob("*/checkpoints")]
+    pointers = sorted(
+        (p / LATEST for p in parents if (p / LATEST).is_file()), key=lambda pointer: pointer.stat().st_mtime
+    )
+    found = latest_checkpoint(pointers[-1].parent) if pointers else None
+    if found is None:
+        raise UserError(
+            f"{path} holds no model: expected a checkpoint ({STATE} and tensors), a run with checkpoints/, "
+            "or a Hugging Face directory (config.json and safetensors)"
+        )
+    return found
+
+
+def flatten(tensors: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]:
+    """Nested dicts to one, names joined by dots."""
+    flat: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        flat.update(flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value})
+    return flat

@@ -1,0 +1,71 @@
+from math import prod
+
+import torch
+
+from dsv3.model.config import ModelConfig
+from dsv3.model.transformer import DeepSeekV3
+from dsv3.weights.names import is_mtp, released
+
+
+def every_part(config):
+    with torch.device("meta"):
+        state = DeepSeekV3(config).state_dict()
+    return state, {ours: released(ours, tuple(tensor.shape), config) for ours, tensor in state.items()}
+
+
+def test_the_published_checkpoint_is_enumerated_exactly():
+    """README_WEIGHTS and the released shards' headers: 91,991 tensors, of which 45,808 are scales of FP8 matrices."""
+    config = ModelConfig.preset("deepseek-v3")
+    _, mapping = every_part(config)
+    parts = {part.name: part for each in mapping.values() for part in each}
+    assert len(parts) == sum(len(each) for each in mapping.values())
+    quantised = [
+        part
+        for part in parts.values()
+        if len(part.shape) == 2 and not part.name.endswith(("embed_tokens.weight", "head.weight", "mlp.gate.weight", "eh_proj.weight"))
+    ]  # fmt: skip
+    assert len(parts) + len(quantised) == 91_991
+    elements = sum(prod(part.shape) for part in parts.values())
+    assert elements == 684_489_845_504
+    scales = sum(-(-part.shape[0] // 128) * -(-part.shape[1] // 128) for part in quantised)
+    assert scales == 41_540_496
+    fp8 = sum(prod(part.shape) for part in quantised)
+    fp32 = sum(prod(part.shape) for part in parts.values() if part.name.endswith("correction_bias"))
+    assert fp8 + 4 * scales + 4 * fp32 + 2 * (elements - fp8 - fp32) == 688_574_839_360
+
+    main = [part for part in parts.values() if not is_mtp(part.name, config)]
+    assert len(main) + sum(not is_mtp(part.name, config) for part in quantised) == 90_427
+    assert sum(prod(part.shape) for part in main) == 671_026_419_200
+
+
+def test_parts_cover_every_tensor_once():
+    state, mapping = every_part(ModelConfig.preset("debug", num_nextn_predict_layers=2))
+    for ours, tensor in state.items():
+        hits = torch.zeros(tensor.shape, dtype=torch.int)
+        for part in mapping[ours]:
+            if not part.copy:
+                assert hits[part.index].shape == part.shape
+                hits[part.index] += 1
+        assert (hits == 1).all(), ours
+
+
+def test_names_of_each_kind():
+    config = ModelConfig.preset("debug", num_nextn_predict_layers=2)  # 3 layers
+    _, mapping = every_part(config)
+    names = {ours: [part.name for part in parts] for ours, parts in mapping.items()}
+    assert names["norm.weight"] == ["model.norm.weight"]
+    assert names["lm_head.weight"] == [
+        "lm_head.weight",
+        "model.layers.3.shared_head.head.weight",
+        "model.layers.4.shared_head.head.weight",
+    ]
+    assert names["embed_tokens.weight"][0] == "model.embed_tokens.weight"
+    assert names["mtp.1.eh_proj.weight"] == ["model.layers.4.eh_proj.weight"]
+    assert names["mtp.1.block.self_attn.o_proj.weight"] == ["model.layers.4.self_attn.o_proj.weight"]
+    assert names["mtp.0.shared_head.norm.weight"] == ["model.layers.3.shared_head.norm.weight"]
+    assert names["layers.1.mlp.gate.weight"] == ["model.layers.1.mlp.gate.weight"]
+    gate, up = mapping["layers.2.mlp.experts.gate_up_proj"][10:12]
+    assert (gate.name, gate.index) == ("model.layers.2.mlp.experts.5.gate_proj.weight", (5, slice(0, 16)))
+    assert (up.name, up.index) == ("model.layers.2.mlp.experts.5.up_proj.weight", (5, slice(16, 32)))
+    down = mapping["layers.2.mlp.experts.down_proj"][5]
+    assert (down.name, down.shape) == ("model.layers.2.mlp.experts.5.down_proj.weight", (32, 16))
