@@ -15,6 +15,11 @@ from dsv3 import __version__
 from dsv3.errors import RunError, UserError, nearest
 
 COMMANDS = {
+    "quickstart": ("dsv3.cli.quickstart:quickstart", "Everything, small, on this machine; writes a report."),
+    "pretrain": ("dsv3.cli.pretrain:pretrain", "Train a recipe's model: tokenizer, shards, training."),
+    "generate": ("dsv3.cli.generate:generate", "Continue a prompt, or fill in the middle."),
+    "chat": ("dsv3.cli.chat:chat", "Type, and see it continued."),
+    "report": ("dsv3.cli.report:report", "One HTML page about a run, finished or going."),
     "info": ("dsv3.cli.info:info", "What a model is, before any of it is downloaded or trained."),
 }
 """Every command: the function behind it, and its line in the help."""
@@ -73,7 +78,7 @@ def run(arguments: Sequence[str]) -> int:
 def explain(error: Exception) -> tuple[str, int]:
     """What to print for an error, and the exit code."""
     if isinstance(error, click.Abort):
-        return "stopped", 130
+        return str(error.__cause__ or "") or "stopped", 130
     if isinstance(error, OSError):
         where = f": {error.filename}" if error.filename else ""
         return f"{error.strerror or error}{where}", 1

@@ -48,6 +48,18 @@ def documents(
     return choose(found, uri, split, validation_fraction, report)
 
 
+def fingerprint(uri: str) -> str:
+    """Changes when a source's content does (hex): of files their names, sizes and times; of a builtin its own source."""
+    if uri == TINYPY:
+        return hashlib.sha256(Path(tinypy.__file__).read_bytes()).hexdigest()
+    root, paths = (None, list(walk(stdlib_root(), NOT_LIBRARY))) if uri == STDLIB else find(uri)
+    content = hashlib.sha256(f"{uri}:{root}".encode())
+    for path in paths:
+        known = path.stat()
+        content.update(f"{path}:{known.st_size}:{known.st_mtime_ns}".encode(errors="surrogateescape"))
+    return content.hexdigest()
+
+
 def choose(
     found: Iterable[Document], uri: str, split: Split, validation_fraction: float, report: SkipReport
 ) -> Iterator[Document]:
@@ -97,12 +109,17 @@ def stdlib(report: SkipReport) -> Iterator[Document]:
     program wrote, by one rule: it says so within its first five lines (`_sysconfigdata*`, the tables of `encodings`,
     `pydoc_data/topics.py`, `token.py` and others).
     """
-    root = Path(sysconfig.get_path("stdlib"))
+    root = stdlib_root()
     for path in walk(root, NOT_LIBRARY):
         if path.suffix == ".py":
             pieces = list(read(path, path.relative_to(root).as_posix(), report))
             if pieces and not GENERATED.search("\n".join(pieces[0].text[:2000].split("\n")[:5])):
                 yield from pieces
+
+
+def stdlib_root() -> Path:
+    """Where the running Python keeps its standard library."""
+    return Path(sysconfig.get_path("stdlib"))
 
 
 def files(uri: str, report: SkipReport) -> Iterator[Document]:

@@ -1,6 +1,7 @@
 """From logits to tokens: temperature and nucleus, each sequence with random numbers of its own."""
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,13 +18,13 @@ class SamplingParams:
     top_p: float = 1.0
     """Sampling is among the fewest most likely tokens whose probabilities reach this sum."""
     max_tokens: int = 128
-    stop: tuple[str, ...] = ()
-    """Texts that end the continuation; they are not part of it."""
+    stop: Sequence[str] = ()
+    """Texts (or one text) that end the continuation; they are not part of it."""
     seed: int | None = None
     """Repeats a continuation, whatever else is in the batch; None draws a new one each time."""
+    stop_token_ids: Sequence[int] = ()
+    """Tokens that end the continuation, beside the end-of-sentence token."""
     ignore_eos: bool = False
-
-    stop_token_ids: tuple[int, ...] = field(default=())
 
     def __post_init__(self) -> None:
         if self.temperature < 0:

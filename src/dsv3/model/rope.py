@@ -37,22 +37,26 @@ def correction_range(scaling: RopeScaling, dim: int, base: float) -> tuple[float
 
 
 class Rope:
-    """cos and sin of the positions of one forward pass, computed once for all blocks."""
+    """The rotations of one forward pass's positions, computed once for all blocks: unit complex numbers [B, T, F]."""
 
-    def __init__(self, config: ModelConfig, position_BT: Tensor):
+    def __init__(self, turn_BTF: Tensor):
+        self.turn = turn_BTF
+
+    @classmethod
+    def at(cls, config: ModelConfig, position_BT: Tensor) -> "Rope":
+        """The rotations at these positions (int [B, T] or [1, T])."""
         factor = config.rope_scaling.rotation_factor if config.rope_scaling else 1.0
         angle_BTF = position_BT.unsqueeze(-1).float() * frequencies(config).to(position_BT.device)
-        self.cos, self.sin = angle_BTF.cos() * factor, angle_BTF.sin() * factor
+        return cls(torch.polar(torch.full_like(angle_BTF, factor), angle_BTF))
 
     def __getitem__(self, tokens: slice) -> "Rope":
         """The rope of some of the tokens."""
-        part = object.__new__(Rope)
-        part.cos, part.sin = self.cos[:, tokens], self.sin[:, tokens]
-        return part
+        return Rope(self.turn[:, tokens])
 
     def rotate(self, x_BTHR: Tensor) -> Tensor:
-        """Turns the pairs (0, 1), (2, 3), ... by the angle of their token: the released weights' interleaved layout."""
-        cos, sin = self.cos.unsqueeze(2), self.sin.unsqueeze(2)
-        even, odd = x_BTHR[..., 0::2].float(), x_BTHR[..., 1::2].float()
-        turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
-        return turned.flatten(-2).to(x_BTHR.dtype)
+        """Turns the pairs (0, 1), (2, 3), ... by the angle of their token: the released weights' interleaved layout.
+
+        A pair is a complex number, its rotation a product in FP32.
+        """
+        pairs = torch.view_as_complex(x_BTHR.float().unflatten(-1, (-1, 2)))
+        return torch.view_as_real(pairs * self.turn.unsqueeze(2)).flatten(-2).to(x_BTHR.dtype)

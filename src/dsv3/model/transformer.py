@@ -123,7 +123,7 @@ class DeepSeekV3(nn.Module):
     ) -> Output:
         """int [B, T] -> the main model's `Output`. Positions default to 0 .. T-1; see `Pass` for segments and cache."""
         positions = default_positions(tokens) if positions is None else positions
-        return self.run(tokens, Pass(Rope(self.config, positions), segment_ids, cache))
+        return self.run(tokens, Pass(Rope.at(self.config, positions), segment_ids, cache))
 
     def run(self, tokens: Tensor, shared: Pass) -> Output:
         """The main model on one pass."""
@@ -159,7 +159,7 @@ class DeepSeekV3(nn.Module):
         inputs = tokens[:, :-1]
         positions = default_positions(inputs) if positions is None else positions[:, :-1]
         segments = None if segment_ids is None else segment_ids[:, :-1]
-        rope = Rope(self.config, positions)
+        rope = Rope.at(self.config, positions)
         shared = Pass(rope, segments, None, balance_alpha * scale)
         output = self.run(inputs, shared)
         target = targets(tokens, 1, valid, segment_ids)

@@ -47,7 +47,10 @@ class Matmul(torch.autograd.Function):
         for start in range(0, q.shape[2], QUERY_BLOCK):
             rows, end = slice(start, start + QUERY_BLOCK), min(start + QUERY_BLOCK, q.shape[2])
             scores = q[:, :, rows] @ k[:, :, :end].mT
-            probability = scores.masked_fill_(hidden[:, :, rows, :end], float("-inf")).softmax(-1)
+            # Without documents to tell apart, only the block on the diagonal holds later keys.
+            masked = slice(start if segment_BT is None else 0, end)
+            scores[..., masked].masked_fill_(hidden[:, :, rows, masked], float("-inf"))
+            probability = scores.softmax(-1)
             out[:, :, rows] = probability @ v[:, :, :end]
             saved.append(probability)
         ctx.scale = scale

@@ -44,19 +44,18 @@ class Chunked(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden_ND)
         grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32)
         for start in range(0, len(hidden_ND), rows):
-            hidden, target = hidden_ND[start : start + rows], target_N[start : start + rows]
-            counts = (target != IGNORE).unsqueeze(1)
+            part = slice(start, start + rows)
+            hidden, target = hidden_ND[part], target_N[part]
             at = target.clamp(min=0).unsqueeze(1)
-            logits = (hidden @ weight.t()).float()
-            norm = logits.logsumexp(1, keepdim=True)
-            total += ((norm - logits.gather(1, at)) * counts).sum()
-            grad = logits.sub_(norm).exp_()
-            grad.scatter_add_(1, at, torch.full_like(norm, -1.0))
-            grad = grad.mul_(counts / divisor).to(hidden.dtype)
-            torch.mm(grad, weight, out=grad_hidden[start : start + rows])
-            grad_weight += grad.t() @ hidden
+            row_scale = (target != IGNORE).unsqueeze(1) / divisor
+            log_p = (hidden @ weight.t()).float().log_softmax(1)
+            total -= (log_p.gather(1, at) * row_scale).sum()
+            # softmax minus one-hot; what is constant along a row is multiplied into the smaller factor.
+            grad = log_p.exp_().scatter_add_(1, at, torch.full(at.shape, -1.0, device=at.device)).to(hidden.dtype)
+            torch.mm(grad, weight, out=grad_hidden[part]).mul_(row_scale)
+            grad_weight += grad.t() @ (hidden * row_scale).to(hidden.dtype)
         ctx.save_for_backward(grad_hidden, grad_weight.to(weight_VD.dtype))
-        return total / divisor
+        return total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:

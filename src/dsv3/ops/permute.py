@@ -17,25 +17,47 @@ class Permutation:
     """Which assignment (token t, its k-th expert; numbered t K + k) each row holds."""
 
     assignment_R: Tensor
-    """int64 [R]: the assignment of each row."""
+    """int64 [R]: the assignment of each row; a padding row repeats assignment 0."""
     row_TK: Tensor
-    """int64 [T, K]: the row of each assignment; the inverse of `assignment_R`."""
+    """int64 [T, K]: the row of each assignment."""
     counts_E: Tensor
-    """int64 [E]: rows of each expert."""
+    """int64 [E]: rows of each expert, its padding included."""
+    real_R: Tensor | None = None
+    """bool [R]: False at padding rows; None where there are none."""
+
+    @property
+    def token_R(self) -> Tensor:
+        """int64 [R]: the token of each row."""
+        return self.assignment_R // self.row_TK.shape[1]
 
 
-def sort_by_expert(expert_TK: Tensor, num_experts: int) -> Permutation:
-    """The permutation that brings the rows of one expert together, tokens in order within it (a stable sort)."""
+def sort_by_expert(expert_TK: Tensor, num_experts: int, equal_groups: int = 0) -> Permutation:
+    """The permutation that brings the rows of one expert together, tokens in order within it (a stable sort).
+
+    With `equal_groups` = n > 0, every group is padded to the same number of rows, a multiple of n, so that one batched
+    product serves all experts.
+    """
     expert_A = expert_TK.flatten()
+    counts = torch.bincount(expert_A, minlength=num_experts)
     assignment_R = torch.argsort(expert_A, stable=True)
+    numbers = torch.arange(len(assignment_R), device=assignment_R.device)
     row_A = torch.empty_like(assignment_R)
-    row_A[assignment_R] = torch.arange(len(assignment_R), device=assignment_R.device)
-    return Permutation(assignment_R, row_A.view_as(expert_TK), torch.bincount(expert_A, minlength=num_experts))
+    if not equal_groups:
+        row_A[assignment_R] = numbers
+        return Permutation(assignment_R, row_A.view_as(expert_TK), counts)
+    capacity = -(-int(counts.max()) // equal_groups) * equal_groups
+    within_group = numbers - (counts.cumsum(0) - counts).repeat_interleave(counts)
+    row_A[assignment_R] = expert_A[assignment_R] * capacity + within_group
+    real_R = torch.zeros(num_experts * capacity, dtype=torch.bool, device=row_A.device)
+    real_R[row_A] = True
+    padded_R = torch.zeros(num_experts * capacity, dtype=torch.int64, device=row_A.device)
+    padded_R[row_A] = numbers
+    return Permutation(padded_R, row_A.view_as(expert_TK), torch.full_like(counts, capacity), real_R)
 
 
 def permute_reference(x_TD: Tensor, to: Permutation) -> Tensor:
     """The definition."""
-    return x_TD[to.assignment_R // to.row_TK.shape[1]]
+    return x_TD[to.token_R]
 
 
 def unpermute_reference(rows_RD: Tensor, weight_TK: Tensor, to: Permutation) -> Tensor:
@@ -49,7 +71,7 @@ class Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, to: Permutation) -> Tensor:
         ctx.to = to
-        return x_TD.index_select(0, to.assignment_R // to.row_TK.shape[1])
+        return x_TD.index_select(0, to.token_R)
 
     @staticmethod
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None]:
@@ -77,9 +99,11 @@ class WeightedSum(torch.autograd.Function):
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None]:
         rows_RD, weight_TK = ctx.saved_tensors
         to: Permutation = ctx.to
-        grad_RD = grad_TD.index_select(0, to.assignment_R // weight_TK.shape[1])
+        grad_RD = grad_TD.index_select(0, to.token_R)
         grad_weight_R = torch.linalg.vecdot(grad_RD, rows_RD).to(weight_TK.dtype)
         weight_R = weight_TK.flatten().index_select(0, to.assignment_R)
+        if to.real_R is not None:
+            weight_R = weight_R * to.real_R
         return grad_RD.mul_(weight_R.unsqueeze(1).to(grad_RD.dtype)), grad_weight_R[to.row_TK], None
 
 
@@ -87,7 +111,7 @@ permute = Operation(
     "permute",
     [Implementation("gather", Gather.apply, anything), Implementation("reference", permute_reference, anything)],
 )
-"""`permute(x [T, D], permutation) -> [R, D]`: every token once for each of its experts."""
+"""`permute(x [T, D], permutation) -> [R, D]`: every token once for each of its experts. Padding rows repeat token 0."""
 
 unpermute = Operation(
     "unpermute",
@@ -96,4 +120,6 @@ unpermute = Operation(
         Implementation("reference", unpermute_reference, anything),
     ],
 )
-"""`unpermute(rows [R, D], weight [T, K], permutation) -> [T, D]`: the weighted sum of each token's rows."""
+"""`unpermute(rows [R, D], weight [T, K], permutation) -> [T, D]`: the weighted sum of each token's rows.
+
+Padding rows are read by nobody, and get gradients of zero."""

@@ -163,6 +163,8 @@ class Recipe(Section):
     schedule: ScheduleSection
     training: TrainingSection
     evaluation: EvaluationSection = EvaluationSection()
+    notes: dict[str, str] = Field(default_factory=dict)
+    """Why the recipe is as it is, by topic: shown before the first step and in the report; changes nothing."""
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> "Recipe":
@@ -186,12 +188,13 @@ class Recipe(Section):
         return self.model_dump(mode="json")
 
     def hash(self, *sections: str) -> str:
-        """SHA-256 of the content (of the named sections, or of all), 64 hex digits; the network counts as resolved.
+        """SHA-256 of the content (of the named sections, or of all but the notes), 64 hex digits; the network counts as resolved.
 
         A preset and the same network written field by field have one hash.
         """
         content = self.to_dict()
         content["model"] = self.model.config().to_hf()
+        del content["notes"]
         chosen = {name: content[name] for name in sections or content}
         return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
 

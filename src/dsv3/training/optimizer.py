@@ -60,8 +60,10 @@ class Muon(torch.optim.Optimizer):
         """One update of all parameters whose matrices have one shape."""
         directions = []
         for parameter in parameters:
-            momentum = self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))
-            momentum.lerp_(parameter.grad, 1 - group["momentum"])
+            assert parameter.grad is not None
+            if "momentum" not in self.state[parameter]:
+                self.state[parameter]["momentum"] = torch.zeros_like(parameter)
+            momentum = self.state[parameter]["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
             directions.append(parameter.grad.lerp(momentum, group["momentum"]).view(-1, *shape))
         steps = orthogonalise(torch.cat(directions), self.dtype).split([len(each) for each in directions])
         size = 0.2 * max(shape) ** 0.5

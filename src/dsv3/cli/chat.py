@@ -1,0 +1,41 @@
+"""`dsv3 chat`: continue what is typed, line by line."""
+
+from pathlib import Path
+
+import click
+
+from dsv3.cli.generate import sampling_options, unescape
+
+
+@click.command(short_help="Type, and see it continued.")
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("--template", default="{}", show_default=True, help="What a line is put into before it is continued.")
+@sampling_options
+def chat(
+    checkpoint: Path, template: str, temperature: float, top_p: float, max_tokens: int,
+    stop: tuple[str, ...], seed: int | None, device: str,
+) -> None:  # fmt: skip
+    """Plain continuation with the model in CHECKPOINT. Ctrl-C stops an answer, /exit or Ctrl-D ends."""
+    from dsv3.errors import UserError
+    from dsv3.inference.llm import LLM
+    from dsv3.inference.sampling import SamplingParams
+
+    if "{}" not in template:
+        raise UserError(f"--template {template!r} has no place for the line: expected one {{}}")
+    params = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=max_tokens, stop=stop, seed=seed)
+    llm = LLM(checkpoint, device=device)
+    click.echo(f"{checkpoint}: type a line, /exit ends", err=True)
+    while True:
+        try:
+            line = input("> ")
+        except (EOFError, KeyboardInterrupt):
+            click.echo()
+            return
+        if line.strip() == "/exit":
+            return
+        try:
+            for text in llm.stream(unescape(template).replace("{}", line), params):
+                click.echo(text, nl=False)
+        except KeyboardInterrupt:
+            pass
+        click.echo()

@@ -1,0 +1,27 @@
+"""`dsv3 pretrain`: a recipe from text to a trained model."""
+
+from pathlib import Path
+
+import click
+
+from dsv3.cli.run import out_option, overrides_argument, run_recipe
+from dsv3.errors import UserError
+
+
+@click.command(short_help="Train a recipe's model: tokenizer, shards, training.")
+@click.argument("recipe", type=click.Path(path_type=Path))
+@overrides_argument
+@click.option("--resume", is_flag=True, help="Continue the run in --out from its newest checkpoint.")
+@out_option(None)
+def pretrain(recipe: Path, overrides: tuple[str, ...], resume: bool, out: Path | None) -> None:
+    """Trains RECIPE (a TOML file), with any KEY=VALUE of it replaced, for instance optimizer.weight_decay=0.05.
+
+    Ctrl-C finishes the step and saves; --resume continues. Figures, checkpoints and TensorBoard files are in OUT/pretrain.
+    """
+    out = out or Path("runs") / recipe.resolve().parent.name
+    if (out / "pretrain").exists() and not resume:
+        raise UserError(f"{out} holds a run already: add --resume to continue it, or name another directory with --out")
+    run_recipe(recipe, overrides, [], out, report=False)
+    click.echo(
+        f"\nThe model is in {out / 'pretrain' / 'checkpoints'}; `dsv3 report {out / 'pretrain'}` makes a page of the run."
+    )

@@ -1,0 +1,52 @@
+"""What the commands that run a recipe share."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dsv3.errors import UserError
+
+overrides_argument = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+
+
+def out_option(default: str | None) -> Callable[[Any], Any]:
+    """`--out`."""
+    shown = default or "runs/ and the name of the recipe's directory"
+    return click.option(
+        "--out", type=click.Path(path_type=Path), default=default, help=f"Where everything goes: {shown}."
+    )
+
+
+def recipe_beside(name: str) -> Path:
+    """A recipe that comes with dsv3: below `recipes/` here, or in the checkout that is installed."""
+    checkout = Path(__file__).resolve().parents[3]
+    for root in (Path(), checkout):
+        if (root / "recipes" / name).is_file():
+            return root / "recipes" / name
+    raise UserError(f"there is no recipes/{name} here; run this in a checkout of dsv3, or name a recipe")
+
+
+def run_recipe(recipe_path: Path, overrides: Sequence[str], data: list[str], out: Path, report: bool) -> None:
+    """Shows what was derived from the recipe, then runs its stages with live progress."""
+    from dsv3.recipe.schema import Recipe
+
+    recipe = Recipe.load(recipe_path, overrides)
+    click.echo(f"dsv3: {recipe_path} -> {out}", err=True)
+
+    from rich.console import Console
+
+    from dsv3.cli.ui import Progress, panel
+    from dsv3.stages.pretrain import derived, pretraining_stages, with_user_data
+    from dsv3.stages.quickstart import quickstart_stages
+    from dsv3.stages.runner import run_stages
+
+    recipe = with_user_data(recipe, data)
+    console = Console(stderr=True)
+    panel(console, str(recipe_path), derived(recipe))
+    with Progress(console) as progress:
+        stages = quickstart_stages if report else pretraining_stages
+        run_stages(
+            stages(recipe, out, progress, progress.note), out, lambda name, state: progress.note(f"{name}: {state}")
+        )

@@ -1,0 +1,193 @@
+"""Pre-training as stages: tokenizer, shards, training. `dsv3 pretrain` runs these; `dsv3 quickstart` adds the report."""
+
+import json
+import os
+import platform
+import shlex
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsv3.data.build import build_shards
+from dsv3.data.loader import Loader
+from dsv3.data.shards import ShardSet
+from dsv3.data.sources import ENDLESS, Document, Split, documents, fingerprint, sample
+from dsv3.data.tokenizer import Tokenizer, train_tokenizer
+from dsv3.errors import UserError
+from dsv3.planning.flops import training_flops_per_token
+from dsv3.planning.parameters import count_parameters
+from dsv3.recipe.schedule import Schedules
+from dsv3.recipe.schema import Recipe, Source
+from dsv3.stages.runner import Stage
+from dsv3.stages.scores import Scores
+from dsv3.training.trainer import Progress, Trainer, pick_device
+
+ENDLESS_DOCUMENTS = 4000
+"""Of a source that never ends, read for the tokenizer: its words repeat long before."""
+VALIDATION_TOKENS = 200_000
+"""Of an endless source's held-out split."""
+
+
+def pretraining_stages(recipe: Recipe, out: Path, progress: Progress, note: Callable[[str], None]) -> list[Stage]:
+    """The stages up to a trained model in `out/pretrain`; each is keyed by what it reads of the recipe."""
+    corpora = {source.name: fingerprint(source.uri) for source in recipe.data.sources}
+    names = {source.name: source.uri for source in recipe.data.sources}
+    data = recipe.to_dict()["data"]
+    shard_keys = ("fim_rate", "split_joined_rate", "validation_fraction", "sources")
+    return [
+        Stage(
+            "tokenizer",
+            {
+                "corpora": corpora,
+                "sources": names,
+                "tokenizer": recipe.to_dict()["tokenizer"],
+                "vocab_size": recipe.model.config().vocab_size,
+            },
+            out / "tokenizer",
+            lambda: make_tokenizer(recipe, out / "tokenizer", progress),
+        ),
+        Stage(
+            "shards",
+            {"data": {key: data[key] for key in shard_keys}, "seed": recipe.training.seed},
+            out / "shards",
+            lambda: make_shards(recipe, out, progress, note),
+        ),
+        Stage("pretrain", {"recipe": recipe.hash()}, out / "pretrain", lambda: train(recipe, out, progress, note)),
+    ]
+
+
+def make_tokenizer(recipe: Recipe, directory: Path, progress: Progress) -> None:
+    """Trains the tokenizer on an even sample of the training split, each source by its weight; or copies a finished one."""
+    if recipe.tokenizer.path is not None:
+        Tokenizer.load(recipe.tokenizer.path).save(directory)
+        return
+    progress(stage="tokenizer", done=0, total=1)
+    total = sum(source.weight for source in recipe.data.sources)
+    texts = chain.from_iterable(
+        sample(training_documents(recipe, source), int(recipe.tokenizer.training_bytes * source.weight / total))
+        for source in recipe.data.sources
+    )
+    tokenizer = train_tokenizer(texts, recipe.model.config().vocab_size, recipe.tokenizer.digits)
+    tokenizer.save(directory)
+    progress(stage="tokenizer", done=1, total=1, entries=tokenizer.vocab_size)
+
+
+def training_documents(recipe: Recipe, source: Source) -> Iterator[Document]:
+    """A source's training split; of one that never ends, as many documents as the tokenizer can be trained on."""
+    fraction = recipe.data.validation_fraction
+    found = documents(source.uri, "train", seed=recipe.training.seed, validation_fraction=fraction)
+    return islice(found, ENDLESS_DOCUMENTS) if (source.uri, "train") in ENDLESS else found
+
+
+def make_shards(recipe: Recipe, out: Path, progress: Progress, note: Callable[[str], None]) -> None:
+    """Token shards of every source and split. A set that is already whole is kept."""
+    tokenizer = Tokenizer.load(out / "tokenizer")
+    splits: tuple[Split, ...] = ("train", "validation")
+    work = [(source, split) for source in recipe.data.sources for split in splits]
+    for done, (source, split) in enumerate(work):
+        progress(stage="shards", done=done, total=len(work), source=f"{source.name}/{split}")
+        training = split == "train"
+        manifest = build_shards(
+            source.uri, split, tokenizer, out / "shards" / source.name / split, seed=recipe.training.seed,
+            fim_rate=recipe.data.fim_rate if training else 0.0,
+            split_joined_rate=recipe.data.split_joined_rate if training else 0.0,
+            validation_fraction=recipe.data.validation_fraction,
+            limit_tokens=source.tokens if training else VALIDATION_TOKENS,
+        )  # fmt: skip
+        if manifest.skipped.get("count"):
+            named = ", ".join(str(each) for each in manifest.skipped["named"])
+            note(f"{source.name}: skipped {manifest.skipped['count']} files or rows that are no text: {named}")
+    progress(stage="shards", done=len(work), total=len(work))
+
+
+def train(recipe: Recipe, out: Path, progress: Progress, note: Callable[[str], None]) -> None:
+    """Trains in `out/pretrain`, from the newest checkpoint where there is one."""
+    tokenizer = Tokenizer.load(out / "tokenizer")
+    sets = [
+        (source.name, ShardSet.open(out / "shards" / source.name / "train", tokenizer.hash), source.weight)
+        for source in recipe.data.sources
+    ]
+    loader = Loader(
+        sets, recipe.data.sequence_length + 1, recipe.training.seed, tokenizer.pad_id, recipe.data.document_mask
+    )
+    files = {"tokenizer": out / "tokenizer"}
+    scores = Scores(recipe, tokenizer)
+    trainer = Trainer(recipe, loader, out / "pretrain", files=files, progress=progress, evaluate=scores)
+    if trainer.resume():
+        note(f"pretrain: continuing after step {trainer.step_count}")
+    write_run(recipe, out / "pretrain", tokenizer, sets)
+    trainer.run()
+
+
+def derived(recipe: Recipe) -> dict[str, str]:
+    """What follows from a recipe, and why it is as it is: shown before the first step, and in the report."""
+    config, schedules = recipe.model.config(), Schedules.resolve(recipe)
+    counts = count_parameters(config)
+    flops = training_flops_per_token(config, recipe.data.sequence_length)
+    batch = schedules.batch_size.at(0, 0)
+    shares = sum(source.weight for source in recipe.data.sources)
+    mixture = ", ".join(f"{source.name} {source.weight / shares:.0%}" for source in recipe.data.sources)
+    facts = {
+        "model": f"{recipe.model.preset}: {counts.trained:,} parameters, {counts.active:,} active a token, MTP depth {config.num_nextn_predict_layers}",
+        "data": f"{mixture}; {recipe.data.fim_rate:.0%} of the documents to fill in the middle",
+        "batch": f"{batch} sequences x {recipe.data.sequence_length} tokens = {batch * recipe.data.sequence_length:,} tokens a step",
+        "length": f"{recipe.training.tokens:,} tokens in {schedules.total_steps:,} steps, {recipe.training.tokens * flops:.3g} FLOPs",
+        "optimizer": f"{recipe.optimizer.kind}, weight decay {recipe.optimizer.weight_decay:g}, clipping at {recipe.optimizer.clip_norm:g}",
+        "arithmetic": f"{recipe.training.precision} on {pick_device(recipe.training.device)}, FP32 weights",
+    }
+    return {**facts, **{f"why: {topic}": reason for topic, reason in recipe.notes.items()}}
+
+
+def write_run(recipe: Recipe, directory: Path, tokenizer: Tokenizer, sets: list[tuple[str, ShardSet, float]]) -> None:
+    """`run.json`: what the report needs beside the figures."""
+    corpora = {
+        f"corpus {name}": f"{shards.manifest.tokens:,} tokens, {shards.manifest.documents:,} documents"
+        for name, shards, _ in sets
+    }
+    content: dict[str, Any] = {
+        "recipe": recipe.to_dict(),
+        "derived": {**derived(recipe), "tokenizer": f"byte-level BPE, {tokenizer.vocab_size:,} entries", **corpora},
+        "machine": {
+            "processor": processor(), "cores": str(os.cpu_count()), "threads": str(torch.get_num_threads()),
+            "system": platform.platform(terse=True),
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        },
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "command": shlex.join(["dsv3", *sys.argv[1:]]),
+    }  # fmt: skip
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=directory, delete=False, suffix=".tmp") as file:
+        json.dump(content, file, indent=1)
+    os.replace(file.name, directory / "run.json")
+
+
+def processor() -> str:
+    """The processor's name, as far as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def with_user_data(recipe: Recipe, paths: list[str]) -> Recipe:
+    """The recipe with the user's own texts in place of its sources."""
+    if not paths:
+        return recipe
+    names: dict[str, str] = {}
+    for path in paths:
+        stem = "".join(c if c.isalnum() or c in "._-" else "-" for c in Path(path).stem.lstrip(".")) or "data"
+        name = stem
+        while name in names:
+            name += "-2"
+        names[name] = path
+    if len(set(paths)) != len(paths):
+        raise UserError("--data names a path twice; name each once")
+    content = recipe.to_dict()
+    content["data"]["sources"] = [{"name": name, "uri": uri} for name, uri in names.items()]
+    return Recipe.from_dict(content)

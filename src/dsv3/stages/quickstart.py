@@ -1,0 +1,17 @@
+"""Everything, small, on this machine: the stages of pre-training, then a page that shows what came of it."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from dsv3.recipe.schema import Recipe
+from dsv3.stages.pretrain import pretraining_stages
+from dsv3.stages.report import write_report
+from dsv3.stages.runner import Stage
+from dsv3.training.trainer import Progress
+
+
+def quickstart_stages(recipe: Recipe, out: Path, progress: Progress, note: Callable[[str], None]) -> list[Stage]:
+    """From text to `out/report.html`."""
+    page = out / "report.html"
+    report = Stage("report", {}, page, lambda: write_report(out / "pretrain", page))
+    return [*pretraining_stages(recipe, out, progress, note), report]
