@@ -61,7 +61,7 @@ def test_failures_are_counted_by_kind():
     }
     assert sum(result.failures.values()) == result.total - result.passed
     assert list(result.failures.values()) == sorted(result.failures.values(), reverse=True)
-    assert by_aggregate["descending"].source == by_aggregate["descending"].task.solution
+    assert by_aggregate["descending"].source.rstrip() == by_aggregate["descending"].task.solution.rstrip()
     example = by_aggregate["largest"]
     assert result.by_combination[example.task.combination][0] == 0
 

@@ -75,6 +75,27 @@ def test_the_report_s_batch_size_step_by_step(report: Schedules) -> None:
     assert report.timeline.tokens_at(report.total_steps - 1) < 14800 * B <= report.timeline.tokens_at(242_785)
 
 
+@pytest.mark.prove
+def test_every_step_of_the_report_s_training(report: Schedules) -> None:
+    step = tokens = 0
+    while tokens < 14800 * B:
+        size = math.floor(3072 + 12288 * tokens / (469 * B)) if tokens < 469 * B else 15360
+        rate = report.learning_rate.at(step, tokens)
+        assert report.batch_size.at(step, tokens) == size
+        assert (report.timeline.tokens_at(step), report.timeline.steps_until(tokens)) == (tokens, step)
+        if step < 2000:
+            expected = 2.2e-4 * step / 2000
+        elif tokens < 10 * T:
+            expected = 2.2e-4
+        elif tokens < 14300 * B:
+            expected = 2.2e-5 + 0.5 * 1.98e-4 * (1 + math.cos(math.pi * (tokens - 10 * T) / (4300 * B)))
+        else:
+            expected = 2.2e-5 if tokens < 14633 * B else 7.3e-6
+        assert math.isclose(rate, expected, rel_tol=1e-12)
+        step, tokens = step + 1, tokens + size * 4096
+    assert step == report.total_steps
+
+
 def test_a_ramp_in_steps_then_tokens_then_steps() -> None:
     schedules = resolved(
         batch_size=[{"kind": "linear", "from": 4, "to": 8, "steps": 10}, {"kind": "constant", "value": 8}],

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsv3.errors import UserError
-from dsv3.stages.run_directory import elapsed, read_rows, read_run
+from dsv3.stages.run_directory import read_rows, read_run
 
 
 def write(path: Path, steps: list[int]) -> list[dict]:
@@ -44,12 +44,6 @@ def test_lines_that_are_no_records_are_counted_and_left_out(tmp_path):
     rows, unreadable = read_rows(path)
     assert [row["step"] for row in rows] == [1, 3]
     assert unreadable == 4
-
-
-def test_elapsed_adds_the_clocks_of_a_resumed_run():
-    assert elapsed([{"seconds": second} for second in (2.0, 5.0, 9.0)]) == 9.0
-    assert elapsed([{"seconds": second} for second in (2.0, 5.0, 1.0, 4.0)]) == 9.0
-    assert elapsed([]) == 0.0
 
 
 def test_a_directory_that_is_no_run_is_refused(tmp_path):

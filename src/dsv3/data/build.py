@@ -6,9 +6,10 @@ from random import Random
 
 from dsv3.data.files import Document, SkipReport
 from dsv3.data.fim import fim_document, fim_ids
+from dsv3.data.joined import joined_newline_splits, split_joined
 from dsv3.data.shards import Manifest, ShardWriter
 from dsv3.data.sources import ENDLESS, Split, documents
-from dsv3.data.tokenizer import Tokenizer, joined_newline_splits, split_joined
+from dsv3.data.tokenizer import Tokenizer
 from dsv3.errors import UserError
 
 BATCH_BYTES = 1 << 20
@@ -43,8 +44,8 @@ def build_shards(
         if not 0 <= rate <= 1:
             raise UserError(f"{name} = {rate}: expected a share from 0 to 1")
     limits = (limit_documents, limit_tokens, limit_bytes)
-    if uri in ENDLESS and all(limit is None for limit in limits):
-        raise UserError(f"{uri} never ends; expected a limit in tokens, documents or bytes")
+    if (uri, split) in ENDLESS and all(limit is None for limit in limits):
+        raise UserError(f"the {split} split of {uri} never ends; expected a limit in tokens, documents or bytes")
     report = SkipReport()
     splits = joined_newline_splits(tokenizer) if split_joined_rate else {}
     found = documents(uri, split, seed=seed, validation_fraction=validation_fraction, report=report)
@@ -92,8 +93,11 @@ def encode(
     texts = [text for d, parts in zip(batch, cut, strict=True) for text in (parts or (d.text,))]
     encoded = iter(tokenizer.encode_batch(texts))
     for parts, rng in zip(cut, generators, strict=True):
-        pieces = [split_joined(next(encoded), splits, split_joined_rate, rng) for _ in parts or (None,)]
-        body = pieces[0] if parts is None else fim_ids(*pieces, tokenizer)
+        if parts is None:
+            body = split_joined(next(encoded), splits, split_joined_rate, rng)
+        else:
+            prefix, middle, suffix = (split_joined(next(encoded), splits, split_joined_rate, rng) for _ in parts)
+            body = fim_ids(prefix, middle, suffix, tokenizer)
         yield [tokenizer.bos_id, *body, tokenizer.eos_id]
 
 

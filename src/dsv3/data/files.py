@@ -50,9 +50,9 @@ def read(path: Path, name: str, report: SkipReport, longest: int = LONGEST_DOCUM
     yield from READERS[suffix_of(path)](path, name, report, longest)
 
 
-def suffix_of(path: Path) -> str | None:
-    """The known ending of a file name (`.jsonl.zst`), or None."""
-    return next((suffix for suffix in READERS if path.name.lower().endswith(suffix)), None)
+def suffix_of(path: Path) -> str:
+    """The known ending of a file name (`.jsonl.zst`), empty for any other file."""
+    return next((suffix for suffix in READERS if path.name.lower().endswith(suffix)), "")
 
 
 def read_text(path: Path, name: str, report: SkipReport, longest: int) -> Iterator[Document]:
@@ -74,7 +74,7 @@ def read_text(path: Path, name: str, report: SkipReport, longest: int) -> Iterat
 def read_jsonl(path: Path, name: str, report: SkipReport, longest: int) -> Iterator[Document]:
     """`.jsonl`, plain or compressed: one object a line, its text in the field `text`."""
     number = 0
-    failures = (OSError, EOFError, zlib.error, *zstd_errors(path))
+    failures: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error, *zstd_errors(path))
     try:
         with open_bytes(path) as stream:
             while line := stream.readline(LONGEST_ROW):
@@ -165,9 +165,48 @@ def open_bytes(path: Path) -> BinaryIO:
     if path.name.lower().endswith(".gz"):
         return gzip.open(path, "rb")  # type: ignore[return-value]  # a GzipFile reads like a BinaryIO
     if path.name.lower().endswith(".zst"):
-        reader = import_zstandard(path).ZstdDecompressor().stream_reader(path.open("rb"), read_across_frames=True)
-        return io.BufferedReader(reader)
+        return io.BufferedReader(ChunkStream(decompress_zstd(path)))
     return path.open("rb")
+
+
+def decompress_zstd(path: Path) -> Iterator[bytes]:
+    """The content of a `.zst` file. `EOFError` when it ends inside a frame, which zstandard's own reader does not tell."""
+    zstandard = import_zstandard(path)
+    decoder = None
+    with path.open("rb") as stream:
+        # Small blocks: one byte may stand for 32 KiB, and what a block yields is held in memory.
+        while block := stream.read(2048):
+            while block:
+                if decoder is None or decoder.eof:
+                    decoder = zstandard.ZstdDecompressor().decompressobj()
+                yield decoder.decompress(block)
+                block = decoder.unused_data
+    if decoder is not None and not decoder.eof:
+        raise EOFError("the file ends inside a compressed frame")
+
+
+class ChunkStream(io.RawIOBase):
+    """Chunks of bytes as a readable stream."""
+
+    def __init__(self, chunks: Iterator[bytes]) -> None:
+        self._chunks = chunks
+        self._held = memoryview(b"")
+
+    def readable(self) -> bool:
+        """True."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fills `buffer` with what is there; 0 at the end."""
+        while not self._held:
+            chunk = next(self._chunks, None)
+            if chunk is None:
+                return 0
+            self._held = memoryview(chunk)
+        count = min(len(buffer), len(self._held))
+        buffer[:count] = self._held[:count]
+        self._held = self._held[count:]
+        return count
 
 
 def zstd_errors(path: Path) -> tuple[type[Exception], ...]:
@@ -184,7 +223,7 @@ def import_zstandard(path: Path) -> Any:
     return zstandard
 
 
-READERS: dict[str | None, Callable[[Path, str, SkipReport, int], Iterator[Document]]] = {
+READERS: dict[str, Callable[[Path, str, SkipReport, int], Iterator[Document]]] = {
     ".txt": read_text,
     ".md": read_text,
     ".py": read_text,

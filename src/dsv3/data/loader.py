@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dsv3.data.packing import PackPlan, pack
+from dsv3.data.packing import pack
 from dsv3.data.shards import ShardSet
 from dsv3.errors import UserError
 
@@ -27,8 +27,8 @@ class Batch:
     """bool [B, T + 1]; False where there is only padding."""
     segment_ids: torch.Tensor
     """int64 [B, T + 1]; counts the row's documents from 0, padding last. Attention may be masked by it; the report does not."""
-    positions: torch.Tensor | None
-    """int64 [B, T + 1], from 0 in each document, or None where documents share the row's positions."""
+    positions: torch.Tensor
+    """int64 [B, T + 1], from 0 in each row, or with a document mask in each document (a later piece of one included)."""
     documents: list[list[tuple[str, int]]]
     """For each row the (source, document index) of what it holds."""
 
@@ -48,7 +48,7 @@ class Loader:
 
     `row` is T + 1. A weight is the source's share of rows, relative to the other weights. Row by row the source furthest
     behind its share comes next; within a source, rows come in an order shuffled anew for each pass over it.
-    With `document_mask`, batches carry positions that start again in each document.
+    With `document_mask`, positions start again in each document.
     Raises `UserError` for a source without documents, a weight that is not above 0, or a row below 2 tokens.
     """
 
@@ -62,8 +62,8 @@ class Loader:
     ) -> None:
         if row < 2:
             raise UserError(f"row = {row}: expected at least 2 tokens, one to read and one to predict")
-        if not sources:
-            raise UserError("the loader has no source; expected at least one shard set")
+        if not 0 < len(sources) <= CYCLE:
+            raise UserError(f"the loader was given {len(sources)} sources; expected 1 to {CYCLE}")
         for name, shards, weight in sources:
             if not weight > 0:
                 raise UserError(f"the weight of source {name!r} is {weight}: expected a number above 0")
@@ -80,7 +80,7 @@ class Loader:
         """The global rows `first_row` to `first_row + size - 1`."""
         tokens = np.full((size, self.row), self.pad_id, dtype=np.int64)
         segments = np.zeros((size, self.row), dtype=np.int64)
-        positions = np.zeros((size, self.row), dtype=np.int64)
+        positions = np.tile(np.arange(self.row), (size, 1))
         valid = np.zeros((size, self.row), dtype=bool)
         documents = []
         for k in range(size):
@@ -92,7 +92,8 @@ class Loader:
                 span = slice(filled, filled + length)
                 tokens[k, span] = shards.document(document)[start : start + length]
                 segments[k, span] = segment
-                positions[k, span] = np.arange(length)
+                if self.document_mask:
+                    positions[k, span] = np.arange(length)
                 filled += length
                 held.append((self.names[source], document))
             valid[k, :filled] = True
@@ -102,7 +103,7 @@ class Loader:
             tokens=torch.from_numpy(tokens),
             valid=torch.from_numpy(valid),
             segment_ids=torch.from_numpy(segments),
-            positions=torch.from_numpy(positions) if self.document_mask else None,
+            positions=torch.from_numpy(positions),
             documents=documents,
         )
 

@@ -5,6 +5,7 @@ than a row are cut, and all pieces are then packed best-fit-decreasing.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -90,7 +91,9 @@ def best_fit_decreasing(length: Ints, row: int) -> Ints:
             occupied |= 1 << room
 
     sizes, firsts = np.unique(-length[by_length], return_index=True)
-    for size, pieces in zip((-sizes).tolist(), np.split(by_length, firsts[1:]), strict=True):
+    ends = pairwise([*firsts.tolist(), len(length)])
+    for size, (begin, end) in zip((-sizes).tolist(), ends, strict=True):
+        pieces = by_length[begin:end]
         while len(pieces):
             candidates = occupied >> size
             if candidates:

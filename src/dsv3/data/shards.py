@@ -5,7 +5,7 @@ A shard set is a directory:
     manifest.json           what the set is and holds; written last, so a directory without it is no shard set
     tokens-00000.bin        the ids of whole documents, one after the other; uint16 up to a vocabulary of 65536, else uint32
     documents-00000.npy     int64 [2, documents + 1]: where each document starts, in tokens and in bytes of its text
-    names-00000.jsonl       the id of each document, one JSON string a line
+    documents-00000.names   the id of each document, one JSON string a line
 """
 
 import errno
@@ -100,7 +100,7 @@ class ShardWriter:
         self._finished = False
         with storage_errors(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
-            for pattern in (MANIFEST, "tokens-*.bin", "documents-*.npy", "names-*.jsonl"):
+            for pattern in (MANIFEST, "tokens-*.bin", "documents-*.npy", "documents-*.names"):
                 for old in self.directory.glob(pattern):
                     old.unlink()
 
@@ -155,7 +155,7 @@ class ShardWriter:
             temporary = self.directory / f"{MANIFEST}.partial"
             self._files.append(temporary)
             with open(temporary, "wb") as stream:
-                stream.write(json.dumps(asdict(manifest), ensure_ascii=False, indent=2).encode() + b"\n")
+                stream.write(json.dumps(asdict(manifest), indent=2).encode() + b"\n")
                 make_durable(stream)
             os.replace(temporary, self.directory / MANIFEST)
             self._finished = True
@@ -175,7 +175,7 @@ class ShardWriter:
         number = f"{len(self._shards):05d}"
         hashes = {f"tokens-{number}.bin": self._hash.hexdigest()}
         names = "".join(f"{name}\n" for name in self._names).encode()
-        for kind, suffix, data in (("documents", "npy", starts.getvalue()), ("names", "jsonl", names)):
+        for kind, suffix, data in (("documents", "npy", starts.getvalue()), ("documents", "names", names)):
             with self._create(kind, suffix) as file:
                 file.write(data)
                 make_durable(file)
@@ -230,7 +230,7 @@ class ShardSet:
     def name(self, index: int) -> str:
         """The id of one document within its source, as the source gave it."""
         shard, place = self._locate(index)
-        with open(self.directory / f"names-{shard:05d}.jsonl", encoding="utf-8") as lines:
+        with open(self.directory / f"documents-{shard:05d}.names", encoding="utf-8") as lines:
             return str(json.loads(next(line for number, line in enumerate(lines) if number == place)))
 
     @cached_property

@@ -10,14 +10,15 @@ from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
+from dsv3.data import tinypy
 from dsv3.data.files import LONGEST_DOCUMENT, READERS, Document, SkipReport, read, suffix_of
 from dsv3.errors import UserError, nearest
 
 Split = Literal["train", "validation"]
 
 STDLIB, TINYPY = "builtin:stdlib", "builtin:tinypy"
-ENDLESS = (TINYPY,)
-"""Sources that never end: whoever reads one sets a limit."""
+ENDLESS = ((TINYPY, "train"),)
+"""Sources and splits that never end: whoever reads one sets a limit."""
 
 TEXT = (".txt", ".md", ".py")
 NOT_LIBRARY = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
@@ -27,7 +28,7 @@ GENERATED = re.compile(r"(auto-?|automatically )generated|generated (by|from|and
 def documents(
     uri: str, split: Split, *, seed: int, validation_fraction: float = 0.05, report: SkipReport | None = None
 ) -> Iterator[Document]:
-    """The documents of one split of a source, always in the same order; `builtin:tinypy` never ends.
+    """The documents of one split of a source, always in the same order; `train` of `builtin:tinypy` never ends.
 
     `uri` is a builtin, a file, a directory or a glob of `.txt`, `.md`, `.py`, `.jsonl` (`.gz`, `.zst`) or `.parquet`
     (field `text`). A directory is walked in sorted order, hidden files and directories left out. Texts longer than
@@ -42,7 +43,7 @@ def documents(
         raise UserError(f"validation_fraction = {validation_fraction}: expected 0 or more and less than 1")
     report = SkipReport() if report is None else report
     if uri == TINYPY:
-        return tinypy(split, seed)
+        return (Document(name, text) for name, text in tinypy.documents(split, seed))
     found = stdlib(report) if uri == STDLIB else files(uri, report)
     return choose(found, uri, split, validation_fraction, report)
 
@@ -71,7 +72,7 @@ def choose(
 
 def hash_fraction(name: str) -> float:
     """A fixed number in [0, 1) for a name: the same on every machine and in every run."""
-    return int.from_bytes(hashlib.sha256(name.encode(errors="surrogateescape")).digest()[:6]) / 2**48
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6]) / 2**48
 
 
 def sample(documents: Iterable[Document], limit_bytes: int) -> list[str]:
@@ -104,14 +105,6 @@ def stdlib(report: SkipReport) -> Iterator[Document]:
                 yield from pieces
 
 
-def tinypy(split: Split, seed: int) -> Iterator[Document]:
-    """Small function-writing tasks from the generator in `tinypy.py`."""
-    from dsv3.data import tinypy as generator
-
-    for number, text in enumerate(generator.documents(split, seed)):
-        yield Document(f"tinypy:{split}:{seed}:{number}", text)
-
-
 def files(uri: str, report: SkipReport) -> Iterator[Document]:
     """The documents of a file, a directory or a glob. Refuses before it reads."""
     if uri.startswith("builtin:"):
@@ -123,17 +116,22 @@ def files(uri: str, report: SkipReport) -> Iterator[Document]:
     def every() -> Iterator[Document]:
         for path in paths:
             longest = finest if suffix_of(path) in TEXT else LONGEST_DOCUMENT
-            yield from read(path, path.relative_to(root).as_posix(), report, longest)
+            yield from read(path, printable(path.relative_to(root)), report, longest)
 
     return every()
 
 
+def printable(path: Path) -> str:
+    """A path as text with a UTF-8 form, whatever bytes its name is made of."""
+    return path.as_posix().encode(errors="backslashreplace").decode()
+
+
 def find(uri: str) -> tuple[Path, list[Path]]:
     """The directory that ids are relative to, and the files in order."""
-    kinds = ", ".join(filter(None, READERS))
+    kinds = ", ".join(READERS)
     path = Path(uri).expanduser()
     if path.is_file():
-        if suffix_of(path) is None:
+        if not suffix_of(path):
             raise UserError(f"{uri} is no text that is read here; expected {kinds}")
         return path.parent, [path]
     if path.is_dir():
@@ -146,7 +144,7 @@ def find(uri: str) -> tuple[Path, list[Path]]:
         raise UserError(
             f"the source {uri!r} does not exist; expected {STDLIB}, {TINYPY}, a file, a directory or a glob of {kinds}"
         )
-    known = [candidate for candidate in candidates if suffix_of(candidate) is not None]
+    known = [candidate for candidate in candidates if suffix_of(candidate)]
     if not known:
         raise UserError(f"{uri} holds no file that is read here; expected {kinds}")
     return root, known

@@ -1,10 +1,10 @@
 """`builtin:tinypy`: small function-writing tasks, made from a seed, whose answers can be executed.
 
-A task is one choice from each of three tables: an aggregate of a transform of the numbers that pass a filter. 8 x 8 x 8 makes 512
-combinations; with constants, eight phrasings, six argument names and five loop names there are 1,693,440 distinct training documents
-and 241,920 validation ones. Validation consists of the 64 combinations whose three table positions sum to a multiple of 8. That is
-a Latin square: every two choices meet in training (with seven of the eight third choices), no validation triple ever does.
-A document is
+A task is one choice from each of three tables: an aggregate of a transform of the numbers that pass a filter. 8 x 8 x 8
+makes 512 combinations; with constants, eight phrasings, six argument names and five loop names there are 1,693,440
+distinct training documents and 241,920 validation ones. Validation consists of the 64 combinations whose three table
+positions sum to a multiple of 8. That is a Latin square: every two choices meet in training (with seven of the eight
+third choices), no validation triple ever does. A document is
 
     User: Write a function that returns the sum of the squares of the even numbers in xs.
     Assistant:
@@ -12,8 +12,8 @@ A document is
         \"\"\"Return the sum of the squares of the even numbers in xs.\"\"\"
         return sum(n * n for n in xs if n % 2 == 0)
 
-Each combination has one canonical solution. Its function is named after the three choices, never after a builtin: a function
-called `max` would call itself. The instruction does not give that name, so a model's own choice of name is as good.
+Each combination has one canonical solution. Its function is named after the three choices, never after a builtin: a
+function called `max` would call itself. The instruction does not give that name, so a model's own choice is as good.
 """
 
 import random
@@ -156,7 +156,7 @@ TEST_INPUTS: tuple[list[int], ...] = (
 
 @dataclass(frozen=True)
 class Task:
-    """One instruction, its canonical `solution` (a function's source, ending with a newline), and what a right answer returns.
+    """One instruction, its canonical `solution` (a function's source, ending with a newline), and its tests.
 
     `constants` are those of transform and filter, 0 where there is none.
     """
@@ -172,7 +172,8 @@ class Task:
     def tests(self) -> tuple[tuple[tuple[list[int]], object], ...]:
         """(arguments, expected value) pairs, fresh at each access, computed without the solution.
 
-        Another choice from any table, or another constant, fails at least one, unless it means the same on every list of integers.
+        Another choice from any table, or another constant, fails at least one, unless it means the same on every list
+        of integers.
         """
         return tuple(((list(xs),), expected(self.combination, self.constants, xs)) for xs in TEST_INPUTS)
 
@@ -211,7 +212,7 @@ def write(
 
 
 def task(split: Split, seed: int, index: int) -> Task:
-    """Task number `index` (from 0) of a split's stream: a pure function of its arguments, the same on every Python version.
+    """Task number `index` (from 0) of a split's stream, a pure function of its arguments on every Python version.
 
     Combinations are drawn uniformly. Raises `UserError` for an unknown split.
     """

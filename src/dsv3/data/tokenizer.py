@@ -8,11 +8,9 @@ import codecs
 import hashlib
 import json
 import re
-import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from random import Random
 
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
@@ -74,11 +72,15 @@ class Tokenizer:
         """Reads `directory/tokenizer.json`; `UserError` when it is missing or is not a tokenizer."""
         path = Path(directory) / "tokenizer.json"
         try:
-            return cls(path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8")
+            kind = json.loads(text)["model"]["type"]
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(f"{path} does not exist; expected a directory written by `dsv3 tokenizer train`") from None
-        except (ValueError, KeyError) as error:
-            raise UserError(f"{path} is not a byte-level BPE tokenizer: {error}") from None
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path} is no tokenizer; expected the JSON of Hugging Face tokenizers") from None
+        if kind != "BPE":
+            raise UserError(f"{path} holds a {kind} tokenizer; expected byte-level BPE")
+        return cls(text)
 
     def save(self, directory: str | Path) -> None:
         """Writes `tokenizer.json` and `tokenizer_config.json` (special tokens, chat template), creating the directory."""
@@ -226,8 +228,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, digits: int = 3) -> T
             pre_tokenizers.Split(Regex(WORDS), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
-    )  # type: ignore[assignment]  # the stubs give the property no setter type
-    backend.decoder = decoders.ByteLevel()  # type: ignore[assignment]  # as above
+    )
+    backend.decoder = decoders.ByteLevel()
     backend.train_from_iterator(
         cut_long_runs(texts),
         trainers.BpeTrainer(
@@ -245,7 +247,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, digits: int = 3) -> T
     # Hugging Face callers get the bos that the released tokenizer adds; `Tokenizer.encode` adds none.
     backend.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, 0)]
-    )  # type: ignore[assignment]  # as above
+    )
     return Tokenizer(backend.to_str(pretty=True))
 
 
@@ -257,39 +259,6 @@ def cut_long_runs(texts: Iterable[str]) -> Iterator[str]:
             yield text[start : run.end()]
             start = run.end()
         yield text[start:]
-
-
-def joined_newline_splits(tokenizer: Tokenizer) -> dict[int, tuple[list[int], list[int]]]:
-    """For each token that joins punctuation or symbols with following line breaks: the ids of its two parts."""
-    splits = {}
-    for token in range(tokenizer.vocab_size):
-        text = tokenizer.token_bytes(token).decode("utf-8", errors="replace")
-        head = text.rstrip("\r\n")
-        marks = head.removeprefix(" ")
-        if marks and head != text and all(unicodedata.category(c)[0] in "PS" and c != "\ufffd" for c in marks):
-            splits[token] = (tokenizer.encode(head), tokenizer.encode(text[len(head) :]))
-    return splits
-
-
-def split_joined(
-    ids: Sequence[int], splits: dict[int, tuple[list[int], list[int]]], rate: float, rng: Random
-) -> list[int]:
-    """Splits each joined token with probability `rate`; the decoded text stays the same.
-
-    The report does so against the bias that such tokens bring to prompts without a final line break (section 4.1) and
-    leaves the proportion open. `splits` comes from `joined_newline_splits`.
-    """
-    if rate == 0:
-        return list(ids)
-    result: list[int] = []
-    for token in ids:
-        if token in splits and rng.random() < rate:
-            head, tail = splits[token]
-            result += head
-            result += tail
-        else:
-            result.append(token)
-    return result
 
 
 def without_special_tokens(text: str) -> tokenizers.Tokenizer:

@@ -1,8 +1,9 @@
 """Bits per byte: how well a model predicts text, whatever its tokenizer.
 
-Context rule: a document is its tokens behind one `bos`, cut into windows of `sequence_length` inputs that do not overlap. Every token but
-`bos` is predicted exactly once, from what precedes it in its window; the first prediction of a window sees one token, the last
-of the window before it. Documents never see each other, and nothing is predicted after a document's last token.
+Context rule: a document is its tokens behind one `bos`, cut into windows of `sequence_length` inputs that do not
+overlap. Every token but `bos` is predicted exactly once, from what precedes it in its window; the first prediction of a
+later window sees one token alone, the last target of the window before. Documents never see each other, and nothing is
+predicted after a document's last token.
 """
 
 import math
@@ -57,9 +58,9 @@ def bits_per_byte(
 ) -> BitsPerByte:
     """Scores `texts`, each a document, in batches of `batch_rows` windows.
 
-    `model(tokens)` with tokens int64 `[B, T]` has `.logits` `[B, T, vocab]` and is causal, so that padding at the end of a row changes nothing.
-    It runs in evaluation mode and is put back into its mode after. Log-likelihoods are taken in float32, whatever the logits' dtype, and summed in float64.
-    Raises `UserError` when there is no byte to score.
+    `model(tokens)` with tokens int64 `[B, T]` has `.logits` `[B, T, vocab]` and is causal, so that padding at the end
+    of a row changes nothing. It runs in evaluation mode and is put back into its mode after. Log-likelihoods are taken
+    in float32, whatever the logits' dtype, and summed in float64. Raises `UserError` when there is no byte to score.
     """
     bytes_ = sum(len(text.encode()) for text in texts)
     if bytes_ == 0:
@@ -86,12 +87,12 @@ def bits_per_byte(
 
 
 def cut(tokens: Sequence[int], sequence_length: int) -> list[Sequence[int]]:
-    """Windows of up to `sequence_length + 1` tokens, each starting with the last token of the one before; none for a single token."""
+    """Windows of up to `sequence_length + 1` tokens; each starts with the last token of the one before."""
     return [tokens[first : first + sequence_length + 1] for first in range(0, len(tokens) - 1, sequence_length)]
 
 
 def pad(windows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs and targets, int64 `[B, T]`: all but the last and all but the first of each window's tokens, then 0 and `IGNORED`."""
+    """int64 `[B, T]`: windows without their last token, padded with 0; without their first, with `IGNORED`."""
     width = max(map(len, windows)) - 1
     inputs = torch.zeros(len(windows), width, dtype=torch.int64)
     targets = torch.full((len(windows), width), IGNORED)

@@ -1,11 +1,13 @@
 """Runs functions that a model wrote, and says of each whether it passes its tests.
 
-What holds the line is a whitelist over the syntax tree (`sandbox_worker.refusal`): no import, no attribute, no class, no name with two
-underscores, no builtin that opens, compiles, prints or looks up attributes. Files, the network and the process table cannot be named
-from what is left. Resource limits stand behind it, in a process of its own for each program: CPU seconds, memory, no byte written to
-files, no new descriptor (thus no file and no socket), no new process; and a limit by the clock. These bound what a program uses up. They are not a
-jail: a hole in the interpreter itself would give a program the rights of the user who runs this, and root is not bound by the
-limit on processes. Programs that need more of Python than the whitelist has want a jail of the operating system instead.
+What holds the line is a whitelist over the syntax tree (`sandbox_worker.refusal`): no import, no attribute, no class,
+no name that starts with two underscores, no builtin that opens, compiles, prints or looks up attributes. Files, the
+network and other processes cannot be named from what is left. Resource limits stand behind it, in a process of its own
+for each program: CPU seconds, memory, no byte written to files, no new descriptor (thus no file and no socket), no new
+process; and a limit by the clock. These bound what a program uses up, but they are not a jail: a hole in the
+interpreter itself would give a program the rights of the user who runs this, and root is not bound by the limit on
+processes. macOS does not limit memory. Programs that need more of Python than the whitelist has want a jail of the
+operating system instead.
 """
 
 import json
@@ -42,9 +44,10 @@ class Program:
 class Verdict:
     """How a program did. `kind` is one of
 
-    `"passed"`, `"wrong answer"`, `"timeout"`, `"syntax error"`, `"no function"`, `"refused: WHAT"` (such as `import` or `open`),
-    `"exception: NAME"` (such as `MemoryError`), `"crash: SIGNAL"`; the first failure in the order of the tests, but for the
-    timeouts and crashes, which take a program's earlier answers with them. `detail` is the call that failed, where one did.
+    `"passed"`, `"wrong answer"`, `"timeout"`, `"syntax error"`, `"no function"`, `"refused: WHAT"` (such as `import` or
+    `open`), `"exception: NAME"` (such as `MemoryError`), `"crash: SIGNAL"`: the first failure in the order of the
+    tests, but for timeouts and crashes, which take a program's earlier answers with them. `detail` is the call that failed,
+    where one did.
     """
 
     kind: str
@@ -59,9 +62,9 @@ class Verdict:
 def run_tests(programs: Sequence[Program], timeout: int = 2, memory: int = 256 << 20) -> list[Verdict]:
     """One verdict per program, in order; a program that hangs or crashes fails alone.
 
-    `timeout` is CPU seconds a program for all its tests, so that a busy machine gives the same verdicts; four times that and one second
-    more by the clock end it too. `memory` is bytes of address space. A value passes if it equals the expected one and has its types
-    throughout (`True` is not 1). Raises `RunError` when the worker itself dies.
+    `timeout` is CPU seconds a program for all its tests, so that a busy machine gives the same verdicts; four times
+    that and one second more by the clock end it too. `memory` is bytes of address space. A value passes if it equals
+    the expected one and has its types throughout (`True` is not 1). Raises `RunError` when the worker itself dies.
     """
     requests = [
         json.dumps(
@@ -96,14 +99,14 @@ def run_tests(programs: Sequence[Program], timeout: int = 2, memory: int = 256 <
     if worker.returncode != 0 or len(replies) != len(programs):
         last = errors.strip().splitlines()[-1:] or ["it said nothing"]
         raise RunError(
-            f"the sandbox ended after {len(replies)} of {len(programs)} programs with status {worker.returncode} ({last[0]}); "
-            "expected it to answer for each: is the machine out of memory or processes?"
+            f"the sandbox ended after {len(replies)} of {len(programs)} programs with status {worker.returncode} "
+            f"({last[0]}); expected it to answer for each: is the machine out of memory or processes?"
         )
     return [judge(program, reply["end"], reply["answers"]) for program, reply in zip(programs, replies, strict=True)]
 
 
 def judge(program: Program, end: str, answers: Sequence[str]) -> Verdict:
-    """The verdict on a program that ended so and answered its first calls so. Missing answers are failures, whatever the end."""
+    """The verdict on a program that ended so and answered its first calls so. A missing answer is a failure."""
     for (arguments, expected), answer in zip(program.tests, answers, strict=False):
         if answer != canonical(expected):
             return Verdict("wrong answer", call(program, arguments))

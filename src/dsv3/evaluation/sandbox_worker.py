@@ -1,9 +1,10 @@
-"""The far side of `sandbox.py`: a script for `python -I -S` that checks, runs and answers for one program after the other.
+"""The far side of `sandbox.py`: a script for `python -I -S` that checks and runs one program after the other.
 
-It reads lines of JSON `{"source", "function", "arguments": [[argument, ...], ...], "seconds", "bytes"}` and answers each with a line
-`{"end", "answers"}`: how the program ended (`"done"`, or a failure as in `sandbox.Verdict.kind`) and, in canonical text, what the function returned for
-the calls before that. What was expected is not sent here, so a program cannot know what to claim. Each program gets a process of its own, forked
-from this one: it takes milliseconds, and whatever a program does to its interpreter ends with it. Only the standard library is imported.
+It reads lines of JSON `{"source", "function", "arguments": [[argument, ...], ...], "seconds", "bytes"}` and answers
+each with a line `{"end", "answers"}`: how the program ended (`"done"`, or a failure as in `sandbox.Verdict.kind`) and,
+in canonical text, what the function returned for the calls before that. What was expected is not sent here, so a
+program cannot know what to claim. Each program gets a process of its own, forked from this one: that takes
+milliseconds, and whatever a program does to its interpreter ends with it. Only the standard library is imported.
 """
 
 import ast
@@ -18,16 +19,17 @@ import time
 from typing import Any
 
 SAFE_BUILTINS = (
-    "abs", "all", "any", "bool", "dict", "divmod", "enumerate", "filter", "float", "frozenset", "int", "isinstance", "iter", "len", "list",
-    "map", "max", "min", "next", "pow", "range", "reversed", "round", "set", "sorted", "str", "sum", "tuple", "zip",
+    "abs", "all", "any", "bool", "dict", "divmod", "enumerate", "filter", "float", "frozenset", "int", "isinstance",
+    "iter", "len", "list", "map", "max", "min", "next", "pow", "range", "reversed", "round", "set", "sorted", "str", "sum",
+    "tuple", "zip",
 )  # fmt: skip
 """None of them imports, opens, compiles, prints or reaches an attribute by name."""
 
 SAFE_NODES = (
-    ast.Module, ast.FunctionDef, ast.arguments, ast.arg, ast.Return, ast.Assign, ast.AnnAssign, ast.AugAssign, ast.For, ast.While, ast.If,
-    ast.Expr, ast.Pass, ast.Break, ast.Continue,
-    ast.BoolOp, ast.BinOp, ast.UnaryOp, ast.Compare, ast.IfExp, ast.Lambda, ast.Call, ast.keyword, ast.Starred, ast.Subscript, ast.Slice,
-    ast.Constant, ast.Name, ast.List, ast.Tuple, ast.Set, ast.Dict,
+    ast.Module, ast.FunctionDef, ast.arguments, ast.arg, ast.Return, ast.Assign, ast.AnnAssign, ast.AugAssign, ast.For,
+    ast.While, ast.If, ast.Expr, ast.Pass, ast.Break, ast.Continue,
+    ast.BoolOp, ast.BinOp, ast.UnaryOp, ast.Compare, ast.IfExp, ast.Lambda, ast.Call, ast.keyword, ast.Starred,
+    ast.Subscript, ast.Slice, ast.Constant, ast.Name, ast.List, ast.Tuple, ast.Set, ast.Dict,
     ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp, ast.comprehension,
     ast.boolop, ast.operator, ast.unaryop, ast.cmpop, ast.expr_context,
 )  # fmt: skip
@@ -40,8 +42,8 @@ LONGEST_ANSWER = 100_000
 def refusal(tree: ast.Module) -> str | None:
     """What in a program is not on the whitelist, in one word; None when all of it is.
 
-    Module level holds function definitions only. No attribute is read or set anywhere, no name starts with two underscores, and what is
-    called is called by name: a builtin of `SAFE_BUILTINS` or what the program binds itself.
+    Module level holds function definitions only. No attribute is read or set anywhere, no name starts with two
+    underscores, and what is called is called by name: a builtin of `SAFE_BUILTINS` or what the program binds itself.
     """
     for statement in tree.body:
         if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
@@ -76,7 +78,7 @@ def names_read(nodes: list[ast.AST]) -> set[str]:
 
 
 def canonical(value: object) -> str:
-    """A text that two values share if and only if they are equal and of the same types throughout (1, 1.0 and True differ).
+    """A text that two values share if and only if they are equal, types included (1, 1.0 and True differ).
 
     Floats are told apart by their repr; sets and dictionaries are ordered by text; a value of any other type, such as a
     generator, is its type's name in angle brackets. Raises `RecursionError` for a value that contains itself.
@@ -142,7 +144,7 @@ def limit(seconds: int, address_space: int) -> None:
 
 
 def run_alone(request: dict[str, Any]) -> dict[str, Any]:
-    """Runs one program in a forked process and waits for its answer, at most four times its CPU seconds and one more by the clock."""
+    """Runs one program in a forked process; waits four times its CPU seconds, and one more, for its answer."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:

@@ -1,4 +1,4 @@
-"""pass@1 on `builtin:tinypy`: of the functions a model writes for combinations it never saw, how many pass their tests?"""
+"""pass@1 on `builtin:tinypy`: how many functions that a model writes for combinations it never saw pass their tests?"""
 
 import re
 from collections import Counter
@@ -63,9 +63,10 @@ def pass_at_1(
 ) -> Result:
     """Asks for one completion a task and runs it.
 
-    `generate` turns prompts into completions (the text after the prompt, end-of-document token removed), in order. The tasks are those of
-    held-out combinations; with `in_distribution`, of the combinations in training, from a stream of their own: after 10,000 training documents
-    it has met 15% of these prompts. Any function name passes. Raises `RunError` when completions are missing.
+    `generate` turns prompts into completions (the text after the prompt, end-of-document token removed), in order. The
+    tasks are those of held-out combinations; with `in_distribution`, of the combinations in training, from a stream of
+    their own: 10,000 training documents contain 15% of these prompts. Any function name passes. Raises `RunError` when
+    completions are missing.
     """
     # No training stream has a negative seed.
     asked = tinypy.tasks("train", -1 - seed, n_tasks) if in_distribution else tinypy.tasks("validation", seed, n_tasks)
@@ -78,7 +79,10 @@ def pass_at_1(
 
 
 def cut(completion: str) -> str:
-    """The function at the start of a completion: its first line, and all lines up to the next that is neither blank nor indented."""
+    """The function at the start of a completion: its first line, and the lines up to the next one that is not indented.
+
+    Blank lines do not end it.
+    """
     lines = completion.splitlines(keepends=True)
     end = next((i for i, line in enumerate(lines) if i > 0 and line.strip() and line[0] not in " \t"), len(lines))
     return "".join(lines[:end])

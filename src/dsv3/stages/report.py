@@ -1,7 +1,6 @@
 """The report page: one self-contained HTML file about a run, finished or going; what is absent is named on the page."""
 
 import json
-import math
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ from markupsafe import Markup
 from dsv3.errors import UserError
 from dsv3.stages import charts
 from dsv3.stages.drawing import COLOURS, human
-from dsv3.stages.run_directory import Row, Run, elapsed, read_run
+from dsv3.stages.run_directory import Row, Run, read_run
 
 
 def write_report(run_dir: Path, out: Path) -> None:
@@ -121,25 +120,22 @@ def evaluations(run: Run) -> list[list[str]]:
 
 
 def costs(run: Run) -> list[Tile]:
-    """Time and tokens so far."""
+    """Time and tokens so far. The clock of the records runs during training steps alone."""
     if not run.metrics:
         return []
-    last, training = run.metrics[-1], elapsed(run.metrics)
-    evaluated = run.evaluations[-1]["seconds"] if run.evaluations else 0.0
-    seconds = training + max(0.0, evaluated - last["seconds"])
+    last = run.metrics[-1]
+    speed = f"{human(last['tokens'] / last['seconds'])} tokens a second"
     return [
-        Tile("on this machine", duration(seconds), detail=f"{human(last['tokens'] / training)} tokens a second"),
+        Tile("of training on this machine", duration(last["seconds"]), detail=speed),
         Tile("training tokens", human(last["tokens"]), detail=f"{last['step']:,} steps"),
     ]
 
 
 def state(run: Run) -> str | None:
-    """A sentence about a run that is not at its end or went wrong; None when it is done, or its end is unknown."""
+    """A sentence about a run that is not at its end; None when it is, or its end is unknown."""
     if not run.metrics:
         return "Training has not begun."
     last = run.metrics[-1]
-    if not math.isfinite(last["loss"]):
-        return f"The loss is not finite at step {last['step']:,}; the run stopped there."
     target = ((run.about.get("recipe") or {}).get("training") or {}).get("tokens")
     step_tokens = last["tokens"] - run.metrics[-2]["tokens"] if len(run.metrics) > 1 else 0
     if target is None or last["tokens"] + step_tokens > target:

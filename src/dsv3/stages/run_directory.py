@@ -76,9 +76,3 @@ def read_rows(path: Path) -> tuple[list[Row], int]:
                 rows.pop()
             rows.append(row)
     return rows, unreadable
-
-
-def elapsed(rows: Sequence[Row]) -> float:
-    """Seconds of all the rows together; a clock that falls was started anew by a resume."""
-    clock = [row["seconds"] for row in rows]
-    return sum(now - before if now >= before else now for before, now in zip([0.0, *clock], clock, strict=False))

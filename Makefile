@@ -1,0 +1,57 @@
+# Every target makes the environment it needs, with plain pip. `make quickstart` and `make test` are the two to know.
+#   ARGS   goes to the command: make test ARGS="tests/recipe -x"
+#   PYTHON makes the environment: make test PYTHON=python3.12
+
+PYTHON ?= python3
+ARGS ?=
+ENV := .venv
+OLDEST := .venv-oldest
+BIN := $(ENV)/bin
+
+EXTRAS_run := parquet
+EXTRAS_test := parquet,test
+EXTRAS_check := parquet,dev
+EXTRAS_docs := docs
+
+.PHONY: quickstart test prove test-oldest check size docs
+.SECONDARY:
+
+quickstart: $(ENV)/.installed-run
+	$(BIN)/dsv3 quickstart $(ARGS)
+
+test: $(ENV)/.installed-test
+	$(BIN)/python -m pytest -m "not prove" $(ARGS)
+
+# pytest ends with 5 when nothing was selected, which is no failure here.
+prove: $(ENV)/.installed-test
+	$(BIN)/python -m pytest -m prove $(ARGS) || test $$? -eq 5
+
+test-oldest: $(OLDEST)/.installed-test
+	$(OLDEST)/bin/python -m pytest -m "not prove" $(ARGS)
+
+check: $(ENV)/.installed-check size
+	$(BIN)/ruff format --check src tests tools docs
+	$(BIN)/ruff check src tests tools docs
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+size: $(BIN)/python
+	$(BIN)/python tools/size.py
+
+docs: $(ENV)/.installed-docs
+	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
+%/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else \
+	    "dsv3 needs Python 3.11 or newer, and $(PYTHON) is %d.%d: try make PYTHON=python3.12" % sys.version_info[:2])'
+	$(PYTHON) -m venv $*
+
+# A stamp is older than pyproject.toml when what is installed may be too.
+$(ENV)/.installed-%: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS_$*)]'
+	@touch $@
+
+$(OLDEST)/.installed-%: pyproject.toml | $(OLDEST)/bin/python
+	$(OLDEST)/bin/python -m pip install --quiet 'torch==2.11.0' --editable '.[$(EXTRAS_$*)]'
+	@touch $@

@@ -1,0 +1,137 @@
+"""`dsv3 info`: what a model is."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+import click
+
+from dsv3.errors import UserError, nearest
+from dsv3.model.config import PRESETS, ModelConfig
+from dsv3.planning.flops import training_flops_per_token
+from dsv3.planning.parameters import count_parameters, kv_bytes_per_token
+
+
+class Figure(NamedTuple):
+    """One row of the table; `published` is what DeepSeek prints for DeepSeek-V3, and where."""
+
+    name: str
+    value: str
+    published: str = ""
+
+
+@click.group()
+def info() -> None:
+    """What a model is, before any of it is downloaded or trained."""
+
+
+@info.command()
+@click.argument("model", metavar="PRESET|DIR")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
+def model(model: str, as_json: bool) -> None:
+    """Parameters, cache and training FLOPs of a preset, or of a directory that holds a config.json."""
+    config = find_config(model)
+    if as_json:
+        click.echo(json.dumps(figures(config), indent=2))
+        return
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    known = count_parameters(config) == count_parameters(ModelConfig.preset("deepseek-v3"))
+    title = (
+        f"{model}: {config.num_hidden_layers} layers, {config.n_shared_experts} + {config.n_routed_experts} experts, "
+        f"{training_length(config)} tokens a training sequence"
+    )
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("")
+    table.add_column("dsv3", justify="right")
+    if known:
+        table.add_column("DeepSeek says")
+    for section in rows(config):
+        for row in section:
+            table.add_row(*(row if known else row[:2]))
+        table.add_section()
+    console = Console()
+    console.print(title, highlight=False, soft_wrap=True)
+    console.print(table)
+    if config.num_nextn_predict_layers:
+        note = "Embedding and head are shared; the published files repeat them under every MTP module."
+        console.print(note, highlight=False, soft_wrap=True)
+
+
+def find_config(model: str) -> ModelConfig:
+    """The config of a preset or a directory; `UserError` when `model` is neither."""
+    if model in PRESETS:
+        return ModelConfig.preset(model)
+    if Path(model).exists():
+        return ModelConfig.from_hf(model)
+    raise UserError(f"{model!r} is neither a preset nor a directory with a config.json: {nearest(model, PRESETS)}")
+
+
+def figures(config: ModelConfig) -> dict[str, object]:
+    """Everything the table shows, as numbers; parameters by name, the cache in bytes of BF16."""
+    counted, length = count_parameters(config), training_length(config)
+    return {
+        "parameters": {
+            **asdict(counted),
+            "active_with_head": counted.active_with_head,
+            "active_in_blocks": counted.active_in_blocks,
+            "trained": counted.trained,
+        },
+        "layers": {
+            "dense": config.num_dense_layers,
+            "moe": config.num_hidden_layers - config.num_dense_layers,
+            "mtp": config.num_nextn_predict_layers,
+        },
+        "kv_bytes_per_token": kv_bytes_per_token(config),
+        "training_flops_per_token": {
+            "sequence_length": length,
+            "causal": training_flops_per_token(config, length),
+            "full": training_flops_per_token(config, length, causal=False),
+        },
+        "config": config.to_hf(),
+    }
+
+
+def training_length(config: ModelConfig) -> int:
+    """Tokens a sequence for the training FLOPs: the report's 4K (section 4.2), or the most the network takes."""
+    return min(4096, config.max_position_embeddings)
+
+
+def rows(config: ModelConfig) -> list[list[Figure]]:
+    """The table, section by section."""
+    counted, length = count_parameters(config), training_length(config)
+    dense, depth = config.num_dense_layers, config.num_nextn_predict_layers
+    moe = config.num_hidden_layers - dense
+    causal, full = (
+        f"{training_flops_per_token(config, length, causal=causal) / 1e9:,.4g} GFLOP" for causal in (True, False)
+    )
+    network = [
+        Figure("main model", f"{counted.main:,}", "671B (report, section 4.2)"),
+        Figure("  active for one token", f"{counted.active:,}", "37B (report, section 4.2)"),
+        Figure("    without the embedding", f"{counted.active_with_head:,}", "36.7B (README_WEIGHTS)"),
+        Figure("    nor the head", f"{counted.active_in_blocks:,}"),
+    ]
+    beside = 2 * counted.embedding
+    modules = [
+        Figure(f"MTP modules ({depth})", f"{counted.mtp:,}", "11.5B less eh_proj (same)"),
+        Figure("  active with those two", f"{counted.mtp_active + beside:,}", "2.4B less eh_proj (same)"),
+        Figure("all in the files", f"{counted.trained + depth * beside:,}", "685B with scales (README)"),
+    ]
+    blocks = [
+        Figure(f"dense block (x {dense})", f"{counted.dense_block:,}"),
+        Figure(f"MoE block (x {moe})", f"{counted.moe_block:,}"),
+        Figure(f"  active ({config.num_experts_per_tok} experts)", f"{counted.moe_block_active:,}"),
+        Figure("  one expert", f"{counted.expert:,}"),
+        Figure("  router and biases", f"{counted.gate:,}"),
+        Figure("attention of a block", f"{counted.attention:,}"),
+        Figure("embedding, and head", f"{counted.embedding:,}", "0.9B (README_WEIGHTS)"),
+    ]
+    costs = [
+        Figure("cache a token, BF16", f"{kv_bytes_per_token(config):,} B", "70.272 KB (arXiv 2505.09343)"),
+        Figure("training a token", causal, "250 GFLOP (arXiv 2505.09343)"),
+        Figure("  all pairs counted", full),
+    ]
+    return [network, *([modules] if depth else []), blocks, costs]

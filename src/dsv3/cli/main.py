@@ -1,0 +1,80 @@
+"""`dsv3`: finds the command, runs it, and turns what goes wrong into one paragraph and an exit code.
+
+A command's file is imported when the command is called and not before, so that help and completion answer at once. Exit
+codes: 0 done, 2 a mistake in the request, 1 a run that could not go on, 130 stopped by Ctrl-C.
+"""
+
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import import_module
+
+import click
+
+from dsv3 import __version__
+from dsv3.errors import RunError, UserError, nearest
+
+COMMANDS = {
+    "info": ("dsv3.cli.info:info", "What a model is, before any of it is downloaded or trained."),
+}
+"""Every command: the function behind it, and its line in the help."""
+
+
+class LazyGroup(click.Group):
+    """A group that knows its commands by name and imports one when it is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names in the order of `COMMANDS`."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command, freshly imported; `UserError` with the nearest name for an unknown one."""
+        if cmd_name not in COMMANDS:
+            raise UserError(f"unknown command {cmd_name!r}: {nearest(cmd_name, COMMANDS)}")
+        module, _, function = COMMANDS[cmd_name][0].partition(":")
+        command = getattr(import_module(module), function)
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The help's list of commands, from the table alone."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="dsv3")
+@click.option("--debug", is_flag=True, help="Show Python's traceback when something goes wrong; works anywhere.")
+def dsv3(debug: bool) -> None:
+    """The DeepSeek-V3 system: from text to a served model, from a laptop to a cluster."""
+
+
+def main() -> None:
+    """The entry point of the `dsv3` script and of `python -m dsv3`."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Runs one command line and returns its exit code; whatever went wrong has been printed to stderr."""
+    try:
+        result = dsv3.main([part for part in arguments if part != "--debug"], prog_name="dsv3", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, UserError, RunError, OSError) as error:
+        if "--debug" in arguments:
+            traceback.print_exc()
+        message, code = explain(error)
+        click.echo(f"{click.style('dsv3:', fg='red', bold=True)} {message}", err=True)
+        return code
+
+
+def explain(error: Exception) -> tuple[str, int]:
+    """What to print for an error, and the exit code."""
+    if isinstance(error, click.Abort):
+        return "stopped", 130
+    if isinstance(error, OSError):
+        where = f": {error.filename}" if error.filename else ""
+        return f"{error.strerror or error}{where}", 1
+    return str(error), 2 if isinstance(error, UserError) else 1

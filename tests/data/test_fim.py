@@ -1,0 +1,49 @@
+from random import Random
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dsv3.data.fim import fim_document, fim_ids
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
+
+
+def unfim(ids: list[int], tokenizer) -> str:
+    """The document from its rearranged ids."""
+    assert ids[0] == tokenizer.fim_begin_id
+    hole, end = ids.index(tokenizer.fim_hole_id), ids.index(tokenizer.fim_end_id)
+    return tokenizer.decode([*ids[1:hole], *ids[end + 1 :], *ids[hole + 1 : end]])
+
+
+@given(text=TEXT, seed=st.integers(0, 2**32))
+def test_rearranged_documents_can_be_put_back(tokenizer, text, seed):
+    parts = fim_document(text, Random(seed), 1.0)
+    prefix, middle, suffix = map(tokenizer.encode, parts)
+    ids = fim_ids(prefix, middle, suffix, tokenizer)
+    assert unfim(ids, tokenizer) == text
+    assert parts.prefix + parts.middle + parts.suffix == text
+    assert sorted(set(ids) & {tokenizer.fim_begin_id, tokenizer.fim_hole_id, tokenizer.fim_end_id}) == sorted(
+        {tokenizer.fim_begin_id, tokenizer.fim_hole_id, tokenizer.fim_end_id}
+    )
+
+
+def test_order_is_prefix_suffix_middle(tokenizer):
+    order = fim_ids([10], [11], [12], tokenizer)
+    assert order == [tokenizer.fim_begin_id, 10, tokenizer.fim_hole_id, 12, tokenizer.fim_end_id, 11]
+
+
+def test_rate():
+    random = Random(0)
+    assert 900 < sum(fim_document("text", random, 0.1) is not None for _ in range(10_000)) < 1100
+    assert all(fim_document("text", random, 0.0) is None for _ in range(1000))
+    assert all(fim_document("text", random, 1.0) is not None for _ in range(1000))
+
+
+def test_cuts_are_uniform_over_the_positions_between_characters():
+    random = Random(0)
+    cuts = [0] * 5
+    for _ in range(10_000):
+        parts = fim_document("a😀字b", random, 1.0)
+        cuts[len(parts.prefix)] += 1
+        cuts[len(parts.prefix) + len(parts.middle)] += 1
+    assert all(3800 < count < 4200 for count in cuts)

@@ -1,0 +1,147 @@
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dsv3.data.files import SkipReport
+from dsv3.data.loader import CYCLE, Loader, interleave
+from dsv3.data.shards import ShardSet, ShardWriter
+from dsv3.errors import UserError
+
+PAD, ROW = 2, 17
+
+
+def shard_set(directory, base: int, lengths: list[int]) -> ShardSet:
+    """Documents whose tokens are all different: base, base + 1, ..."""
+    with ShardWriter(directory, vocab_size=65536, tokenizer_hash="hash", shard_bytes=100) as writer:
+        for number, length in enumerate(lengths):
+            writer.add(f"{number}.txt", range(base, base + length), length)
+            base += length
+        writer.finish({}, SkipReport())
+    return ShardSet.open(directory)
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    random = np.random.default_rng(0)
+    code = shard_set(tmp_path_factory.mktemp("code"), 100, random.integers(1, 60, 50).tolist())
+    prose = shard_set(tmp_path_factory.mktemp("prose"), 20_000, random.integers(1, 20, 40).tolist())
+    return [("code", code, 0.7), ("prose", prose, 0.3)]
+
+
+def tensors(batch):
+    return (batch.tokens, batch.valid, batch.segment_ids, batch.positions)
+
+
+def test_rows_do_not_depend_on_how_they_are_asked_for(sources):
+    whole = Loader(sources, ROW, 0, PAD).batch(40, 60)
+    loader = Loader(sources, ROW, 0, PAD)
+    # Backwards, by one and by three rows: other batches, other ranks, another start.
+    parts = [loader.batch(97, 3)] + [loader.batch(row, 1) for row in range(96, 39, -1)]
+    for name in ("tokens", "valid", "segment_ids", "positions"):
+        joined = torch.cat([getattr(part, name) for part in [*parts[:0:-1], parts[0]]])
+        assert torch.equal(joined, getattr(whole, name))
+    assert [row for part in [*parts[:0:-1], parts[0]] for row in part.documents] == whole.documents
+
+
+def test_each_epoch_holds_every_token_of_a_source_once(sources):
+    name, shards, _ = sources[0]
+    loader = Loader([sources[0]], ROW, 0, PAD)
+    rows = loader.plans[0].rows
+    orders = []
+    for epoch in range(3):
+        batch = loader.batch(epoch * rows, rows)
+        tokens = batch.tokens[batch.valid]
+        assert sorted(tokens.tolist()) == list(range(100, 100 + int(shards.lengths.sum())))
+        assert {index for row in batch.documents for _, index in row} == set(range(len(shards)))
+        orders.append(tokens.tolist())
+    assert orders[0] != orders[1] != orders[2]
+    assert loader.epochs(rows) == {name: 1.0}
+    assert loader.epochs(rows + rows // 2)[name] == pytest.approx(1 + (rows // 2) / rows)
+
+
+def test_rows_hold_their_documents_tokens(sources):
+    batch = Loader(sources, ROW, 3, PAD, document_mask=True).batch(0, 50)
+    sets = {name: shards for name, shards, _ in sources}
+    assert batch.tokens.dtype == torch.int64
+    assert batch.tokens.shape == (50, ROW)
+    for k, held in enumerate(batch.documents):
+        for segment, (name, index) in enumerate(held):
+            chosen = (batch.segment_ids[k] == segment) & batch.valid[k]
+            piece, document = batch.tokens[k][chosen].tolist(), sets[name].document(index).tolist()
+            start = document.index(piece[0])
+            assert document[start : start + len(piece)] == piece
+            assert start % ROW == 0
+            assert batch.positions[k][chosen].tolist() == list(range(len(piece)))
+        padding = ~batch.valid[k]
+        assert (batch.tokens[k][padding] == PAD).all()
+        assert (batch.segment_ids[k][padding] == len(held)).all()
+        assert batch.valid[k].tolist() == sorted(batch.valid[k].tolist(), reverse=True)
+
+
+def test_positions_run_through_the_row_without_a_document_mask(sources):
+    plain, masked = (Loader(sources, ROW, 3, PAD, document_mask=mask).batch(0, 20) for mask in (False, True))
+    assert torch.equal(plain.positions, torch.arange(ROW).expand(20, -1))
+    assert torch.equal(plain.tokens, masked.tokens)
+    assert torch.equal(plain.segment_ids, masked.segment_ids)
+
+
+def test_targets_are_the_next_tokens_and_never_padding(sources):
+    batch = Loader(sources, ROW, 3, PAD).batch(0, 50)
+    assert not batch.valid.all()
+    for k in range(50):
+        for t in range(ROW - 1):
+            expected = batch.tokens[k, t + 1] if batch.valid[k, t + 1] else -100
+            assert batch.targets[k, t] == expected
+    assert torch.equal(batch.inputs, batch.tokens[:, :-1])
+
+
+def test_the_seed_decides_the_order(sources):
+    first, again, other = (Loader(sources, ROW, seed, PAD).batch(0, 30) for seed in (0, 0, 1))
+    assert all(torch.equal(a, b) for a, b in zip(tensors(first), tensors(again), strict=True))
+    assert not torch.equal(first.tokens, other.tokens)
+
+
+def test_sources_come_in_the_proportion_of_their_weights(sources):
+    loader = Loader(sources, ROW, 0, PAD)
+    drawn = Counter(row[0][0] for row in loader.batch(0, 100).documents)
+    assert drawn == {"code": 70, "prose": 30}
+    epochs = loader.epochs(100)
+    assert epochs == pytest.approx({"code": 70 / loader.plans[0].rows, "prose": 30 / loader.plans[1].rows})
+
+
+@given(weights=st.lists(st.floats(0.001, 10), min_size=1, max_size=8))
+def test_interleaving_stays_within_a_row_or_so_of_the_weights(weights):
+    order, before = interleave(weights)
+    share = np.array(weights) / sum(weights)
+    counts = np.stack([np.cumsum(order == source) for source in range(len(weights))], axis=1)
+    assert np.array_equal(before[1:], counts)
+    assert before[-1].min() >= 1
+    exact = np.arange(1, CYCLE + 1)[:, None] * share
+    # Rounding the shares moves a source by less than a row a cycle, or by the least share of the smallest ones.
+    assert np.abs(counts - exact).max() < 1 + len(weights)
+
+
+def test_messages_name_the_documents(sources):
+    loader = Loader(sources, ROW, 0, PAD)
+    batch = loader.batch(5, 2)
+    assert loader.describe(batch) == list(
+        dict.fromkeys(f"{name}:{index}.txt" for row in batch.documents for name, index in row)
+    )
+
+
+def test_refusals(sources, tmp_path):
+    name, shards, _ = sources[0]
+    with pytest.raises(UserError, match="row = 1: expected at least 2"):
+        Loader(sources, 1, 0, PAD)
+    with pytest.raises(UserError, match="was given 0 sources"):
+        Loader([], ROW, 0, PAD)
+    with pytest.raises(UserError, match="the weight of source 'code' is 0"):
+        Loader([(name, shards, 0)], ROW, 0, PAD)
+    with ShardWriter(tmp_path, vocab_size=300, tokenizer_hash="hash") as writer:
+        writer.finish({}, SkipReport())
+    with pytest.raises(UserError, match="source 'none' holds no documents"):
+        Loader([("none", ShardSet.open(tmp_path), 1)], ROW, 0, PAD)
