@@ -123,18 +123,18 @@ def load_checkpoint(directory: Path, tensors: Mapping[str, Any]) -> dict[str, An
 def latest_checkpoint(parent: Path) -> Path | None:
     """The checkpoint that `latest` names; where that one is broken, the newest whole one, with a warning. None: there is none."""
     pointer = parent / LATEST
-    named = parent / pointer.read_text().strip() if pointer.is_file() else None
+    named = [parent / pointer.read_text().strip()] if pointer.is_file() else []
     others = sorted((path.parent for path in parent.glob(f"[!.]*/{STATE}")), reverse=True)
     aside = [parent / REPLACED] if (parent / REPLACED).exists() else []
-    for candidate in [*([named] if named else []), *others, *aside]:
+    for candidate in dict.fromkeys([*named, *others, *aside]):
         try:
             read_state(candidate)
             check_files(candidate)
         except UserError as error:
             log.warning("%s is passed over: %s", candidate, error)
             continue
-        if named and candidate != named:
-            log.warning("%s is used instead of %s", candidate, named)
+        if named and candidate != named[0]:
+            log.warning("%s is used instead of %s", candidate, named[0])
         return candidate
     return None
 

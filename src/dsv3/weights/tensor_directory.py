@@ -116,8 +116,11 @@ def check_files(directory: Path) -> None:
 
 
 def first_cause(error: CheckpointException) -> BaseException:
-    """What went wrong on the first rank that failed."""
-    return next(cause for cause, _ in error.failures.values())
+    """What went wrong on the first rank that failed: the system's own error, where torch's writer hides one behind its."""
+    shown = cause = next(each for each, _ in error.failures.values())
+    while cause.__context__ is not None:
+        cause = cause.__context__
+    return cause if isinstance(cause, OSError) else shown
 
 
 @contextmanager
