@@ -48,7 +48,7 @@ def main(root: Path) -> int:
     table, problems = report(root / "src" / "dsv3", budget)
     print(table)
     for problem in problems:
-        print(f"too long: {problem}", file=sys.stderr)
+        print(f"size: {problem}", file=sys.stderr)
     return 1 if problems else 0
 
 
