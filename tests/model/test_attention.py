@@ -28,7 +28,7 @@ def run(module, x, chunks, cache):
     parts, start = [], 0
     for size in chunks:
         positions = cache.begin(torch.arange(start, start + size).unsqueeze(0))
-        parts.append(module(x[:, start : start + size], Rope(module.config, positions), cache=cache))
+        parts.append(module(x[:, start : start + size], Rope.at(module.config, positions), cache=cache))
         start += size
     return torch.cat(parts, dim=1)
 
@@ -41,7 +41,7 @@ def by_the_equations(module, x):
         return v / (v.square().mean() + c.rms_norm_eps).sqrt() * gain
 
     def rope(v, position):
-        return Rope(c, torch.tensor([[position]])).rotate(v.view(1, 1, 1, -1)).flatten()
+        return Rope.at(c, torch.tensor([[position]])).rotate(v.view(1, 1, 1, -1)).flatten()
 
     out = torch.zeros(len(x), c.hidden_size)
     content, rotated = [], []
@@ -72,7 +72,7 @@ def by_the_equations(module, x):
 
 def test_expanded_form_follows_the_equations(attention):
     x = torch.randn(1, 12, attention.config.hidden_size)
-    found = attention(x, Rope(attention.config, torch.arange(12).unsqueeze(0)))
+    found = attention(x, Rope.at(attention.config, torch.arange(12).unsqueeze(0)))
     torch.testing.assert_close(found[0].detach(), by_the_equations(attention, x[0]), atol=1e-5, rtol=1e-4)
 
 
@@ -80,14 +80,14 @@ def test_expanded_form_follows_the_equations(attention):
 @torch.no_grad()
 def test_absorbed_form_equals_expanded(attention, chunks, growing_cache):
     x = torch.randn(2, 30, attention.config.hidden_size)
-    expected = attention(x, Rope(attention.config, torch.arange(30).unsqueeze(0)))
+    expected = attention(x, Rope.at(attention.config, torch.arange(30).unsqueeze(0)))
     torch.testing.assert_close(run(attention, x, chunks, growing_cache()), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_absorbed_form_carries_the_same_gradients(attention, growing_cache):
     x = torch.randn(1, 6, attention.config.hidden_size)
     expected = torch.autograd.grad(
-        attention(x, Rope(attention.config, torch.arange(6).unsqueeze(0))).square().sum(), list(attention.parameters())
+        attention(x, Rope.at(attention.config, torch.arange(6).unsqueeze(0))).square().sum(), list(attention.parameters())
     )
     found = torch.autograd.grad(
         run(attention, x, [1] * 6, growing_cache()).square().sum(), list(attention.parameters())
