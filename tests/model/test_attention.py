@@ -87,7 +87,8 @@ def test_absorbed_form_equals_expanded(attention, chunks, growing_cache):
 def test_absorbed_form_carries_the_same_gradients(attention, growing_cache):
     x = torch.randn(1, 6, attention.config.hidden_size)
     expected = torch.autograd.grad(
-        attention(x, Rope.at(attention.config, torch.arange(6).unsqueeze(0))).square().sum(), list(attention.parameters())
+        attention(x, Rope.at(attention.config, torch.arange(6).unsqueeze(0))).square().sum(),
+        list(attention.parameters()),
     )
     found = torch.autograd.grad(
         run(attention, x, [1] * 6, growing_cache()).square().sum(), list(attention.parameters())

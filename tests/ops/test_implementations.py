@@ -126,7 +126,7 @@ def test_attention_is_a_weighted_sum_of_what_may_be_seen():
 @pytest.mark.parametrize("rows_a_chunk", [1, 3, 1000])
 @pytest.mark.parametrize("ignored", [0, 4, 10])
 def test_linear_cross_entropy(name, rows_a_chunk, ignored, monkeypatch):
-    monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", rows_a_chunk * 17)
+    monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", {"cpu": rows_a_chunk * 17})
     target = torch.randint(0, 17, (10,))
     target[torch.randperm(10)[:ignored]] = IGNORE
     compare(linear_cross_entropy, name, torch.randn(10, 6), torch.randn(17, 6), target, 7.0)
@@ -138,7 +138,7 @@ def test_linear_cross_entropy_stands_large_logits(name):
 
 
 def test_token_losses_sum_to_the_cross_entropy(monkeypatch):
-    monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", 3 * 17)
+    monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", {"cpu": 3 * 17})
     hidden, weight, target = torch.randn(10, 6), torch.randn(17, 6), torch.randint(0, 17, (10,))
     target[3] = IGNORE
     losses = token_losses(hidden, weight, target)

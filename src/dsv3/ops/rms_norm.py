@@ -15,25 +15,25 @@ def reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.float()).to(x.dtype)
 
 
-class SavedScale(torch.autograd.Function):
-    """Keeps the input and one factor a row, instead of the intermediates that autograd of the definition would keep."""
+class UnitKept(torch.autograd.Function):
+    """Keeps the normalised rows and one factor a row, instead of the copies that autograd of the definition would keep."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        factor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        factor = factor.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, weight, factor)
-        return (x * factor).mul_(weight).to(x.dtype)
+        wide = x.float()
+        factor = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        unit = (wide * factor).to(x.dtype)
+        ctx.save_for_backward(unit, weight, factor)
+        return unit * weight.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, weight, factor = ctx.saved_tensors
-        unit = x * factor
-        product = grad * unit
-        grad_weight = product.flatten(0, -2).sum(0).to(weight.dtype)
-        inner = (product @ weight.to(product.dtype)).div_(x.shape[-1]).unsqueeze(-1)
-        grad_unit = grad * weight
-        return unit.mul_(inner).neg_().add_(grad_unit).mul_(factor).to(x.dtype), grad_weight, None
+        unit, weight, factor = ctx.saved_tensors
+        grad_weight = (grad * unit).flatten(0, -2).sum(0, dtype=torch.float32)
+        grad_unit = grad * weight.to(grad.dtype)
+        inner = torch.linalg.vecdot(grad_unit, unit).float().div_(unit.shape[-1]).unsqueeze(-1)
+        grad_x = torch.addcmul(grad_unit.float(), unit.float(), inner, value=-1).mul_(factor)
+        return grad_x.to(grad.dtype), grad_weight.to(weight.dtype), None
 
 
 def on_cpu(x: Tensor, weight: Tensor, eps: float) -> str | None:
@@ -49,7 +49,7 @@ def fused(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 rms_norm = Operation(
     "rms_norm",
     [
-        Implementation("saved_scale", SavedScale.apply, on_cpu),
+        Implementation("unit_kept", UnitKept.apply, on_cpu),
         Implementation("torch", fused, anything),
         Implementation("reference", reference, anything),
     ],
