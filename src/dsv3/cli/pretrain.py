@@ -23,5 +23,5 @@ def pretrain(recipe: Path, overrides: tuple[str, ...], resume: bool, out: Path |
         raise UserError(f"{out} holds a run already: add --resume to continue it, or name another directory with --out")
     run_recipe(recipe, overrides, [], out, report=False)
     click.echo(
-        f"\nThe model is in {out / 'pretrain' / 'checkpoints'}; `dsv3 report {out / 'pretrain'}` makes a page of the run."
+        f"\nThe model is in {out / 'pretrain' / 'checkpoints'}; `dsv3 report {out}` makes a page of the run."
     )

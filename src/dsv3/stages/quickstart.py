@@ -13,5 +13,5 @@ from dsv3.training.trainer import Progress
 def quickstart_stages(recipe: Recipe, out: Path, progress: Progress, note: Callable[[str], None]) -> list[Stage]:
     """From text to `out/report.html`."""
     page = out / "report.html"
-    report = Stage("report", {}, page, lambda: write_report(out / "pretrain", page))
+    report = Stage("report", {}, page, lambda: write_report(out, page))
     return [*pretraining_stages(recipe, out, progress, note), report]
