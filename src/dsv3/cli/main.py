@@ -20,6 +20,7 @@ COMMANDS = {
     "generate": ("dsv3.cli.generate:generate", "Continue a prompt, or fill in the middle."),
     "chat": ("dsv3.cli.chat:chat", "Type, and see it continued."),
     "report": ("dsv3.cli.report:report", "One HTML page about a run, finished or going."),
+    "bench": ("dsv3.cli.bench:bench", "Speeds of this machine, each as a ratio to a peer's."),
     "info": ("dsv3.cli.info:info", "What a model is, before any of it is downloaded or trained."),
 }
 """Every command: the function behind it, and its line in the help."""
