@@ -4,6 +4,7 @@ A command's file is imported when the command is called and not before, so that 
 codes: 0 done, 2 a mistake in the request, 1 a run that could not go on, 130 stopped by Ctrl-C.
 """
 
+import os
 import sys
 import traceback
 from collections.abc import Sequence
