@@ -1,6 +1,7 @@
 """Decoded tokens a second on the CPU, greedily and with a cache, against `transformers.generate` with the same weights."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -51,9 +52,9 @@ def bench_decode(
         prompts, group = torch.randint(config.vocab_size, (batch, prompt), generator=generator), f"batch {batch}"
         same = agreement(model, prompts, continue_ours(model, prompts, tokens), continuation(peers[0], prompts, tokens))
         checks[f"{group}, tokens like transformers'"] = f"{same} of {batch * tokens}, up to the first unclear choice"
-        sides: dict[str, Work] = {OURS: lambda prompts=prompts: continue_ours(model, prompts, tokens)}
+        sides: dict[str, Work] = {OURS: partial(continue_ours, model, prompts, tokens)}
         for setting, peer in zip(THEIRS, peers, strict=True):
-            sides[setting.name] = lambda prompts=prompts, peer=peer: continuation(peer, prompts, tokens)
+            sides[setting.name] = partial(continuation, peer, prompts, tokens)
         seconds = take_turns(sides, rounds, progress, f"bench decode, {group}")
         for name, each in seconds.items():
             speed = Spread.of([batch * tokens / turn for turn in each])

@@ -61,8 +61,9 @@ def with_our_weights(model: DeepSeekV3, settings: Sequence[Setting], dtype: torc
     return peers
 
 
-def training_loss(peer: Any, setting: Setting, inputs: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of `targets` [B, T] after `inputs` [B, T], ready for backward."""
+def training_loss(peer: Any, setting: Setting, tokens: Tensor) -> Tensor:
+    """Cross-entropy of rows of T + 1 tokens [B, T + 1], ready for backward."""
+    inputs, targets = tokens[:, :-1], tokens[:, 1:].contiguous()
     with torch.autocast("cpu", torch.bfloat16, enabled=setting.dtype == torch.bfloat16):
         loss: Tensor = peer(input_ids=inputs, labels=targets, shift_labels=targets, use_cache=False).loss
     return loss

@@ -1,6 +1,7 @@
 """Training tokens a second on the CPU, the main model without MTP: forward, backward and AdamW, against `transformers`."""
 
 from collections.abc import Callable
+from functools import partial
 from itertools import cycle
 
 import torch
@@ -45,12 +46,10 @@ def bench_train(
     losses: dict[str, Callable[[Tensor], Tensor]] = {}
     sides: dict[str, Work] = {}
     for name, model in models.items():
-        losses[name] = lambda tokens, model=model: model.loss(tokens).total
+        losses[name] = partial(our_loss, model)
         sides[name] = stepper(losses[name], model, batches, steps)
     for setting, peer in zip(THEIRS, peers, strict=True):
-        losses[setting.name] = lambda tokens, peer=peer, setting=setting: training_loss(
-            peer, setting, tokens[:, :-1], tokens[:, 1:].contiguous()
-        )
+        losses[setting.name] = partial(training_loss, peer, setting)
         sides[setting.name] = stepper(losses[setting.name], peer.train(), batches, steps)
     first = {name: float(loss(batches[0]).detach()) for name, loss in losses.items()}
     check(first)
@@ -71,6 +70,11 @@ def bench_train(
     shapes = {"preset": preset, "batch": batch, "length": length, "steps a turn": steps, "optimizer": "AdamW, fused"}
     checks = {"loss of the first batch": ", ".join(f"{name} {loss:.5f}" for name, loss in first.items())}
     return Result("train", shapes, rows, ratios, checks)
+
+
+def our_loss(model: DeepSeekV3, tokens: Tensor) -> Tensor:
+    """The same loss by our model."""
+    return model.loss(tokens).total
 
 
 def stepper(

@@ -58,9 +58,7 @@ def decode(preset: str, batch: str, tokens: int, rounds: int, threads: int | Non
         raise UserError(f"--batch {batch!r}: expected whole numbers above 0, separated by commas, such as 1,8")
     use_threads(threads)
     with Progress() as progress:
-        result = bench_decode(
-            preset, rounds, batches=[int(part) for part in parts], tokens=tokens, progress=progress
-        )
+        result = bench_decode(preset, rounds, batches=[int(part) for part in parts], tokens=tokens, progress=progress)
     show(result, json_path)
 
 
@@ -90,7 +88,9 @@ def show(result: Result, json_path: Path | None) -> None:
             speeds.add_section()
         low, high = row.tokens_per_second.low, row.tokens_per_second.high
         figures = (f"{value:,.3g}" for value in row.figures.values())
-        speeds.add_row(row.group, row.name, f"{row.tokens_per_second.median:,.0f}", f"{low:,.0f} - {high:,.0f}", *figures)
+        speeds.add_row(
+            row.group, row.name, f"{row.tokens_per_second.median:,.0f}", f"{low:,.0f} - {high:,.0f}", *figures
+        )
     console.print(speeds)
     ratios = Table("times faster", "ours", "theirs", box=box.SIMPLE_HEAD)
     for name in ("median", "least - most", "target"):

@@ -22,6 +22,4 @@ def pretrain(recipe: Path, overrides: tuple[str, ...], resume: bool, out: Path |
     if (out / "pretrain").exists() and not resume:
         raise UserError(f"{out} holds a run already: add --resume to continue it, or name another directory with --out")
     run_recipe(recipe, overrides, [], out, report=False)
-    click.echo(
-        f"\nThe model is in {out / 'pretrain' / 'checkpoints'}; `dsv3 report {out}` makes a page of the run."
-    )
+    click.echo(f"\nThe model is in {out / 'pretrain' / 'checkpoints'}; `dsv3 report {out}` makes a page of the run.")

@@ -3,11 +3,11 @@
 Prompts are read in one pass in MLA's expanded form; each later pass reads one token a sequence in the absorbed form.
 """
 
-from collections.abc import Iterator, Sequence
+import secrets
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from dsv3.errors import UserError
 from dsv3.inference.cache import LatentCache
@@ -27,7 +27,9 @@ class NewToken:
 
 
 @torch.inference_mode()
-def generate(model: DeepSeekV3, prompts: Sequence[Sequence[int]], params: SamplingParams) -> Iterator[list[NewToken]]:
+def generate(
+    model: DeepSeekV3, prompts: Sequence[Sequence[int]], params: SamplingParams
+) -> Generator[list[NewToken], set[int] | None, None]:
     """Yields, step by step, one token of every sequence that has not ended. `prompts` are token ids, none empty.
 
     A caller that wants a sequence to end earlier (at a stop text) sends its index back: `steps.send({3, 5})`.
@@ -37,6 +39,10 @@ def generate(model: DeepSeekV3, prompts: Sequence[Sequence[int]], params: Sampli
     for i, prompt in enumerate(prompts):
         if not prompt:
             raise UserError(f"prompt {i} is empty: give it at least one token, such as the beginning-of-sentence token")
+        if not 0 <= min(prompt) <= max(prompt) < model.config.vocab_size:
+            raise UserError(
+                f"prompt {i} holds tokens outside the vocabulary: expected 0 to {model.config.vocab_size - 1}"
+            )
     device = model.lm_head.weight.device
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     longest = max(len(prompt) for prompt in prompts)
@@ -55,7 +61,7 @@ def generate(model: DeepSeekV3, prompts: Sequence[Sequence[int]], params: Sampli
         chosen = sample(model.head(hidden).float(), params, uniform)
         last = step == params.max_tokens - 1
         new = [NewToken(i, token, last or token in ends) for i, token in zip(alive, chosen.tolist(), strict=True)]
-        stopped: set[int] = (yield new) or set()
+        stopped = (yield new) or set()
         going = [k for k, each in enumerate(new) if not each.last and each.sequence not in stopped]
         if not going:
             return
@@ -69,12 +75,6 @@ def generate(model: DeepSeekV3, prompts: Sequence[Sequence[int]], params: Sampli
 
 
 def seed_of(params: SamplingParams, sequence: int) -> int:
-    """A sequence's own seed: by its number, so that what else is in the batch does not matter."""
-    base = torch.seed() if params.seed is None else params.seed
+    """A sequence's own seed, from its number alone: what else is in the batch does not matter."""
+    base = secrets.randbits(63) if params.seed is None else params.seed
     return (base + 0x9E3779B97F4A7C15 * sequence) % 2**63
-
-
-def logits_of(model: DeepSeekV3, tokens: Tensor) -> Tensor:
-    """[B, T] -> [B, T, V] without a cache: the reference twin of the cached passes."""
-    with torch.inference_mode():
-        return model(tokens).logits

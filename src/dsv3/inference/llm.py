@@ -73,7 +73,7 @@ class LLM:
         stopped: set[int] | None = None
         while True:
             try:
-                tokens = steps.send(stopped)  # type: ignore[attr-defined]  # a generator that takes answers
+                tokens = steps.send(stopped)
             except StopIteration:
                 return
             stopped = set()
@@ -105,9 +105,10 @@ class _Part:
     def release(self, text: str, everything: bool) -> str:
         """What of the held and the new text may be shown."""
         self.held += text
-        found = min((at for stop in self.stop if (at := self.held.find(stop)) >= 0), default=-1)
-        if found >= 0:
-            shown, self.held, self.reason = self.held[:found], "", "stop"
+        # The stop text that is complete first, so that it does not matter in which pieces the text comes.
+        found = [(at + len(stop), at) for stop in self.stop if (at := self.held.find(stop)) >= 0]
+        if found:
+            shown, self.held, self.reason = self.held[: min(found)[1]], "", "stop"
             return shown
         keep = 0 if everything else max((overlap(self.held, stop) for stop in self.stop), default=0)
         shown, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]

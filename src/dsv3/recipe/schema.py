@@ -187,14 +187,19 @@ class Recipe(Section):
         """JSON-able, complete but for `model`, which holds the preset and what differs from it; `from_dict` reads it."""
         return self.model_dump(mode="json")
 
-    def hash(self, *sections: str) -> str:
-        """SHA-256 of the content (of the named sections, or of all but the notes), 64 hex digits; the network counts as resolved.
+    def content(self) -> dict[str, Any]:
+        """All that decides the result, JSON-able: every section but the notes, with the network written field by field.
 
-        A preset and the same network written field by field have one hash.
+        A preset and the same network written out have equal content.
         """
         content = self.to_dict()
         content["model"] = self.model.config().to_hf()
         del content["notes"]
+        return content
+
+    def hash(self, *sections: str) -> str:
+        """SHA-256 of the content, or of the named sections of it: 64 hex digits."""
+        content = self.content()
         chosen = {name: content[name] for name in sections or content}
         return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
 

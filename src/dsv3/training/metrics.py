@@ -13,14 +13,16 @@ from dsv3.errors import RunError
 class Metrics:
     """Writes `metrics.jsonl`, `evaluations.jsonl` and `tensorboard/` in a run's directory; a context manager.
 
-    After a resume, lines of steps that are run again are dropped first, so that every step stands once.
+    `last_step` is the step the run continues after, None where it begins. What was recorded of later steps is dropped, so
+    that every step stands once.
     """
 
-    def __init__(self, directory: Path, last_step: int = 0):
+    def __init__(self, directory: Path, last_step: int | None = None):
         self.directory = directory
+        first = 0 if last_step is None else last_step + 1
         for name in ("metrics.jsonl", "evaluations.jsonl"):
-            keep_until(directory / name, last_step)
-        self.board = SummaryWriter(str(directory / "tensorboard"), purge_step=last_step + 1)
+            keep_before(directory / name, first)
+        self.board = SummaryWriter(str(directory / "tensorboard"), purge_step=first)
 
     def step(self, record: dict[str, Any]) -> None:
         """One training step."""
@@ -66,8 +68,8 @@ def flatten(record: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]
     return numbers
 
 
-def keep_until(path: Path, last_step: int) -> None:
-    """Keeps a file's whole lines up to a step."""
+def keep_before(path: Path, first_step: int) -> None:
+    """Keeps a file's whole lines of the steps before one; replaces the file in one go."""
     if not path.exists():
         return
     kept = []
@@ -76,6 +78,8 @@ def keep_until(path: Path, last_step: int) -> None:
             record = json.loads(line)
         except json.JSONDecodeError:
             break
-        if record["step"] <= last_step:
+        if record["step"] < first_step:
             kept.append(line + "\n")
-    path.write_text("".join(kept))
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(kept))
+    partial.replace(path)

@@ -44,6 +44,9 @@ class Muon(torch.optim.Optimizer):
     ):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
         self.dtype = dtype
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter]["momentum"] = torch.zeros_like(parameter)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -61,8 +64,6 @@ class Muon(torch.optim.Optimizer):
         directions = []
         for parameter in parameters:
             assert parameter.grad is not None
-            if "momentum" not in self.state[parameter]:
-                self.state[parameter]["momentum"] = torch.zeros_like(parameter)
             momentum = self.state[parameter]["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
             directions.append(parameter.grad.lerp(momentum, group["momentum"]).view(-1, *shape))
         steps = orthogonalise(torch.cat(directions), self.dtype).split([len(each) for each in directions])
@@ -82,46 +83,48 @@ class Optimizer:
     def __init__(self, model: DeepSeekV3, section: OptimizerSection, muon_dtype: torch.dtype = torch.float32):
         self.section = section
         self.names = {parameter: name for name, parameter in model.named_parameters()}
-        muon = [p for p, name in self.names.items() if section.kind == "muon" and is_hidden_matrix(p, name)]
-        rest = [p for p in self.names if not any(p is each for each in muon)]
+        muon: list[nn.Parameter] = []
+        rest: list[nn.Parameter] = []
+        for parameter, name in self.names.items():
+            (muon if section.kind == "muon" and is_hidden_matrix(parameter, name) else rest).append(parameter)
         groups = [
             dict(params=[p for p in rest if p.dim() > 1], weight_decay=section.weight_decay),
             dict(params=[p for p in rest if p.dim() == 1], weight_decay=0.0),
         ]
         adamw = torch.optim.AdamW(groups, lr=0.0, betas=section.betas, eps=section.eps, fused=True)
+        # What the first step would make, here and now: a checkpoint holds the same tensors whenever it is written, those of
+        # parameters that have had no gradient yet (MTP modules whose weight is 0) included.
+        for parameter in rest:
+            adamw.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
         self.parts: list[tuple[torch.optim.Optimizer, float]] = [(adamw, 1.0)]
         if muon:
             part = Muon(muon, 0.0, section.muon_momentum, section.weight_decay, muon_dtype)
             self.parts.append((part, section.muon_scale))
 
-    def step(self, learning_rate: float) -> float:
-        """Clips the gradients to the recipe's global norm, updates, clears them; returns the norm before clipping."""
-        norm = nn.utils.clip_grad_norm_(self.names, self.section.clip_norm)
+    def clip(self) -> float:
+        """Shortens the gradient to the recipe's global norm where it is longer; returns the norm it had."""
+        return float(nn.utils.clip_grad_norm_(self.names, self.section.clip_norm))
+
+    def step(self, learning_rate: float) -> None:
+        """Updates the parameters from their gradients and clears those."""
         for part, scale in self.parts:
             for group in part.param_groups:
                 group["lr"] = learning_rate * scale
             part.step()
             part.zero_grad(set_to_none=True)
-        return float(norm)
 
     def tensors(self) -> dict[str, Tensor]:
-        """All state, by parameter name and the optimizer's own word: `layers.0....exp_avg`. Empty before the first step."""
+        """All state, by parameter name and the optimizer's own word: `layers.0....exp_avg`; a checkpoint is read into it."""
         return {
             f"{self.names[parameter]}.{word}": value  # type: ignore[index]  # an optimizer's state is keyed by parameters
             for part, _ in self.parts
             for parameter, words in part.state.items()
             for word, value in words.items()
         }
-
-    def allocate(self) -> None:
-        """Creates the state that the first step would, so that a checkpoint can be read into it."""
-        for part, _ in self.parts:
-            for group in part.param_groups:
-                for parameter in group["params"]:
-                    words = ("momentum",) if isinstance(part, Muon) else ("exp_avg", "exp_avg_sq")
-                    part.state[parameter] = {word: torch.zeros_like(parameter) for word in words}
-                    if not isinstance(part, Muon):
-                        part.state[parameter]["step"] = torch.zeros((), dtype=torch.float32)
 
 
 def is_hidden_matrix(parameter: Tensor, name: str) -> bool:

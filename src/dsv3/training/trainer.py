@@ -19,13 +19,15 @@ from torch import Tensor
 
 from dsv3.data.loader import Batch, Loader
 from dsv3.errors import RunError, UserError
-from dsv3.model.transformer import DeepSeekV3
+from dsv3.model.transformer import DeepSeekV3, targets
+from dsv3.ops.cross_entropy import IGNORE
+from dsv3.recipe.differences import differences
 from dsv3.recipe.schedule import Schedules
 from dsv3.recipe.schema import Recipe
 from dsv3.training.balance import balance_figures, update_biases
 from dsv3.training.metrics import Metrics
 from dsv3.training.optimizer import Optimizer
-from dsv3.weights.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from dsv3.weights.checkpoint import latest_checkpoint, load_checkpoint, read_state, save_checkpoint
 
 Progress = Callable[..., None]
 """Called as `progress(stage=..., done=..., total=..., **figures)` once a step."""
@@ -71,8 +73,9 @@ class Trainer:
         training = self.recipe.training
         self.directory.mkdir(parents=True, exist_ok=True)
         self.model.train()
-        with Metrics(self.directory, self.step_count) as metrics, self.stopping_on_interrupt():
-            if self.step_count == 0:
+        fresh = self.step_count == 0
+        with Metrics(self.directory, None if fresh else self.step_count) as metrics, self.stopping_on_interrupt():
+            if fresh:
                 self.run_evaluation(metrics)
             while self.token_count < training.tokens:
                 record = self.step()
@@ -80,13 +83,14 @@ class Trainer:
                 last = self.token_count >= training.tokens
                 if last or due(self.step_count, training.evaluate_every_steps):
                     self.run_evaluation(metrics)
-                if last or self.stop or due(self.step_count, training.checkpoint_every_steps):
+                stop = self.stop  # read once: Ctrl-C may come while we save
+                if last or stop or due(self.step_count, training.checkpoint_every_steps):
                     self.save()
                 self.progress(
                     stage="pretrain", done=self.token_count, total=training.tokens,
                     step=self.step_count, loss=record["loss"], tokens_per_second=record["tokens_per_second"],
                 )  # fmt: skip
-                if self.stop and not last:
+                if stop and not last:
                     raise Interrupted(f"stopped after step {self.step_count}; saved in {self.checkpoint_directory}")
 
     def step(self) -> dict[str, Any]:
@@ -98,9 +102,11 @@ class Trainer:
         mtp_weight = self.schedules.mtp_weight.at(*at)
         batch = self.loader.batch(self.row_count, size)
         loss, mtp, balance, load = self.gradients(batch, mtp_weight)
-        if not math.isfinite(loss):
-            raise RunError(self.not_finite(loss, batch))
-        grad_norm = self.optimizer.step(learning_rate)
+        grad_norm = self.optimizer.clip()
+        for what, value in (("loss", loss), ("gradient's norm", grad_norm)):
+            if not math.isfinite(value):
+                raise RunError(self.not_finite(what, value, batch))
+        self.optimizer.step(learning_rate)
         update_biases(self.model, load, speed)
         self.step_count, self.row_count = self.step_count + 1, self.row_count + size
         self.token_count += size * self.recipe.data.sequence_length
@@ -124,16 +130,16 @@ class Trainer:
         rows = len(batch.tokens)
         micro = self.recipe.training.micro_batch_size or rows
         count = rows // micro
-        divisor = float(batch.valid[:, 1:].sum()) / count
-        mask = self.recipe.data.document_mask
+        segments = batch.segment_ids if self.recipe.data.document_mask else None
+        divisor = float((targets(batch.tokens, 1, batch.valid, segments) != IGNORE).sum()) / count
         figures, load = [], dict[str, Tensor]()
         for start in range(0, rows, micro):
             part = slice(start, start + micro)
             losses = self.model.loss(
                 batch.tokens[part].to(self.device),
                 valid=batch.valid[part].to(self.device),
-                positions=None if batch.positions is None else batch.positions[part].to(self.device),
-                segment_ids=batch.segment_ids[part].to(self.device) if mask else None,
+                positions=batch.positions[part].to(self.device),
+                segment_ids=None if segments is None else segments[part].to(self.device),
                 mtp_weight=mtp_weight,
                 balance_alpha=self.recipe.training.balance_alpha,
                 scale=1 / count,
@@ -181,24 +187,24 @@ class Trainer:
         found = latest_checkpoint(self.directory / "checkpoints")
         if found is None:
             return False
-        self.optimizer.allocate()
-        state = load_checkpoint(found, self.tensors())
-        changed = differences(state["recipe"], self.recipe.to_dict())
+        state = read_state(found)
+        changed = differences(Recipe.from_dict(state["recipe"]).content(), self.recipe.content())
         if changed:
             raise UserError(
                 f"{found} was trained with another recipe: {'; '.join(changed)}. Continue with the recipe it was "
                 "trained with, or start in another directory."
             )
+        load_checkpoint(found, self.tensors())
         self.step_count, self.token_count = state["step"], state["tokens"]
         self.row_count, self.seconds = state["rows"], state["seconds"]
         return True
 
-    def not_finite(self, loss: float, batch: Batch) -> str:
-        """What to say of a loss that is not a number."""
+    def not_finite(self, what: str, value: float, batch: Batch) -> str:
+        """What to say of a loss or a gradient that is not finite."""
         kept = latest_checkpoint(self.directory / "checkpoints")
         documents = ", ".join(self.loader.describe(batch))
         return (
-            f"the loss of step {self.step_count + 1} is {loss}. Its batch holds rows {self.row_count} to "
+            f"the {what} of step {self.step_count + 1} is {value}. Its batch holds rows {self.row_count} to "
             f"{self.row_count + len(batch.tokens) - 1}, with the documents {documents}. The last good checkpoint is "
             f"{kept or 'none: none was written yet'}. Lower the learning rate, or look at these documents."
         )
@@ -238,15 +244,3 @@ def pick_device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"training.device = {name!r}, but torch finds no GPU here; use 'auto' or 'cpu'")
     return device
-
-
-def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """The keys in which two nested recipes differ, with both values."""
-    found = []
-    for key in sorted(old.keys() | new.keys()):
-        before, after = old.get(key), new.get(key)
-        if isinstance(before, dict) and isinstance(after, dict):
-            found += differences(before, after, f"{prefix}{key}.")
-        elif before != after:
-            found.append(f"{prefix}{key} was {before!r} and is {after!r}")
-    return found

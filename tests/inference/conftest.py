@@ -1,0 +1,40 @@
+import pytest
+import torch
+
+from dsv3.data.tokenizer import Tokenizer, train_tokenizer
+from dsv3.model.config import ModelConfig
+from dsv3.model.transformer import DeepSeekV3
+
+TEXTS = ["def add(first, second):\n    return first + second\n", "naïve café 😀 日本 こんにちは\n"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def random_model(preset: str, **changes: object) -> DeepSeekV3:
+    """Weights, gains and routing biases at random."""
+    model = DeepSeekV3(ModelConfig.preset(preset, **changes)).initialize("fan_in", seed=1).eval()
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.mul_(1 + 0.2 * torch.randn(parameter.shape, generator=generator))
+        for block in model.blocks():
+            if block.moe is not None:
+                block.moe.gate.e_score_correction_bias.normal_(std=0.2, generator=generator)
+    return model
+
+
+@pytest.fixture(scope="session")
+def make_model():
+    return random_model
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    return train_tokenizer(TEXTS * 20, 320)

@@ -1,0 +1,327 @@
+import json
+
+import pytest
+import torch
+
+from dsv3.errors import RunError, UserError
+from dsv3.training.trainer import Interrupted, pick_device
+from dsv3.weights.checkpoint import latest_checkpoint, load_model, read_state
+
+
+def records(directory, *without):
+    without = {"seconds", "tokens_per_second", *without}
+    lines = (directory / "metrics.jsonl").read_text().splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key not in without} for line in lines]
+
+
+def assert_equal_tensors(a, b):
+    for group, tensors in a.tensors().items():
+        for name, tensor in tensors.items():
+            assert torch.equal(tensor, b.tensors()[group][name]), f"{group}.{name}"
+
+
+def stop_after(trainer, step):
+    """What Ctrl-C does, at the end of a step."""
+
+    def progress(**figures):
+        trainer.stop = figures["step"] + 1 >= step
+
+    trainer.progress = progress
+
+
+def test_two_runs_with_one_seed_are_the_same_and_another_seed_is_not(tmp_path, make_trainer):
+    runs = [make_trainer(tmp_path / name) for name in "ab"]
+    for run in runs:
+        run.run()
+    other = make_trainer(tmp_path / "c", "training.seed=1")
+    other.run()
+    a, b, c = (records(tmp_path / name) for name in "abc")
+    assert [each["step"] for each in a] == [1, 2, 3, 4, 5, 6]
+    assert a == b
+    assert_equal_tensors(*runs)
+    assert [each["loss"] for each in a] != [each["loss"] for each in c]
+
+
+@pytest.mark.parametrize("overrides", [[], ["data.document_mask=true"]])
+def test_micro_batches_give_the_whole_batchs_gradient_losses_and_loads(tmp_path, make_trainer, overrides):
+    results = []
+    for micro in (4, 2, 1):
+        trainer = make_trainer(
+            tmp_path, *overrides, f"training.micro_batch_size={micro}", "training.balance_alpha=0.05"
+        )
+        figures = trainer.gradients(trainer.loader.batch(0, 4), 0.3)
+        gradients = {name: p.grad for name, p in trainer.model.named_parameters()}
+        results.append((figures, gradients))
+    (loss, mtp, balance, load), whole = results[0]
+    for (other_loss, other_mtp, other_balance, other_load), gradients in results[1:]:
+        assert (other_loss, other_balance) == (pytest.approx(loss), pytest.approx(balance))
+        assert other_mtp == pytest.approx(mtp)
+        assert all(torch.equal(other_load[name], load[name]) for name in load)
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradient, whole[name], atol=2e-6, rtol=2e-4, msg=name)
+
+
+@pytest.mark.parametrize("mask", ["true", "false"])
+def test_the_loss_is_the_mean_over_all_targets_of_the_batch(tmp_path, make_trainer, mask):
+    """Against a loop over rows and positions; with a document mask the first token of a document is no target."""
+    trainer = make_trainer(tmp_path, f"data.document_mask={mask}", "training.micro_batch_size=2")
+    batch = trainer.loader.batch(3, 4)
+    loss, *_ = trainer.gradients(batch, 0.0)
+    nats = []
+    for row in range(4):
+        spans = [(0, 33)]
+        if mask == "true":
+            ids = batch.segment_ids[row].tolist()
+            starts = [i for i in range(33) if i == 0 or ids[i] != ids[i - 1]]
+            spans = list(zip(starts, [*starts[1:], 33], strict=True))
+        for start, end in spans:
+            with torch.no_grad():
+                logits = trainer.model(batch.tokens[row : row + 1, start:end]).logits[0].log_softmax(-1)
+            nats += [
+                -float(logits[i - start, batch.tokens[row, i + 1]])
+                for i in range(start, end - 1)
+                if batch.valid[row, i + 1]
+            ]
+    assert loss == pytest.approx(sum(nats) / len(nats), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "overrides", [["optimizer.kind=adamw"], ["optimizer.kind=muon", "training.precision=bf16", "schedule.mtp_weight=0"]]
+)
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, make_trainer, overrides):
+    whole = make_trainer(tmp_path / "whole", *overrides)
+    whole.run()
+    halted = make_trainer(tmp_path / "halted", *overrides)
+    stop_after(halted, 3)
+    with pytest.raises(Interrupted, match=r"stopped after step 3; saved in .*step-00000003"):
+        halted.run()
+    resumed = make_trainer(tmp_path / "halted", *overrides)
+    assert resumed.resume()
+    assert (resumed.step_count, resumed.token_count, resumed.row_count) == (3, 3 * 4 * 32, 12)
+    assert_equal_tensors(halted, resumed)
+    resumed.run()
+    assert records(tmp_path / "halted") == records(tmp_path / "whole")
+    assert_equal_tensors(whole, resumed)
+    moved = [b.moe.gate.e_score_correction_bias.abs().max() for b in resumed.model.layers if b.moe is not None]
+    assert min(moved) > 0  # the biases are among what came back
+    assert not make_trainer(tmp_path / "nothing").resume()
+
+
+def test_ctrl_c_while_saving_counts_for_the_next_step(tmp_path, make_trainer, monkeypatch):
+    trainer = make_trainer(tmp_path, "training.checkpoint_every_steps=1")
+    save = trainer.save
+
+    def save_and_stop():
+        save()
+        trainer.stop = True
+
+    monkeypatch.setattr(trainer, "save", save_and_stop)
+    with pytest.raises(Interrupted) as caught:
+        trainer.run()
+    assert str(latest_checkpoint(tmp_path / "checkpoints")) in str(caught.value)
+    assert trainer.step_count == 2
+
+
+def test_a_crash_repeats_the_steps_since_the_checkpoint_once(tmp_path, make_trainer):
+    """Evaluations and steps that were recorded after the newest checkpoint are recorded anew, not twice."""
+    often = ["training.checkpoint_every_steps=2", "training.evaluate_every_steps=1"]
+    whole = make_trainer(tmp_path / "whole", *often, evaluate=lambda model: {"score": 1.0})
+    whole.run()
+    crashed = make_trainer(tmp_path / "crashed", *often, evaluate=lambda model: {"score": 1.0})
+
+    def crash(**figures):
+        if figures["step"] == 3:
+            raise ZeroDivisionError
+
+    crashed.progress = crash
+    with pytest.raises(ZeroDivisionError):
+        crashed.run()
+    assert len(records(tmp_path / "crashed")) == 3
+    resumed = make_trainer(tmp_path / "crashed", *often, evaluate=lambda model: {"score": 1.0})
+    assert resumed.resume()
+    resumed.run()
+    assert records(tmp_path / "crashed") == records(tmp_path / "whole")
+    scored = [json.loads(line)["step"] for line in (tmp_path / "crashed/evaluations.jsonl").read_text().splitlines()]
+    assert scored == [0, 1, 2, 3, 4, 5, 6]
+
+
+def test_killed_before_the_first_checkpoint_it_begins_anew(tmp_path, make_trainer):
+    first = make_trainer(tmp_path, evaluate=lambda model: {"score": 1.0})
+
+    def crash(**_):
+        raise ZeroDivisionError
+
+    first.progress = crash
+    with pytest.raises(ZeroDivisionError):
+        first.run()
+    again = make_trainer(tmp_path, evaluate=lambda model: {"score": 1.0})
+    assert not again.resume()
+    again.run()
+    scored = [json.loads(line)["step"] for line in (tmp_path / "evaluations.jsonl").read_text().splitlines()]
+    assert scored == [0, 6]
+    assert [each["step"] for each in records(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_model_of_mtp_depth_three_trains(tmp_path, make_trainer):
+    trainer = make_trainer(tmp_path, "model.num_nextn_predict_layers=3", "training.tokens=5120", "schedule.learning_rate=0.01")  # fmt: skip
+    trainer.run()
+    rows = records(tmp_path)
+    assert len(rows) == 40
+    for depth in range(3):
+        losses = [row["mtp_losses"][depth] for row in rows]
+        assert sum(losses[-4:]) < 0.8 * sum(losses[:4]), depth
+    assert sum(row["loss"] for row in rows[-4:]) < 0.75 * sum(row["loss"] for row in rows[:4])
+    assert set(rows[0]["max_vio"]) == {"1", "2", "mtp.0", "mtp.1", "mtp.2"}
+    assert min(rows[-1]["bias_magnitude"].values()) > 0
+
+
+def test_a_line_of_metrics_has_every_figure(tmp_path, make_trainer):
+    trainer = make_trainer(tmp_path)
+    trainer.run()
+    row = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[1])
+    assert row.keys() == {
+        "step", "tokens", "seconds", "loss", "mtp_losses", "balance_loss", "grad_norm", "learning_rate", "mtp_weight",
+        "bias_update_speed", "batch_size", "tokens_per_second", "max_vio", "bias_magnitude", "dead_experts", "load",
+    }  # fmt: skip
+    assert (row["step"], row["tokens"], row["batch_size"]) == (2, 256, 4)
+    assert row["max_vio"].keys() == row["load"].keys() == {"1", "2", "mtp.0"}
+    assert sum(row["load"]["mtp.0"]) == pytest.approx(1, abs=1e-3)
+    assert "load" not in json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
+
+
+def test_the_checkpoint_is_a_model_that_others_load(tmp_path, make_trainer):
+    trainer = make_trainer(tmp_path)
+    trainer.run()
+    model, _ = load_model(tmp_path)
+    for (name, a), b in zip(trainer.model.state_dict().items(), model.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    assert read_state(latest_checkpoint(tmp_path / "checkpoints"))["recipe"]["training"]["tokens"] == 768
+
+
+def test_schedules_are_read_before_each_step(tmp_path, make_trainer):
+    trainer = make_trainer(
+        tmp_path,
+        'schedule.learning_rate=[{kind="linear", from=0.0, to=3e-3, steps=3}, {kind="constant", value=1e-3}]',
+        'schedule.batch_size=[{kind="constant", value=2, steps=2}, {kind="constant", value=6}]',
+        'schedule.bias_update_speed=[{kind="constant", value=0.01, steps=1}, {kind="constant", value=0.0}]',
+    )
+    trainer.run()
+    rows = records(tmp_path)
+    assert [row["learning_rate"] for row in rows[:4]] == pytest.approx([0.0, 1e-3, 2e-3, 1e-3])
+    assert [row["batch_size"] for row in rows] == [2, 2, 6, 6, 6, 6][: len(rows)]
+    assert [row["tokens"] for row in rows[:3]] == [64, 128, 320]
+    assert trainer.row_count == sum(row["batch_size"] for row in rows)
+    for row in rows:
+        assert list(row["bias_magnitude"].values()) == pytest.approx([0.01] * 3)
+
+
+def poison_after(trainer, step, poison):
+    def progress(**figures):
+        if figures["step"] == step:
+            poison()
+
+    trainer.progress = progress
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_documents_and_checkpoint(tmp_path, make_trainer):
+    trainer = make_trainer(tmp_path, "training.checkpoint_every_steps=2")
+
+    def poison():
+        with torch.no_grad():
+            trainer.model.norm.weight.fill_(float("nan"))
+
+    poison_after(trainer, 3, poison)
+    with pytest.raises(RunError) as caught:
+        trainer.run()
+    message = str(caught.value)
+    assert "the loss of step 4 is nan" in message
+    assert "rows 12 to 15" in message
+    for document in trainer.loader.describe(trainer.loader.batch(12, 4)):
+        assert document in message
+    assert str(tmp_path / "checkpoints" / "step-00000002") in message
+    assert [each["step"] for each in records(tmp_path)] == [1, 2, 3]
+
+
+def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_weights(tmp_path, make_trainer):
+    trainer = make_trainer(tmp_path)
+    poison_after(trainer, 2, lambda: trainer.model.lm_head.weight.register_hook(lambda g: g * float("inf")))
+    with pytest.raises(RunError, match=r"the gradient's norm of step 3 is (inf|nan).*none was written yet"):
+        trainer.run()
+    assert all(p.isfinite().all() for p in trainer.model.parameters())
+
+
+def test_a_full_disk_while_saving_leaves_the_earlier_checkpoint(tmp_path, make_trainer, monkeypatch):
+    trainer = make_trainer(tmp_path, "training.checkpoint_every_steps=2")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    poison_after(trainer, 3, lambda: monkeypatch.setattr("dsv3.weights.checkpoint.write_tensors", full))
+    with pytest.raises(RunError, match=r"could not save the checkpoint .*step-00000004.*No space left"):
+        trainer.run()
+    monkeypatch.undo()
+    assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == ["latest", "step-00000002"]
+    resumed = make_trainer(tmp_path, "training.checkpoint_every_steps=2")
+    assert resumed.resume()
+    resumed.run()
+    assert [each["step"] for each in records(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("optimizer.weight_decay=0.2", "optimizer.weight_decay was 0.1 and is 0.2"),
+        ("optimizer.kind=muon", "optimizer.kind was 'adamw' and is 'muon'"),
+        ("model.hidden_size=64", "model.hidden_size was 32 and is 64"),
+        ("data.sources.0.weight=2.0", "data.sources.0.weight was 1.0 and is 2.0"),
+    ],
+)
+def test_another_recipe_is_refused_naming_what_changed(tmp_path, make_trainer, override, said):
+    make_trainer(tmp_path, "training.tokens=128").run()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError) as caught:
+        make_trainer(tmp_path, "training.tokens=128", override).resume()
+    assert said in str(caught.value)
+    assert str(tmp_path / "checkpoints" / "step-00000001") in str(caught.value)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_changes_no_result_may_change(tmp_path, make_trainer):
+    make_trainer(tmp_path, "training.tokens=128", "notes.a=old").run()
+    assert make_trainer(tmp_path, "training.tokens=128", "notes.b=new", "model.hidden_size=32").resume()
+
+
+def test_tensors_of_another_config_are_refused(tmp_path, make_trainer):
+    """A state.json that was edited, or belongs to another checkpoint."""
+    make_trainer(tmp_path / "small", "training.tokens=128").run()
+    make_trainer(tmp_path / "large", "training.tokens=128", "model.intermediate_size=64").run()
+    name = "checkpoints/step-00000001/state.json"
+    (tmp_path / "small" / name).write_bytes((tmp_path / "large" / name).read_bytes())
+    with pytest.raises(UserError, match=r"checkpoint of another config"):
+        make_trainer(tmp_path / "small", "training.tokens=128", "model.intermediate_size=64").resume()
+
+
+def test_an_evaluation_before_and_after_and_the_model_trains_on(tmp_path, make_trainer):
+    modes = []
+
+    def evaluate(model):
+        model.eval()
+        modes.append(model.training)
+        return {"score": 0.5}
+
+    trainer = make_trainer(tmp_path, evaluate=evaluate)
+    trainer.run()
+    assert modes == [False, False]
+    assert trainer.model.training
+    rows = [json.loads(line) for line in (tmp_path / "evaluations.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["tokens"], row["score"]) for row in rows] == [(0, 0, 0.5), (6, 768, 0.5)]
+
+
+def test_devices():
+    assert pick_device("cpu") == torch.device("cpu")
+    with pytest.raises(UserError, match="expected 'auto', 'cpu', 'cuda' or 'cuda:0'"):
+        pick_device("gpu")
+    if not torch.cuda.is_available():
+        assert pick_device("auto") == torch.device("cpu")
+        with pytest.raises(UserError, match="torch finds no GPU here"):
+            pick_device("cuda")
