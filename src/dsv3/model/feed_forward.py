@@ -4,6 +4,7 @@ Legend: B sequences, T tokens, D hidden, E experts, K experts per token, R = T K
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -53,10 +54,15 @@ class Routing:
     """int64 [T, K]."""
     weight: Tensor
     """FP32 [T, K]; gradients flow through it."""
-    load: Tensor
-    """int64 [E]: assignments to each expert, for the bias update and the metrics."""
+    num_experts: int
+    """E."""
     balance: Tensor | None
     """FP32 scalar: the sequence-wise balance loss without its factor; None when it is not asked for."""
+
+    @cached_property
+    def load(self) -> Tensor:
+        """int64 [E]: assignments to each expert, for the bias update and the metrics."""
+        return torch.bincount(self.expert.flatten(), minlength=self.num_experts)
 
 
 class Gate(nn.Module):
@@ -86,8 +92,7 @@ class Gate(nn.Module):
             config.norm_topk_prob,
             config.routed_scaling_factor,
         )
-        load = torch.bincount(expert.flatten(), minlength=config.n_routed_experts)
-        return Routing(expert, weight, load, None if balance is None else balance.detach())
+        return Routing(expert, weight, config.n_routed_experts, None if balance is None else balance.detach())
 
 
 class Dispatcher(Protocol):
@@ -106,25 +111,27 @@ class LocalDispatcher:
     def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Any]:
         """See `Dispatcher`."""
         if every_expert(routing):
-            return x_TD.expand(len(routing.load), -1, -1).flatten(0, 1), torch.full_like(routing.load, len(x_TD)), None
-        permutation = sort_by_expert(routing.expert, len(routing.load), equal_groups(routing))
+            counts = torch.full((routing.num_experts,), len(x_TD), device=x_TD.device)
+            return x_TD.expand(routing.num_experts, -1, -1).flatten(0, 1), counts, None
+        permutation = sort_by_expert(routing.expert, routing.num_experts, equal_groups(routing))
         return permute(x_TD, permutation), permutation.counts_E, permutation
 
     def combine(self, rows_RD: Tensor, routing: Routing, handle: Any) -> Tensor:
         """See `Dispatcher`."""
         if handle is None:
-            tokens = torch.arange(len(routing.expert), device=rows_RD.device).unsqueeze(1)
-            rows_TKD = rows_RD.unflatten(0, (len(routing.load), -1))[routing.expert, tokens]
-            return (rows_TKD * routing.weight.unsqueeze(-1)).sum(1).to(rows_RD.dtype)
+            rows_TED = rows_RD.unflatten(0, (routing.num_experts, -1)).transpose(0, 1)
+            weight_TE = rows_RD.new_zeros(rows_TED.shape[:2])
+            weight_TE.scatter_(1, routing.expert, routing.weight.to(rows_RD.dtype))
+            return torch.bmm(weight_TE.unsqueeze(1), rows_TED).squeeze(1)
         return unpermute(rows_RD, routing.weight, handle)
 
 
 def every_expert(routing: Routing) -> bool:
-    """Whether all experts compute all tokens and the sum takes what was chosen: for a few tokens, cheaper than sorting them.
+    """Whether all experts compute all tokens, those not chosen with a weight of 0: for a few tokens, cheaper than sorting.
 
-    On CPU, if at most four times the weights that are needed anyway are read.
+    On CPU and without a graph, if that is at most four times the work.
     """
-    (tokens, chosen), experts = routing.expert.shape, len(routing.load)
+    (tokens, chosen), experts = routing.expert.shape, routing.num_experts
     few = tokens * experts <= EVERY_EXPERT_ROWS and experts <= 4 * chosen
     return few and routing.expert.device.type == "cpu" and not torch.is_grad_enabled()
 
@@ -134,7 +141,7 @@ def equal_groups(routing: Routing) -> int:
 
     On CPU, where products of one shape are cheapest, if there is enough work and padding at most doubles it.
     """
-    rows, experts = routing.expert.numel(), len(routing.load)
+    rows, experts = routing.expert.numel(), routing.num_experts
     if routing.expert.device.type != "cpu" or rows < EQUAL_GROUP * experts:
         return 0
     return EQUAL_GROUP if int(routing.load.max()) * experts <= 2 * rows else 0

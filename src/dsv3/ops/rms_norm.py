@@ -45,7 +45,7 @@ def on_cpu(x: Tensor, weight: Tensor, eps: float) -> str | None:
 
 def fused(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Torch's own; the weight takes the input's dtype, as its fused kernel demands."""
-    return F.rms_norm(x, (x.shape[-1],), weight.to(x.dtype), eps)
+    return F.rms_norm(x, (x.shape[-1],), weight if weight.dtype == x.dtype else weight.to(x.dtype), eps)
 
 
 rms_norm = Operation(
