@@ -76,15 +76,19 @@ def test_a_block_is_its_five_phases():
     assert int(routing.load.sum()) == 2 * 5 * DEBUG.num_experts_per_tok
 
 
-@torch.no_grad()
-def test_moe_is_the_weighted_sum_of_its_experts():
-    """Equation (12), token by token."""
-    model = model_of()
-    moe, x = model.layers[1].mlp, torch.randn(9, 32)
+@pytest.mark.parametrize("tokens", [1, 2, 9, 40])
+@pytest.mark.parametrize("training", [False, True])
+def test_moe_is_the_weighted_sum_of_its_experts(tokens, training):
+    """Equation (12), token by token: few tokens take other ways to their experts, in training all take one."""
+    with torch.set_grad_enabled(training):
+        assert_weighted_sum(model_of().layers[1].mlp, torch.randn(tokens, 32))
+
+
+def assert_weighted_sum(moe, x):
     routing = moe.gate(x, 1, 0.0)
     rows_RD, counts, handle = moe.dispatcher.dispatch(x, routing)
     found = moe.dispatcher.combine(moe.experts(rows_RD, counts), routing, handle)
-    for t in range(9):
+    for t in range(len(x)):
         total = torch.zeros(32)
         for expert, weight in zip(routing.expert[t], routing.weight[t], strict=True):
             gate, up = moe.experts.gate_up_proj[expert].chunk(2)

@@ -63,6 +63,20 @@ def test_grouped_linear_with_empty_groups_and_single_rows(name, counts):
     compare(grouped_linear, name, x, weight, torch.tensor(counts))
 
 
+@pytest.mark.parametrize("name", ["batched_inference", "loop_inference"])
+@pytest.mark.parametrize("counts", [[3, 3, 3], [1], [4, 0, 2], [0, 0, 9], [0, 0]], ids=str)
+@torch.no_grad()
+def test_grouped_linear_of_inference(name, counts):
+    x, weight = torch.randn(sum(counts), 8), torch.randn(len(counts), 6, 8)
+    implementation = next(each for each in grouped_linear.implementations if each.name == name)
+    args = x, weight, torch.tensor(counts)
+    if implementation.supports(*args) is None:
+        torch.testing.assert_close(implementation.run(*args), grouped_linear.implementations[-1].run(*args))
+    else:
+        assert name == "batched_inference"
+        assert len(set(counts)) > 1 or sum(counts) == 0
+
+
 def test_grouped_linear_is_one_product_a_row():
     counts = [2, 0, 3]
     x, weight = torch.randn(5, 4), torch.randn(3, 6, 4)

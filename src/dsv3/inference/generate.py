@@ -57,8 +57,12 @@ def generate(
     ends = {*params.stop_token_ids} if params.ignore_eos else {*params.stop_token_ids, model.config.eos_token_id}
     alive = list(range(len(prompts)))
     for step in range(params.max_tokens):
-        uniform = torch.stack([torch.rand((), generator=random[i], dtype=torch.float64) for i in alive]).to(device)
-        chosen = sample(model.head(hidden).float(), params, uniform)
+        logits = model.head(hidden).float()
+        if params.temperature == 0:
+            chosen = logits.argmax(-1)
+        else:
+            uniform = torch.stack([torch.rand((), generator=random[i], dtype=torch.float64) for i in alive]).to(device)
+            chosen = sample(logits, params, uniform)
         last = step == params.max_tokens - 1
         new = [NewToken(i, token, last or token in ends) for i, token in zip(alive, chosen.tolist(), strict=True)]
         stopped = (yield new) or set()

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsv3.model.config import ModelConfig
-from dsv3.model.linear import Linear, RMSNorm, cast
+from dsv3.model.linear import Linear, RMSNorm
 from dsv3.model.rope import Rope
 from dsv3.ops.attention import attention
+from dsv3.ops.cast import cast
 
 
 class Cache(Protocol):

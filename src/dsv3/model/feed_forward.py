@@ -4,6 +4,7 @@ Legend: B sequences, T tokens, D hidden, E experts, K experts per token, R = T K
 """
 
 from dataclasses import dataclass
+from enum import Enum, auto
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -105,20 +106,33 @@ class Dispatcher(Protocol):
         """The weighted sum of each token's rows: [T, D]."""
 
 
+class Few(Enum):
+    """How a few tokens reach their experts outside training, where sorting would cost more than it saves."""
+
+    ONE_TOKEN = auto()
+    """A row an expert: they are sorted as they come."""
+    EVERY_EXPERT = auto()
+    """All experts compute all tokens; those that a token did not choose get a weight of 0."""
+
+
 class LocalDispatcher:
     """All experts are here: dispatch is a permutation."""
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Any]:
         """See `Dispatcher`."""
+        if len(x_TD) == 1 and not torch.is_grad_enabled():
+            return x_TD.expand(routing.expert.shape[1], -1), routing.load, Few.ONE_TOKEN
         if every_expert(routing):
             counts = torch.full((routing.num_experts,), len(x_TD), device=x_TD.device)
-            return x_TD.expand(routing.num_experts, -1, -1).flatten(0, 1), counts, None
+            return x_TD.expand(routing.num_experts, -1, -1).flatten(0, 1), counts, Few.EVERY_EXPERT
         permutation = sort_by_expert(routing.expert, routing.num_experts, equal_groups(routing))
         return permute(x_TD, permutation), permutation.counts_E, permutation
 
     def combine(self, rows_RD: Tensor, routing: Routing, handle: Any) -> Tensor:
         """See `Dispatcher`."""
-        if handle is None:
+        if handle is Few.ONE_TOKEN:
+            return torch.mm(routing.weight.to(rows_RD.dtype), rows_RD)
+        if handle is Few.EVERY_EXPERT:
             rows_TED = rows_RD.unflatten(0, (routing.num_experts, -1)).transpose(0, 1)
             weight_TE = rows_RD.new_zeros(rows_TED.shape[:2])
             weight_TE.scatter_(1, routing.expert, routing.weight.to(rows_RD.dtype))
@@ -127,10 +141,7 @@ class LocalDispatcher:
 
 
 def every_expert(routing: Routing) -> bool:
-    """Whether all experts compute all tokens, those not chosen with a weight of 0: for a few tokens, cheaper than sorting.
-
-    On CPU and without a graph, if that is at most four times the work.
-    """
+    """Whether `Few.EVERY_EXPERT` pays: on CPU, if it is at most four times the work."""
     (tokens, chosen), experts = routing.expert.shape, routing.num_experts
     few = tokens * experts <= EVERY_EXPERT_ROWS and experts <= 4 * chosen
     return few and routing.expert.device.type == "cpu" and not torch.is_grad_enabled()

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dsv3.ops.cast import cast
 from dsv3.ops.rms_norm import rms_norm
 
 
@@ -17,11 +18,6 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out] in x's dtype."""
         return F.linear(x, cast(self.weight, x.dtype))
-
-
-def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weight in `dtype`. Asking is cheaper than a `to` that has nothing to do, which counts where tokens come one by one."""
-    return weight if weight.dtype == dtype else weight.to(dtype)
 
 
 class RMSNorm(nn.Module):

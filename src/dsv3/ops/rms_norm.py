@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsv3.ops.operation import Implementation, Operation, anything
+from dsv3.ops.cast import cast
+from dsv3.ops.operation import Implementation, Operation, anything, in_training
 
 
 def reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -38,14 +39,14 @@ class UnitKept(torch.autograd.Function):
 
 def on_cpu(x: Tensor, weight: Tensor, eps: float) -> str | None:
     """Torch has a fused kernel on GPUs; on CPU its backward keeps and rereads several copies."""
-    if not torch.is_grad_enabled():
-        return "pays in training only"
+    if (reason := in_training()) is not None:
+        return reason
     return None if x.device.type == "cpu" and x.dim() > 1 else "for tensors on the CPU"
 
 
 def fused(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Torch's own; the weight takes the input's dtype, as its fused kernel demands."""
-    return F.rms_norm(x, (x.shape[-1],), weight if weight.dtype == x.dtype else weight.to(x.dtype), eps)
+    return F.rms_norm(x, (x.shape[-1],), cast(weight, x.dtype), eps)
 
 
 rms_norm = Operation(

@@ -33,7 +33,7 @@ def select(
             1, rank_TG.topk(topk_group, dim=-1).indices, True
         )
         biased_TE = grouped.masked_fill(~kept_TG.unsqueeze(-1), float("-inf")).flatten(1)
-    expert_TK = biased_TE.topk(num_experts, dim=-1).indices
+    expert_TK = biased_TE.topk(num_experts, dim=-1).indices.sort(dim=-1).values
     weight_TK = affinity_TE.gather(1, expert_TK)
     if normalise:
         weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True)
@@ -42,7 +42,7 @@ def select(
 
 select_experts = Operation("select_experts", [Implementation("reference", select, anything)])
 """`select_experts(affinity [T, E] FP32, bias [E] FP32, K, n_group, topk_group, normalise, scaling) -> (weight [T, K] FP32,
-expert [T, K] int64)`."""
+expert [T, K] int64, ascending)`."""
 
 
 def sequence_balance(affinity_TE: Tensor, num_sequences: int, num_experts: int) -> Tensor:
