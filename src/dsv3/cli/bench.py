@@ -12,6 +12,9 @@ from dsv3.errors import UserError
 if TYPE_CHECKING:
     from dsv3.bench.measure import Result, Spread
 
+WIDTH = 120
+"""Columns of a table that is written to a file or a pipe."""
+
 json_option = click.option(
     "--json", "json_path", type=click.Path(path_type=Path), help="Also write everything measured to this file."
 )
@@ -77,20 +80,21 @@ def show(result: Result, json_path: Path | None) -> None:
     from rich.table import Table
 
     console = Console()
+    if not console.is_terminal:
+        console.width = WIDTH
     where = f"{result.machine['processor']}, {result.machine['threads']} threads"
     shapes = ", ".join(f"{name} {value}" for name, value in result.shapes.items())
     console.print(f"{where}\n{shapes}", highlight=False, soft_wrap=True)
-    speeds = Table("", "", box=box.SIMPLE_HEAD)
+    speeds = Table("", box=box.SIMPLE_HEAD)
     for name in ("tokens/s", "least - most", *result.rows[0].figures):
         speeds.add_column(name, justify="right")
-    for row, before in zip(result.rows, [None, *result.rows], strict=False):
-        if before is not None and before.group != row.group:
+    for row, before in zip(result.rows, ["", *(row.group for row in result.rows)], strict=False):
+        if row.group != before:
             speeds.add_section()
+            speeds.add_row(row.group)
         low, high = row.tokens_per_second.low, row.tokens_per_second.high
         figures = (f"{value:,.3g}" for value in row.figures.values())
-        speeds.add_row(
-            row.group, row.name, f"{row.tokens_per_second.median:,.0f}", f"{low:,.0f} - {high:,.0f}", *figures
-        )
+        speeds.add_row(row.name, f"{row.tokens_per_second.median:,.0f}", f"{low:,.0f} - {high:,.0f}", *figures)
     console.print(speeds)
     ratios = Table("times faster", "ours", "theirs", box=box.SIMPLE_HEAD)
     for name in ("median", "least - most", "target"):

@@ -1,0 +1,35 @@
+import json
+import sys
+
+import pytest
+
+from dsv3.cli.main import run
+
+
+def test_train_and_decode_print_tables_and_write_files(tmp_path, capsys):
+    out = tmp_path / "results" / "decode.json"
+    arguments = ["--preset", "debug", "--batch", "2", "--tokens", "4", "--rounds", "1", "--json", str(out)]
+    assert run(["bench", "decode", *arguments]) == 0
+    said = capsys.readouterr().out
+    assert "times faster" in said
+    assert "batch 2" in said
+    assert f"written: {out}" in said
+    assert json.loads(out.read_text())["shapes"]["batches"] == [2]
+
+
+@pytest.mark.parametrize("batch", ["", "0", "1,", "1,x", "-1"])
+def test_bad_batches_are_refused(batch, capsys):
+    assert run(["bench", "decode", "--batch", batch]) == 2
+    assert "expected whole numbers above 0" in capsys.readouterr().err
+
+
+def test_an_unknown_preset_is_refused(capsys):
+    assert run(["bench", "train", "--preset", "tinny"]) == 2
+    assert "did you mean 'tiny'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["train", "decode"])
+def test_without_transformers_the_way_to_it_is_named(command, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert run(["bench", command, "--preset", "debug"]) == 2
+    assert "pip install 'dsv3[test]'" in capsys.readouterr().err
