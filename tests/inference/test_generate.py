@@ -103,6 +103,6 @@ def test_refusals(make_model):
     for token in (-1, 320):
         with pytest.raises(UserError, match="prompt 0 holds tokens outside the vocabulary: expected 0 to 319"):
             collect(model, [[1, token]], params)
-    with pytest.raises(UserError, match="129 tokens are more than .* = 128; shorten the prompt or max_tokens"):
+    with pytest.raises(UserError, match=r"129 tokens are more than .* = 128; shorten the prompt or max_tokens"):
         collect(model, [[1] * 121], params)
     assert len(collect(model, [[1] * 120], SamplingParams(max_tokens=8, ignore_eos=True))[0][0]) == 8
