@@ -25,15 +25,14 @@ class GrowingCache:
 
     def store(self, block, latent, key):
         new = torch.cat((latent, key), dim=-1)
-        self.rank = latent.shape[-1]
         self.held[block] = torch.cat((self.held[block], new), dim=1) if block in self.held else new
 
     def read(self, block):
         if self.seen == 0:
             return None
         held = self.held[block]
-        visible = self.position.unsqueeze(1) <= self.query.unsqueeze(2)
-        return held[..., : self.rank], held[..., self.rank :], visible.expand(len(held), -1, -1)
+        hidden = self.position.unsqueeze(1) > self.query.unsqueeze(2)
+        return held, torch.zeros(hidden.shape).masked_fill(hidden, float("-inf")).expand(len(held), -1, -1)
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """The latent cache: for each token and block, the normed latent and the rotated key (576 values for DeepSeek-V3).
 
-Legend: B sequences, T tokens of a pass, S positions held, C elements of the latent, R elements of the rotated key.
+Legend: B sequences, T tokens of a pass, S positions held, C elements of the latent, R elements of the rotated key,
+L = C + R elements of an entry.
 """
 
 import torch
@@ -25,34 +26,39 @@ class LatentCache:
                 f"{length} tokens are more than the model's max_position_embeddings = {config.max_position_embeddings}; "
                 "shorten the prompt or max_tokens"
             )
-        self.rank, self.length = config.kv_lora_rank, length
+        self.length = length
         width = config.kv_lora_rank + config.qk_rope_head_dim
         self.values = {name: torch.zeros(batch, length, width, dtype=dtype, device=device) for name in blocks}
         self.rows = torch.arange(batch, device=device).unsqueeze(1)
         self.position_BT = torch.empty(0)
         self.end = 0
         self.first = True
-        self.visible: Tensor | None = None
+        self.bias: Tensor | None = None
 
     def begin(self, position_BT: Tensor, end: int) -> Tensor:
-        """Announces a pass over the tokens at these positions, all below `end`; returns the positions for the model."""
+        """Announces a pass over the tokens at these positions, `end` being one more than the last; returns the positions.
+
+        What is held from `end` on is forgotten.
+        """
         self.first = self.end == 0
-        self.end = max(self.end, end)
+        self.end = end
         self.position_BT = position_BT
-        held = torch.arange(self.end, device=position_BT.device)
-        self.visible = None if self.first else held <= position_BT.unsqueeze(-1)
+        self.bias = None
+        if not self.first and position_BT.numel() > 1:
+            held = torch.arange(end, device=position_BT.device)
+            hidden = held > position_BT.unsqueeze(-1)
+            self.bias = torch.zeros(hidden.shape, device=held.device).masked_fill_(hidden, float("-inf"))
         return position_BT
 
     def store(self, block: str, latent_BTC: Tensor, key_BTR: Tensor) -> None:
         """See `dsv3.model.attention.Cache`."""
         self.values[block][self.rows, self.position_BT] = torch.cat((latent_BTC, key_BTR), dim=-1)
 
-    def read(self, block: str) -> tuple[Tensor, Tensor, Tensor] | None:
+    def read(self, block: str) -> tuple[Tensor, Tensor | None] | None:
         """See `dsv3.model.attention.Cache`."""
-        if self.visible is None:
+        if self.first:
             return None
-        held = self.values[block][:, : self.end]
-        return held[..., : self.rank], held[..., self.rank :], self.visible
+        return self.values[block][:, : self.end], self.bias
 
     def keep(self, rows: Tensor) -> None:
         """Forgets all sequences but these (int [n])."""

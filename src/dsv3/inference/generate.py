@@ -69,7 +69,7 @@ def generate(
             rows = torch.tensor(going, device=device)
             cache.keep(rows)
             alive, chosen, lengths = [alive[k] for k in going], chosen[rows], lengths[rows]
-        end = longest + step + 1
+        end = max(len(prompts[i]) for i in alive) + step + 1
         hidden = model(chosen.unsqueeze(1), positions=cache.begin(lengths.unsqueeze(1), end), cache=cache).hidden[:, 0]
         lengths = lengths + 1
 

@@ -4,16 +4,17 @@ Expanded, for training and prefill: keys and values of every head are computed f
 Absorbed, for decoding: queries are carried into the latent space, so that only latents are cached and read.
 
 Legend: B sequences, T tokens, S cached positions, H heads, N content elements of a head (nope), R rotated elements,
-V elements of a value head, C elements of the latent.
+V elements of a value head, C elements of the latent, L = C + R elements of a cache entry.
 """
 
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsv3.model.config import ModelConfig
-from dsv3.model.linear import Linear, RMSNorm
+from dsv3.model.linear import Linear, RMSNorm, cast
 from dsv3.model.rope import Rope
 from dsv3.ops.attention import attention
 
@@ -24,10 +25,11 @@ class Cache(Protocol):
     def store(self, block: str, latent_BTC: Tensor, key_BTR: Tensor) -> None:
         """Keeps the normed latent and the rotated key of the pass's tokens at their positions."""
 
-    def read(self, block: str) -> tuple[Tensor, Tensor, Tensor] | None:
-        """(latent [B, S, C], key [B, S, R], visible bool [B, T, S]) for absorbed attention.
+    def read(self, block: str) -> tuple[Tensor, Tensor | None] | None:
+        """(entries [B, S, L], bias [B, T, S]) for absorbed attention; an entry is the latent and then the key.
 
-        None when the pass's tokens are the first of their sequences: then they see only one another.
+        The bias is 0 where a token sees a position and -inf elsewhere; None in its place means that all tokens see all
+        positions. None when the pass's tokens are the first of their sequences: then they see only one another.
         """
 
 
@@ -86,13 +88,20 @@ class MultiHeadLatentAttention(nn.Module):
         k = torch.cat((k_nope, key.unsqueeze(2).expand(-1, -1, config.num_attention_heads, -1)), dim=-1)
         return attention(q, k, v, config.softmax_scale, segments)
 
-    def absorbed(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, key: Tensor, visible: Tensor) -> Tensor:
-        """The same with `W_UK` moved to the queries and `W_UV` behind the weighted sum of latents. [B, T, H, V]"""
+    def absorbed(self, q_nope: Tensor, q_rope: Tensor, entries_BSL: Tensor, bias_BTS: Tensor | None) -> Tensor:
+        """The same with `W_UK` moved to the queries and `W_UV` behind the weighted sum of latents. [B, T, H, V]
+
+        What is left between the two is attention of all heads to one key, the entry, which is the value as well.
+        """
         config = self.config
-        weight = self.kv_b_proj.weight.to(latent.dtype).unflatten(0, (config.num_attention_heads, -1))
-        w_uk, w_uv = weight.split([config.qk_nope_head_dim, config.v_head_dim], dim=1)
-        q_latent = torch.einsum("bthn,hnc->bthc", q_nope, w_uk)
-        scores = torch.einsum("bthc,bsc->bths", q_latent, latent) + torch.einsum("bthr,bsr->bths", q_rope, key)
-        scores = (scores.float() * config.softmax_scale).masked_fill(~visible.unsqueeze(2), float("-inf"))
-        mixed = torch.einsum("bths,bsc->bthc", scores.softmax(-1).to(latent.dtype), latent)
-        return torch.einsum("bthc,hvc->bthv", mixed, w_uv)
+        (batch, length, heads, content), latent = q_nope.shape, config.kv_lora_rank
+        weight = cast(self.kv_b_proj.weight, q_nope.dtype).view(heads, -1, latent)
+        q_HXC = torch.bmm(q_nope.flatten(0, 1).transpose(0, 1), weight[:, :content])
+        q_BTHL = torch.cat((q_HXC.transpose(0, 1).unflatten(0, (batch, length)), q_rope), dim=-1)
+        bias = None if bias_BTS is None else bias_BTS.repeat_interleave(heads, dim=1).unsqueeze(1)
+        entries = entries_BSL.unsqueeze(1)
+        mixed = F.scaled_dot_product_attention(
+            q_BTHL.flatten(1, 2).unsqueeze(1), entries, entries, attn_mask=bias, scale=config.softmax_scale
+        )
+        mixed_HXC = mixed.view(batch * length, heads, -1)[..., :latent].transpose(0, 1)
+        return torch.bmm(mixed_HXC, weight[:, content:].mT).transpose(0, 1).unflatten(0, (batch, length))

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from dsv3.errors import UserError, nearest
 
 
@@ -58,3 +60,8 @@ def forced_implementations() -> dict[str, str]:
 
 def anything(*args: Any, **kwargs: Any) -> None:
     """The `supports` of a reference twin."""
+
+
+def in_training(*args: Any, **kwargs: Any) -> str | None:
+    """The `supports` of what saves work for the backward pass; its own bookkeeping costs as much as a few rows do."""
+    return None if torch.is_grad_enabled() else "pays in training only"

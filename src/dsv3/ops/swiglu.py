@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsv3.ops.operation import Implementation, Operation, anything
+from dsv3.ops.operation import Implementation, Operation, anything, in_training
 
 
 def reference(gate_up: Tensor) -> Tensor:
@@ -36,6 +36,6 @@ class InputKept(torch.autograd.Function):
 
 swiglu = Operation(
     "swiglu",
-    [Implementation("input_kept", InputKept.apply, anything), Implementation("reference", reference, anything)],
+    [Implementation("input_kept", InputKept.apply, in_training), Implementation("reference", reference, anything)],
 )
 """`swiglu(gate_up [..., 2I]) -> [..., I]`: the first half of the last dimension passes through SiLU."""
