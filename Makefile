@@ -3,6 +3,8 @@
 #   PYTHON makes the environment: make test PYTHON=python3.12
 
 PYTHON ?= python3
+# Threads that wait for one another sleep: spinning ones stall each other wherever more than one program runs.
+export OMP_WAIT_POLICY := PASSIVE
 ARGS ?=
 ENV := .venv
 OLDEST := .venv-oldest

@@ -130,3 +130,10 @@ def test_human():
         "1.9M",
         "14.8T",
     ]
+
+
+@pytest.mark.parametrize("total", range(1, 400))
+def test_wilson_holds_the_share_itself(total):
+    for passed in (0, 1, total - 1, total):
+        low, high = charts.wilson(passed, total)
+        assert low <= passed / total <= high

@@ -4,6 +4,7 @@ A command's file is imported when the command is called and not before, so that 
 codes: 0 done, 2 a mistake in the request, 1 a run that could not go on, 130 stopped by Ctrl-C.
 """
 
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ COMMANDS = {
     "generate": ("dsv3.cli.generate:generate", "Continue a prompt, or fill in the middle."),
     "chat": ("dsv3.cli.chat:chat", "Type, and see it continued."),
     "report": ("dsv3.cli.report:report", "One HTML page about a run, finished or going."),
+    "bench": ("dsv3.cli.bench:bench", "Speeds of this machine, each as a ratio to a peer's."),
     "info": ("dsv3.cli.info:info", "What a model is, before any of it is downloaded or trained."),
 }
 """Every command: the function behind it, and its line in the help."""
@@ -56,6 +58,9 @@ def dsv3(debug: bool) -> None:
 
 def main() -> None:
     """The entry point of the `dsv3` script and of `python -m dsv3`."""
+    # Before torch is loaded: its threads shall sleep, not spin, while they wait for one another. On a busy machine a
+    # training step takes 0.5 s that way, and 2 to 4 s with spinning (docs/log.md).
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     sys.exit(run(sys.argv[1:]))
 
 

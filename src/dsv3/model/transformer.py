@@ -5,11 +5,13 @@ Legend: B sequences, T tokens, D hidden, V vocabulary.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from dsv3.errors import UserError
 from dsv3.model.attention import Cache
 from dsv3.model.block import Block, Pass
 from dsv3.model.config import ModelConfig
@@ -30,9 +32,9 @@ class Output:
     routing: dict[str, Routing] = field(default_factory=dict)
     """By the name of the MoE block."""
 
-    @property
+    @cached_property
     def logits(self) -> Tensor:
-        """[B, T, V], computed on access."""
+        """[B, T, V], computed on first access."""
         return self.head(self.hidden)
 
 
@@ -154,9 +156,14 @@ class DeepSeekV3(nn.Module):
         the first token of a document is no target either. `divisor` is the number of targets that the main loss is
         divided by, this micro-batch's own by default; equation (24) divides every MTP loss by the same. `scale`
         multiplies all gradients, the balance loss's too: with gradient accumulation, one over the number of
-        micro-batches, and `divisor` the whole batch's targets divided by that number. `mtp_weight` is lambda (0 leaves the MTP modules out).
+        micro-batches, and `divisor` the whole batch's targets divided by that number. `mtp_weight` is lambda (0 leaves
+        the MTP modules out). Raises `UserError` for rows too short for the deepest MTP module.
         """
         inputs = tokens[:, :-1]
+        if mtp_weight > 0 and inputs.shape[1] <= len(self.mtp):
+            raise UserError(
+                f"rows of {tokens.shape[1]} tokens: MTP depth {len(self.mtp)} needs at least {len(self.mtp) + 2}"
+            )
         positions = default_positions(inputs) if positions is None else positions[:, :-1]
         segments = None if segment_ids is None else segment_ids[:, :-1]
         rope = Rope.at(self.config, positions)

@@ -144,7 +144,8 @@ def wilson(passed: int, total: int, z: float = 1.96) -> tuple[float, float]:
     """Wilson's interval (1927) of a binomial share: both p with `(passed/total - p)^2 = z^2 p (1 - p) / total`."""
     share, weight = passed / total, z * z / total
     centre, spread = share + weight / 2, np.sqrt(weight * (share * (1 - share) + weight / 4))
-    return float((centre - spread) / (1 + weight)), float((centre + spread) / (1 + weight))
+    # At shares of 0 and 1 the ends touch the share; rounding must not carry them past it.
+    return float(min((centre - spread) / (1 + weight), share)), float(max((centre + spread) / (1 + weight), share))
 
 
 def load_map(

@@ -1,0 +1,128 @@
+"""How a benchmark measures: sides take turns in one process, and their ratio is taken round by round.
+
+Speeds drift on every machine, between runs by more than most differences worth knowing. A ratio of two times of the same
+round drifts far less.
+"""
+
+import json
+import os
+import platform
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsv3 import __version__
+from dsv3.stages.pretrain import processor
+
+Work = Callable[[], object]
+"""One turn of one side."""
+Progress = Callable[..., None]
+"""Called as `progress(stage=..., done=..., total=...)` after every round."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A figure over all rounds."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        """Median, minimum and maximum."""
+        return cls(statistics.median(values), min(values), max(values))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One side in one setting."""
+
+    name: str
+    group: str
+    """What the rows that are compared have in common, such as the batch."""
+    tokens_per_second: Spread
+    figures: Mapping[str, float]
+    """What the median means: name with its unit -> value."""
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times faster `ours` is than `theirs`, in the same rounds."""
+
+    title: str
+    ours: str
+    theirs: str
+    value: Spread
+    target: float | None = None
+    """What the median should reach."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """All of one benchmark, as its JSON file holds it."""
+
+    benchmark: str
+    shapes: Mapping[str, Any]
+    rows: Sequence[Row]
+    ratios: Sequence[Ratio]
+    checks: Mapping[str, str]
+    """What says that the sides computed the same."""
+    machine: Mapping[str, str] = field(default_factory=lambda: machine())
+    versions: Mapping[str, str] = field(default_factory=lambda: versions())
+    command: str = field(default_factory=lambda: shlex.join(["dsv3", *sys.argv[1:]]))
+
+    def write(self, path: Path) -> None:
+        """Writes the JSON file, with its directory where there is none."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(asdict(self), indent=1) + "\n")
+
+
+def take_turns(
+    sides: Mapping[str, Work], rounds: int, progress: Progress = lambda **_: None, stage: str = "rounds"
+) -> dict[str, list[float]]:
+    """Seconds of each side's turn in each round, after one round that does not count.
+
+    Every other round goes through the sides backwards, so that a steady drift favours nobody.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for number in range(rounds + 1):
+        for name in list(sides) if number % 2 else reversed(list(sides)):
+            started = time.perf_counter()
+            sides[name]()
+            elapsed = time.perf_counter() - started
+            if number > 0:
+                seconds[name].append(elapsed)
+        progress(stage=stage, done=number, total=rounds)
+    return seconds
+
+
+def ratio(
+    title: str, seconds: Mapping[str, Sequence[float]], ours: str, theirs: Sequence[str], target: float | None
+) -> Ratio:
+    """`ours` against the fastest of `theirs` by its median."""
+    best = min(theirs, key=lambda name: statistics.median(seconds[name]))
+    by_round = [b / a for a, b in zip(seconds[ours], seconds[best], strict=True)]
+    return Ratio(title, ours, best, Spread.of(by_round), target)
+
+
+def machine() -> dict[str, str]:
+    """Where this was measured."""
+    return {
+        "processor": processor(), "cores": str(os.cpu_count()), "threads": str(torch.get_num_threads()),
+        "system": platform.platform(terse=True), "device": "CPU",
+    }  # fmt: skip
+
+
+def versions() -> dict[str, str]:
+    """With what this was measured."""
+    peers = {name: version(name) for name in ("torch", "transformers")}
+    return {"dsv3": __version__, "python": platform.python_version(), **peers}
