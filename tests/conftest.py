@@ -2,6 +2,15 @@ import pytest
 import torch
 
 
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """Matrices are tiny here: a second thread mostly waits, and for long where other processes want the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 class GrowingCache:
     """A latent cache that keeps what it is given in dicts: the few-line twin of the engine's."""
 

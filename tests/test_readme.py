@@ -54,7 +54,7 @@ def reduced(command: str) -> list[str]:
         case "generate" | "chat":
             words += ["--max-tokens", "8"]
         case "bench":
-            words += ["--rounds", "1", "--small"]
+            words += ["--rounds", "1", "--preset", "debug", *(["--tokens", "8"] if words[2] == "decode" else [])]
     return [sys.executable, "-m", "dsv3", *words[1:]]
 
 

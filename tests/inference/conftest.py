@@ -8,14 +8,6 @@ from dsv3.model.transformer import DeepSeekV3
 TEXTS = ["def add(first, second):\n    return first + second\n", "naïve café 😀 日本 こんにちは\n"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def random_model(preset: str, **changes: object) -> DeepSeekV3:
     """Weights, gains and routing biases at random."""
     model = DeepSeekV3(ModelConfig.preset(preset, **changes)).initialize("fan_in", seed=1).eval()

@@ -1,5 +1,5 @@
-import itertools
 from dataclasses import replace
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -56,7 +56,7 @@ def test_stop_texts_are_never_shown_however_the_text_comes(data, ends_by_token):
     raw = text.encode()
     cuts = sorted(data.draw(st.sets(st.integers(1, max(len(raw) - 1, 1)), max_size=8)))
     bounds = [0, *[cut for cut in cuts if cut < len(raw)], len(raw)]
-    pieces = [raw[a:b] for a, b in itertools.pairwise(bounds)]
+    pieces = [raw[a:b] for a, b in pairwise(bounds)]
     shown, part = run(pieces, stops, ends_by_token)
     expected, stopped = cut_at_stop(text, stops)
     assert "".join(shown) == expected

@@ -6,7 +6,6 @@ from random import Random
 from typing import Any
 
 import pytest
-import torch
 
 from dsv3.data.files import SkipReport
 from dsv3.data.loader import Loader
@@ -23,14 +22,6 @@ CONTENT: dict[str, Any] = {
         "tokens": 4 * 32 * 6, "precision": "fp32", "device": "cpu", "initialization": "fan_in", "load_every_steps": 2,
     },
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

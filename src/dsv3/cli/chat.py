@@ -36,6 +36,8 @@ def chat(
         try:
             for text in llm.stream(unescape(template).replace("{}", line), params):
                 click.echo(text, nl=False)
+        except UserError as error:
+            click.echo(f"dsv3: {error}", err=True)
         except KeyboardInterrupt:
             pass
         click.echo()

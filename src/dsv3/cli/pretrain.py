@@ -21,5 +21,9 @@ def pretrain(recipe: Path, overrides: tuple[str, ...], resume: bool, out: Path |
     out = out or Path("runs") / recipe.resolve().parent.name
     if (out / "pretrain").exists() and not resume:
         raise UserError(f"{out} holds a run already: add --resume to continue it, or name another directory with --out")
-    run_recipe(recipe, overrides, [], out, report=False)
+    if resume and not (out / "stages").is_dir():
+        raise UserError(
+            f"{out} holds no run to continue: leave --resume out to begin one, or name its directory with --out"
+        )
+    run_recipe(recipe, overrides, [], out, report=False, replace=False)
     click.echo(f"\nThe model is in {out / 'pretrain' / 'checkpoints'}; `dsv3 report {out}` makes a page of the run.")

@@ -1,5 +1,6 @@
 """`dsv3 quickstart`: everything, small, on this machine."""
 
+import shlex
 import time
 from pathlib import Path
 
@@ -19,8 +20,11 @@ def quickstart(overrides: tuple[str, ...], recipe: Path | None, data: tuple[str,
     Running it again continues where it stopped, and repeats only what a changed recipe or corpus touches.
     """
     started = time.monotonic()
-    run_recipe(recipe or recipe_beside("quickstart/pretrain.toml"), overrides, list(data), out, report=True)
+    run_recipe(
+        recipe or recipe_beside("quickstart/pretrain.toml"), overrides, list(data), out, report=True, replace=True
+    )
     minutes = (time.monotonic() - started) / 60
     click.echo(f"\n{minutes:.1f} minutes. Look at {out / 'report.html'}, then try")
-    click.echo(f'  dsv3 generate {out} --prompt "def read_file("')
-    click.echo(f"  dsv3 chat {out} --template 'User: {{}}\\nAssistant:\\n'")
+    run = shlex.quote(str(out))
+    click.echo(f'  dsv3 generate {run} --prompt "def read_file("')
+    click.echo(f"  dsv3 chat {run} --template 'User: {{}}\\nAssistant:\\n'")

@@ -28,8 +28,10 @@ def recipe_beside(name: str) -> Path:
     raise UserError(f"there is no recipes/{name} here; run this in a checkout of dsv3, or name a recipe")
 
 
-def run_recipe(recipe_path: Path, overrides: Sequence[str], data: list[str], out: Path, report: bool) -> None:
-    """Shows what was derived from the recipe, then runs its stages with live progress."""
+def run_recipe(
+    recipe_path: Path, overrides: Sequence[str], data: list[str], out: Path, *, report: bool, replace: bool
+) -> None:
+    """Shows what was derived from the recipe, then runs its stages with live progress. `replace`: see `run_stages`."""
     from dsv3.recipe.schema import Recipe
 
     recipe = Recipe.load(recipe_path, overrides)
@@ -46,7 +48,6 @@ def run_recipe(recipe_path: Path, overrides: Sequence[str], data: list[str], out
     console = Console(stderr=True)
     panel(console, str(recipe_path), derived(recipe))
     with Progress(console) as progress:
-        stages = quickstart_stages if report else pretraining_stages
-        run_stages(
-            stages(recipe, out, progress, progress.note), out, lambda name, state: progress.note(f"{name}: {state}")
-        )
+        make = quickstart_stages if report else pretraining_stages
+        stages = make(recipe, out, progress, progress.note)
+        run_stages(stages, out, lambda name, state: progress.note(f"{name}: {state}"), replace=replace)

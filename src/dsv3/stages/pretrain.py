@@ -3,9 +3,9 @@
 import json
 import os
 import platform
+import re
 import shlex
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from itertools import chain, islice
 from pathlib import Path
@@ -35,36 +35,40 @@ VALIDATION_TOKENS = 200_000
 
 def pretraining_stages(recipe: Recipe, out: Path, progress: Progress, note: Callable[[str], None]) -> list[Stage]:
     """The stages up to a trained model in `out/pretrain`; each is keyed by what it reads of the recipe."""
-    corpora = {source.name: fingerprint(source.uri) for source in recipe.data.sources}
-    names = {source.name: source.uri for source in recipe.data.sources}
-    data = recipe.to_dict()["data"]
-    shard_keys = ("fim_rate", "split_joined_rate", "validation_fraction", "sources")
+    content = recipe.content()
+    data = content["data"]
+    texts = {
+        "corpora": {source.name: fingerprint(source.uri) for source in recipe.data.sources},
+        "sources": data["sources"],
+        "validation_fraction": data["validation_fraction"],
+        "seed": recipe.training.seed,
+    }
+    vocabulary = {**content["tokenizer"], "vocab_size": content["model"]["vocab_size"]}
+    if recipe.tokenizer.path is not None:
+        vocabulary["hash"] = Tokenizer.load(recipe.tokenizer.path).hash
+    changes = {key: data[key] for key in ("fim_rate", "split_joined_rate")}
     return [
         Stage(
             "tokenizer",
-            {
-                "corpora": corpora,
-                "sources": names,
-                "tokenizer": recipe.to_dict()["tokenizer"],
-                "vocab_size": recipe.model.config().vocab_size,
-            },
+            {"texts": texts, "tokenizer": vocabulary},
             out / "tokenizer",
             lambda: make_tokenizer(recipe, out / "tokenizer", progress),
         ),
-        Stage(
-            "shards",
-            {"data": {key: data[key] for key in shard_keys}, "seed": recipe.training.seed},
-            out / "shards",
-            lambda: make_shards(recipe, out, progress, note),
-        ),
-        Stage("pretrain", {"recipe": recipe.hash()}, out / "pretrain", lambda: train(recipe, out, progress, note)),
+        Stage("shards", changes, out / "shards", lambda: make_shards(recipe, out, progress, note)),
+        Stage("pretrain", content, out / "pretrain", lambda: train(recipe, out, progress, note)),
     ]
 
 
 def make_tokenizer(recipe: Recipe, directory: Path, progress: Progress) -> None:
     """Trains the tokenizer on an even sample of the training split, each source by its weight; or copies a finished one."""
     if recipe.tokenizer.path is not None:
-        Tokenizer.load(recipe.tokenizer.path).save(directory)
+        finished, most = Tokenizer.load(recipe.tokenizer.path), recipe.model.config().vocab_size
+        if finished.vocab_size > most:
+            raise UserError(
+                f"the tokenizer in {recipe.tokenizer.path} has {finished.vocab_size} entries, and model.vocab_size = "
+                f"{most}: expected at least as many; raise model.vocab_size"
+            )
+        finished.save(directory)
         return
     progress(stage="tokenizer", done=0, total=1)
     total = sum(source.weight for source in recipe.data.sources)
@@ -85,24 +89,30 @@ def training_documents(recipe: Recipe, source: Source) -> Iterator[Document]:
 
 
 def make_shards(recipe: Recipe, out: Path, progress: Progress, note: Callable[[str], None]) -> None:
-    """Token shards of every source and split. A set that is already whole is kept."""
+    """Token shards of every source and split."""
     tokenizer = Tokenizer.load(out / "tokenizer")
     splits: tuple[Split, ...] = ("train", "validation")
-    work = [(source, split) for source in recipe.data.sources for split in splits]
-    for done, (source, split) in enumerate(work):
-        progress(stage="shards", done=done, total=len(work), source=f"{source.name}/{split}")
-        training = split == "train"
-        manifest = build_shards(
-            source.uri, split, tokenizer, out / "shards" / source.name / split, seed=recipe.training.seed,
-            fim_rate=recipe.data.fim_rate if training else 0.0,
-            split_joined_rate=recipe.data.split_joined_rate if training else 0.0,
-            validation_fraction=recipe.data.validation_fraction,
-            limit_tokens=source.tokens if training else VALIDATION_TOKENS,
-        )  # fmt: skip
-        if manifest.skipped.get("count"):
-            named = ", ".join(str(each) for each in manifest.skipped["named"])
-            note(f"{source.name}: skipped {manifest.skipped['count']} files or rows that are no text: {named}")
-    progress(stage="shards", done=len(work), total=len(work))
+    done, total = 0, len(splits) * len(recipe.data.sources)
+    for source in recipe.data.sources:
+        skipped: list[dict[str, Any]] = []
+        for split in splits:
+            progress(stage="shards", done=done, total=total, source=f"{source.name}/{split}")
+            training = split == "train"
+            manifest = build_shards(
+                source.uri, split, tokenizer, out / "shards" / source.name / split, seed=recipe.training.seed,
+                fim_rate=recipe.data.fim_rate if training else 0.0,
+                split_joined_rate=recipe.data.split_joined_rate if training else 0.0,
+                validation_fraction=recipe.data.validation_fraction,
+                limit_tokens=source.tokens if training else VALIDATION_TOKENS,
+            )  # fmt: skip
+            skipped.append(manifest.skipped)
+            done += 1
+        # Both splits read the same files, each up to its limit.
+        most = max(skipped, key=lambda each: each["count"])
+        if most["count"]:
+            named = ", ".join(most["named"])
+            note(f"{source.name}: skipped {most['count']} files or rows that are no text: {named}")
+    progress(stage="shards", done=done, total=total)
 
 
 def train(recipe: Recipe, out: Path, progress: Progress, note: Callable[[str], None]) -> None:
@@ -161,9 +171,9 @@ def write_run(recipe: Recipe, directory: Path, tokenizer: Tokenizer, sets: list[
         "command": shlex.join(["dsv3", *sys.argv[1:]]),
     }  # fmt: skip
     directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=directory, delete=False, suffix=".tmp") as file:
-        json.dump(content, file, indent=1)
-    os.replace(file.name, directory / "run.json")
+    partial = directory / "run.json.partial"
+    partial.write_text(json.dumps(content, indent=1))
+    partial.replace(directory / "run.json")
 
 
 def processor() -> str:
@@ -176,18 +186,19 @@ def processor() -> str:
 
 
 def with_user_data(recipe: Recipe, paths: list[str]) -> Recipe:
-    """The recipe with the user's own texts in place of its sources."""
+    """The recipe with the user's own texts in place of its sources, each named after its file and of equal weight."""
     if not paths:
         return recipe
-    names: dict[str, str] = {}
-    for path in paths:
-        stem = "".join(c if c.isalnum() or c in "._-" else "-" for c in Path(path).stem.lstrip(".")) or "data"
-        name = stem
-        while name in names:
-            name += "-2"
-        names[name] = path
     if len(set(paths)) != len(paths):
         raise UserError("--data names a path twice; name each once")
+    names: dict[str, str] = {}
+    for path in paths:
+        stem = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(path).stem).strip("._-") or "data"
+        number = 1
+        while (name := stem if number == 1 else f"{stem}-{number}") in names:
+            number += 1
+        names[name] = path
     content = recipe.to_dict()
     content["data"]["sources"] = [{"name": name, "uri": uri} for name, uri in names.items()]
+    content["notes"].pop("mixture", None)
     return Recipe.from_dict(content)

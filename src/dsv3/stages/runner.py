@@ -1,7 +1,8 @@
 """Stages cached by content: each has a key made from what it depends on, and is run only when its key is new.
 
-The key is written before a stage runs and marked as done after, in `DIRECTORY/stages/NAME.json`. So a second run skips what
-is done, continues a stage that was interrupted (training does, from its checkpoint), and starts afresh where an input changed.
+Key and inputs are written before a stage runs and marked as done after, in `DIRECTORY/stages/NAME.json`. So a second run
+skips what is done, continues a stage that was interrupted (training does, from its checkpoint), and starts afresh, or refuses,
+where an input changed.
 """
 
 import hashlib
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv3.errors import UserError
+from dsv3.recipe.differences import differences
 
 
 @dataclass(frozen=True)
@@ -28,9 +30,15 @@ class Stage:
     run: Callable[[], None]
 
 
-def run_stages(stages: Sequence[Stage], directory: Path, say: Callable[[str, str], None]) -> list[str]:
+def run_stages(
+    stages: Sequence[Stage], directory: Path, say: Callable[[str, str], None], *, replace: bool = True
+) -> list[str]:
     """Runs the stages in order; returns the names of those that ran. `say(name, state)` hears of each: "cached", "resumed"
-    or "started". Raises `UserError` when the directory cannot be written."""
+    or "started".
+
+    Where an input changed, the stage's output is deleted and made again; without `replace` that is refused. Raises
+    `UserError` then, naming what changed, and when the directory cannot be written or holds what no stage here made.
+    """
     try:
         (directory / "stages").mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -40,19 +48,35 @@ def run_stages(stages: Sequence[Stage], directory: Path, say: Callable[[str, str
         record = directory / "stages" / f"{stage.name}.json"
         before = key_of(stage, before)
         known = read_record(record)
-        if known == {"key": before, "done": True} and stage.output.exists():
+        same = known is not None and known["key"] == before
+        if known is not None and same and known["done"] and stage.output.exists():
             say(stage.name, "cached")
             continue
-        if known is None or known["key"] != before:
-            remove(stage.output)
-            write_record(record, before, done=False)
-            say(stage.name, "started")
-        else:
-            say(stage.name, "resumed")
+        if not same:
+            if stage.output.exists():
+                check_replaceable(stage, record, known, replace)
+                remove(stage.output)
+            write_record(record, before, stage.inputs, done=False)
+        say(stage.name, "resumed" if stage.output.exists() else "started")
         stage.run()
-        write_record(record, before, done=True)
+        write_record(record, before, stage.inputs, done=True)
         ran.append(stage.name)
     return ran
+
+
+def check_replaceable(stage: Stage, record: Path, known: dict[str, Any] | None, replace: bool) -> None:
+    """Refuses to delete an output that nothing here made, or that the caller wants to keep."""
+    if not record.exists() and stage.output.is_dir():
+        raise UserError(
+            f"{stage.output} is there already and was not made by a run in this directory; move it away, or choose "
+            "another output directory"
+        )
+    if not replace:
+        changed = differences(known["inputs"], json.loads(json.dumps(stage.inputs))) if known else []
+        raise UserError(
+            f"{stage.output} was made from other inputs: {'; '.join(changed) or 'its record is unreadable'}. Continue "
+            "with what it was made from, or choose another output directory"
+        )
 
 
 def key_of(stage: Stage, before: str) -> str:
@@ -67,13 +91,13 @@ def read_record(path: Path) -> dict[str, Any] | None:
         content = json.loads(path.read_text())
     except (OSError, json.JSONDecodeError):
         return None
-    return content if isinstance(content, dict) and content.keys() == {"key", "done"} else None
+    return content if isinstance(content, dict) and content.keys() == {"key", "inputs", "done"} else None
 
 
-def write_record(path: Path, key: str, done: bool) -> None:
+def write_record(path: Path, key: str, inputs: dict[str, Any], done: bool) -> None:
     """Replaces a stage's record as a whole."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"key": key, "done": done}))
+    temporary.write_text(json.dumps({"key": key, "inputs": inputs, "done": done}))
     os.replace(temporary, path)
 
 

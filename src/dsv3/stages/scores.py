@@ -15,6 +15,8 @@ from dsv3.recipe.schema import Recipe
 
 ANSWER_TOKENS = 112
 """Longest answer to a tinypy task; the longest solution takes fewer."""
+SAMPLE_TOKENS = 96
+"""Longest sample."""
 BATCH_ROWS = 16
 """Windows scored together."""
 
@@ -40,7 +42,7 @@ class Scores:
             for source, texts in zip(recipe.data.sources, self.texts.values(), strict=True)
             if source.uri != TINYPY
         ]
-        self.gap = cut_a_line(prose[0][0]) if prose else None
+        self.gap = self.find_gap(prose[0]) if prose and recipe.data.fim_rate > 0 else None
 
     def __call__(self, model: DeepSeekV3) -> dict[str, Any]:
         """Bits per byte by source, passed and total tasks, samples."""
@@ -64,16 +66,25 @@ class Scores:
 
     def samples(self, llm: LLM) -> list[dict[str, str]]:
         """Continuations of the recipe's prompts, and the hole filled."""
-        params = SamplingParams(temperature=0.7, top_p=0.95, max_tokens=96, seed=self.recipe.training.seed)
+        params = SamplingParams(temperature=0.7, top_p=0.95, max_tokens=SAMPLE_TOKENS, seed=self.recipe.training.seed)
         prompts = list(self.recipe.evaluation.sample_prompts)
         completions = llm.generate(prompts, params) if prompts else []
         samples = [dict(kind="plain", prompt=c.prompt, suffix="", text=c.text) for c in completions]
-        if self.gap is not None and self.recipe.data.fim_rate > 0:
-            encode = self.tokenizer.encode
-            ids = [self.tokenizer.bos_id, *fim_prompt(encode(self.gap.prefix), encode(self.gap.suffix), self.tokenizer)]
-            filled = llm.generate([ids], params)[0].text
+        if self.gap is not None:
+            filled = llm.generate([self.ids_around(self.gap)], params)[0].text
             samples.append(dict(kind="fim", prompt=self.gap.prefix, suffix=self.gap.suffix, text=filled))
         return samples
+
+    def find_gap(self, texts: list[str]) -> Gap | None:
+        """The first hole whose surroundings leave the model room to fill it."""
+        room = self.recipe.model.config().max_position_embeddings - SAMPLE_TOKENS
+        gaps = (gap for text in texts if (gap := cut_a_line(text)))
+        return next((gap for gap in gaps if len(self.ids_around(gap)) <= room), None)
+
+    def ids_around(self, gap: Gap) -> list[int]:
+        """The prompt that asks for what is missing."""
+        encode = self.tokenizer.encode
+        return [self.tokenizer.bos_id, *fim_prompt(encode(gap.prefix), encode(gap.suffix), self.tokenizer)]
 
 
 def held_out(recipe: Recipe, uri: str, limit: int) -> list[str]:

@@ -81,6 +81,8 @@ def write_tensors(directory: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def read_tensors(directory: Path, into: Mapping[str, Tensor]) -> None:
     """Fills the given tensors in place, cast to their dtype; the directory may hold more. See `read_layout` for checks."""
+    # torch 2.11 goes on without metadata when reading it fails, and then knows nothing of the reason.
+    Reader(directory).read_metadata()
     with single_process():
         try:
             dcp.load(dict(into), storage_reader=Reader(directory))

@@ -1,0 +1,72 @@
+import io
+
+import pytest
+
+from dsv3.cli import main
+from dsv3.inference.llm import LLM
+from dsv3.inference.sampling import SamplingParams
+
+
+@pytest.fixture
+def chat(checkpoint, capsys, monkeypatch):
+    """Types lines; (exit code, stdout, stderr)."""
+
+    def run(typed, *arguments):
+        monkeypatch.setattr("sys.stdin", io.StringIO(typed))
+        code = main.run(["chat", str(checkpoint), "--device", "cpu", *arguments])
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return run
+
+
+GREEDY = ["--temperature", "0", "--max-tokens", "8"]
+
+
+def continued(checkpoint, prompts):
+    params = SamplingParams(temperature=0, max_tokens=8)
+    return [each.text for each in LLM(checkpoint).generate(prompts, params)]
+
+
+def test_every_line_is_continued_alone(chat, checkpoint):
+    first, second = continued(checkpoint, ["def", "x = {"])
+    code, out, err = chat("def\nx = {\n", *GREEDY)
+    assert (code, out) == (0, f"> {first}\n> {second}\n> \n")
+    assert "/exit ends" in err
+
+
+def test_exit_ends(chat, checkpoint):
+    [first] = continued(checkpoint, ["def"])
+    assert chat("def\n /exit \nmore\n", *GREEDY)[:2] == (0, f"> {first}\n> ")
+
+
+def test_a_template_surrounds_the_line(chat, checkpoint):
+    [expected] = continued(checkpoint, ["User: {a}\nAssistant:\n"])
+    assert chat("{a}\n/exit\n", *GREEDY, "--template", r"User: {}\nAssistant:\n")[1] == f"> {expected}\n> "
+    code, _, err = chat("x\n", "--template", "User:")
+    assert code == 2
+    assert "has no place for the line: expected one {}" in err
+
+
+def test_what_is_typed_is_not_unescaped(chat, checkpoint):
+    r"""A line may hold \n as a programmer means it; only the template is written on a command line."""
+    [expected] = continued(checkpoint, [r"print('\n')"])
+    assert chat("print('\\n')\n/exit\n", *GREEDY)[1] == f"> {expected}\n> "
+
+
+def test_a_line_that_is_too_long_does_not_end_the_chat(chat, checkpoint):
+    [expected] = continued(checkpoint, ["def"])
+    code, out, err = chat("x" * 300 + "\ndef\n/exit\n", *GREEDY)
+    assert (code, out) == (0, f"> \n> {expected}\n> ")
+    assert "more than the model's max_position_embeddings = 128" in err
+
+
+def test_ctrl_c_stops_an_answer_and_not_the_chat(chat, monkeypatch):
+    def stream(llm, prompt, params):
+        yield f"<{prompt}"
+        if prompt == "long":
+            raise KeyboardInterrupt
+        yield ">"
+
+    monkeypatch.setattr(LLM, "stream", stream)
+    assert chat("long\nshort\n/exit\n")[:2] == (0, "> <long\n> <short>\n> ")

@@ -1,0 +1,130 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from dsv3.errors import UserError
+from dsv3.stages.runner import Stage, run_stages
+
+
+class Pipeline:
+    """Three stages that count how often they run; the second makes a directory and can be made to fail midway."""
+
+    def __init__(self, directory: Path):
+        self.directory, self.fail = directory, False
+        self.inputs = {"one": {"size": 1}, "two": {"seed": 0, "nested": {"rate": 0.5}}, "three": {}}
+        self.ran, self.said = [], []
+
+    def stage(self, name):
+        output = self.directory / (name if name != "three" else "three.html")
+
+        def run():
+            self.ran.append(name)
+            if name == "three":
+                output.write_text("page")
+                return
+            output.mkdir(exist_ok=True)
+            (output / "begun").write_text("")
+            if name == "two" and self.fail:
+                raise ZeroDivisionError
+            (output / "whole").write_text(json.dumps(self.inputs[name]))
+
+        return Stage(name, self.inputs[name], output, run)
+
+    def run(self, **options):
+        """(the stages that ran, what was said of each)"""
+        self.ran.clear()
+        self.said.clear()
+        stages = [self.stage(name) for name in ("one", "two", "three")]
+        result = run_stages(stages, self.directory, lambda name, state: self.said.append(state), **options)
+        assert result == self.ran
+        return result, list(self.said)
+
+
+@pytest.fixture
+def pipeline(tmp_path):
+    return Pipeline(tmp_path / "out")
+
+
+NOTHING = ([], ["cached"] * 3)
+ALL = (["one", "two", "three"], ["started"] * 3)
+
+
+def test_a_second_run_does_nothing(pipeline):
+    assert pipeline.run() == ALL
+    assert pipeline.run() == NOTHING
+    assert pipeline.run(replace=False) == NOTHING
+
+
+def test_an_interrupted_stage_goes_on_with_what_it_left(pipeline):
+    pipeline.fail = True
+    with pytest.raises(ZeroDivisionError):
+        pipeline.run()
+    (pipeline.directory / "two" / "checkpoint").write_text("kept")
+    pipeline.fail = False
+    assert pipeline.run() == (["two", "three"], ["cached", "resumed", "started"])
+    assert (pipeline.directory / "two" / "checkpoint").exists()
+
+
+def test_a_changed_input_starts_its_stage_and_those_after_it_afresh(pipeline):
+    pipeline.run()
+    (pipeline.directory / "two" / "old").write_text("")
+    pipeline.inputs["two"] = {"seed": 1, "nested": {"rate": 0.5}}
+    assert pipeline.run() == (["two", "three"], ["cached", "started", "started"])
+    assert not (pipeline.directory / "two" / "old").exists()
+    pipeline.inputs["one"] = {"size": 2}
+    assert pipeline.run() == ALL
+    assert pipeline.run() == NOTHING
+
+
+def test_a_change_while_a_stage_was_interrupted_starts_afresh(pipeline):
+    pipeline.fail = True
+    with pytest.raises(ZeroDivisionError):
+        pipeline.run()
+    pipeline.fail = False
+    pipeline.inputs["two"] = {"seed": 9}
+    assert pipeline.run() == (["two", "three"], ["cached", "started", "started"])
+
+
+def test_nothing_is_replaced_where_that_is_not_wanted(pipeline):
+    pipeline.run()
+    pipeline.inputs["two"] = {"seed": 1, "nested": {"rate": 0.7}}
+    with pytest.raises(UserError) as caught:
+        pipeline.run(replace=False)
+    assert "two was made from other inputs: nested.rate was 0.5 and is 0.7; seed was 0 and is 1." in str(caught.value)
+    assert (pipeline.directory / "two" / "whole").exists()
+    pipeline.inputs["two"] = {"seed": 0, "nested": {"rate": 0.5}}
+    assert pipeline.run(replace=False) == NOTHING
+
+
+def test_a_removed_output_is_made_again(pipeline):
+    pipeline.run()
+    (pipeline.directory / "three.html").unlink()
+    assert pipeline.run() == (["three"], ["cached", "cached", "started"])
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"key": "x"}', '{"key": "x", "inputs": {}, "done": true}'])
+def test_a_damaged_record_starts_its_stage_afresh(pipeline, content):
+    pipeline.run()
+    (pipeline.directory / "stages" / "two.json").write_text(content)
+    with pytest.raises(UserError, match=r"two was made from other inputs"):
+        pipeline.run(replace=False)
+    # What comes after depends on inputs, not on when they were made.
+    assert pipeline.run() == (["two"], ["cached", "started", "cached"])
+    assert pipeline.run() == NOTHING
+
+
+def test_a_directory_that_no_stage_made_is_not_touched(pipeline):
+    mine = pipeline.directory / "two" / "mine.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("precious")
+    with pytest.raises(UserError, match=r"out/two is there already and was not made by a run in this directory"):
+        pipeline.run()
+    assert mine.read_text() == "precious"
+
+
+def test_an_unwritable_directory_is_refused(pipeline):
+    pipeline.directory.write_text("a file")
+    with pytest.raises(UserError, match=r"cannot write to .*out: Not a directory; choose another output directory"):
+        pipeline.run()
+    assert pipeline.ran == []
