@@ -114,7 +114,7 @@ def equal_in_inference(x_RI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> st
 def grouped_mm(x_RI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor:
     """Torch's grouped matrix product."""
     offsets = counts_E.cumsum(0, dtype=torch.int32)
-    return F.grouped_mm(x_RI, weight_EOI.to(x_RI.dtype).transpose(1, 2), offs=offsets)
+    return F.grouped_mm(x_RI.contiguous(), cast(weight_EOI, x_RI.dtype).transpose(1, 2), offs=offsets)
 
 
 def fits_grouped_mm(x_RI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> str | None:
