@@ -59,13 +59,18 @@ def test_cached_decoding_is_the_full_forward_pass(model, prompts):
 
 @pytest.mark.parametrize("prompts", [[[3, 4, 5]], [[3, 4, 5], [9], [11, 12]]], ids=["one", "three"])
 def test_bf16_decodes_within_its_rounding(model, prompts):
-    model = model.cuda().eval()
+    count, model = 40, model.cuda().eval()
     model.compute_dtype = torch.bfloat16
-    for tokens in decode(model, prompts, 12):
+    decoded = decode(model, prompts, count)
+    model.compute_dtype = None
+    for prompt, tokens in zip(prompts, decoded, strict=True):
         with torch.inference_mode():
-            logits = model(torch.tensor([tokens[:-1]], device="cuda")).logits[0].float()
-        for at in range(len(tokens) - 13, len(tokens) - 1):
-            assert logits[at, tokens[at + 1]] >= logits[at].max() - 0.25
+            logits = model(torch.tensor([tokens[:-1]], device="cuda")).logits[0, len(prompt) - 1 :]
+        chosen = logits.gather(1, torch.tensor(tokens[len(prompt) :], device="cuda").unsqueeze(1)).squeeze(1)
+        # Logits have a deviation of about 1: what was chosen is nearly always the highest, or as good as that.
+        below = logits.amax(1) - chosen
+        assert below.median() == 0
+        assert (below < 0.4).float().mean() > 0.9
 
 
 @pytest.mark.parametrize("counts", [[5, 0, 130, 1], [1, 1, 1, 1], [0, 0, 7, 0]])

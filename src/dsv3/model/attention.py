@@ -10,7 +10,6 @@ V elements of a value head, C elements of the latent, L = C + R elements of a ca
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsv3.model.config import ModelConfig
@@ -18,6 +17,7 @@ from dsv3.model.linear import Linear, RMSNorm
 from dsv3.model.rope import Rope
 from dsv3.ops.attention import attention
 from dsv3.ops.cast import cast
+from dsv3.ops.latent_attention import latent_attention
 
 
 class Cache(Protocol):
@@ -99,10 +99,6 @@ class MultiHeadLatentAttention(nn.Module):
         weight = cast(self.kv_b_proj.weight, q_nope.dtype).view(heads, -1, latent)
         q_HXC = torch.bmm(q_nope.flatten(0, 1).transpose(0, 1), weight[:, :content])
         q_BTHL = torch.cat((q_HXC.transpose(0, 1).unflatten(0, (batch, length)), q_rope), dim=-1)
-        bias = None if bias_BTS is None else bias_BTS.repeat_interleave(heads, dim=1).unsqueeze(1)
-        entries = entries_BSL.unsqueeze(1)
-        mixed = F.scaled_dot_product_attention(
-            q_BTHL.flatten(1, 2).unsqueeze(1), entries, entries, attn_mask=bias, scale=config.softmax_scale
-        )
-        mixed_HXC = mixed.view(batch * length, heads, -1)[..., :latent].transpose(0, 1)
+        mixed = latent_attention(q_BTHL, entries_BSL, bias_BTS, latent, config.softmax_scale)
+        mixed_HXC = mixed.flatten(0, 1).transpose(0, 1)
         return torch.bmm(mixed_HXC, weight[:, content:].mT).transpose(0, 1).unflatten(0, (batch, length))
