@@ -22,13 +22,30 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
-class Stored:
-    """What a file's header says of one tensor."""
+class Piece:
+    """A tensor of a file, and which part it is of the tensor that is meant."""
 
     file: Path
+    name: str
+    """Its name in the file."""
+    index: tuple[slice, ...] = ()
+    """`whole[index]`; () is the whole."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What the headers of a directory's files say of one tensor."""
+
     dtype: str
     """The header's name for it: "F32", "BF16", "F8_E4M3", ..."""
     shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+    """One in Hugging Face's layout; one a rank where a tensor is split among ranks."""
+
+    @property
+    def file(self) -> Path:
+        """Where it lies, or begins."""
+        return self.pieces[0].file
 
 
 @dataclass(frozen=True)
@@ -94,7 +111,10 @@ def read_header(file: Path) -> dict[str, Stored]:
     try:
         with safe_open(file, framework="pt") as opened:
             parts = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
-            return {name: Stored(file, part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()}
+            return {
+                name: Stored(part.get_dtype(), tuple(part.get_shape()), (Piece(file, name),))
+                for name, part in parts.items()
+            }
     except SafetensorError as error:
         size = file.stat().st_size
         raise UserError(
