@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -136,14 +137,25 @@ def no_weights(directory: Path) -> str:
 
 
 def read_tensors(stored: dict[str, Stored]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors one by one, file by file; each is mapped from its file, so copy what you keep."""
-    by_file: dict[Path, list[str]] = {}
+    """The tensors one by one, those of the same files together; one of a single piece is mapped from its file, so copy
+    what you keep."""
+    groups: dict[tuple[Path, ...], list[str]] = {}
     for name, each in stored.items():
-        by_file.setdefault(each.file, []).append(name)
-    for file, names in by_file.items():
-        with safe_open(file, framework="pt") as opened:
+        groups.setdefault(tuple(dict.fromkeys(piece.file for piece in each.pieces)), []).append(name)
+    for files, names in groups.items():
+        with ExitStack() as stack:
+            opened = {file: stack.enter_context(safe_open(file, framework="pt")) for file in files}
             for name in names:
-                yield name, opened.get_tensor(name)
+                pieces = [(piece, opened[piece.file].get_tensor(piece.name)) for piece in stored[name].pieces]
+                yield name, pieces[0][1] if pieces[0][0].index == () else joined(stored[name].shape, pieces)
+
+
+def joined(shape: tuple[int, ...], pieces: list[tuple[Piece, Tensor]]) -> Tensor:
+    """The whole tensor that pieces cover."""
+    whole = torch.empty(shape, dtype=pieces[0][1].dtype)
+    for piece, part in pieces:
+        whole[piece.index] = part
+    return whole
 
 
 def write_shards(directory: Path, tensors: list[Planned], texts: dict[str, str], max_shard_bytes: int) -> None:
