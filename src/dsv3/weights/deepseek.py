@@ -89,9 +89,9 @@ def read_headers(directory: Path) -> dict[str, Stored]:
     for rank, file in enumerate(files):
         for theirs, stored in read_header(file).items():
             found.setdefault(place(theirs, file), {})[rank] = stored
-    stored = {at.name: whole(at, ranks, files) for at, ranks in found.items()}
+    tensors = {at.name: whole(at, ranks, files) for at, ranks in found.items()}
     check_experts(files, found)
-    return stored
+    return tensors
 
 
 def rank_files(directory: Path) -> list[Path]:
