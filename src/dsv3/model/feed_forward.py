@@ -188,7 +188,8 @@ class Experts(nn.Module):
 
     def from_blocks(self, rows_RD: Tensor, counts_E: Tensor) -> Tensor:
         """`forward` with weights in FP8: one expert after the other, so that only one is ever held in another dtype."""
-        assert self.gate_up_proj_scale_inv is not None and self.down_proj_scale_inv is not None
+        assert self.gate_up_proj_scale_inv is not None
+        assert self.down_proj_scale_inv is not None
         out_RD = torch.empty_like(rows_RD)
         for e, start, end in segments(counts_E):
             halves, scales = (

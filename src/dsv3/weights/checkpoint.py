@@ -9,7 +9,6 @@ whatever moment the machine stops, the directory under a checkpoint's name is a 
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path

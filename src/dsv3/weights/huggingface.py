@@ -17,7 +17,12 @@ from dsv3.weights.shard_writer import write_shards
 from dsv3.weights.shards import DTYPES, read_headers
 
 MAX_SHARD_BYTES = 5 * 10**9
-QUANTIZATION = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [BLOCK, BLOCK]}
+QUANTIZATION = {
+    "quant_method": "fp8",
+    "fmt": "e4m3",
+    "activation_scheme": "dynamic",
+    "weight_block_size": [BLOCK, BLOCK],
+}
 
 
 def open_directory(path: str | os.PathLike[str]) -> ReleasedFiles:

@@ -78,7 +78,7 @@ def checked(source: Released) -> ModelConfig:
         expected[name] = place.part.shape
         if not place.part.copy:
             needed.append(name)
-        if name in stored and stored[name].dtype == FP8:
+        if is_fp8(name, source) and len(place.part.shape) == 2:
             expected[name + SCALE] = scale_shape(place.part.shape)
             needed.append(name + SCALE)
     missing = [name for name in needed if name not in stored]
@@ -99,7 +99,8 @@ def checked(source: Released) -> ModelConfig:
             raise UserError(
                 f"{where}: tensor {name} has shape {list(each.shape)}, but its config asks for {list(expected[name])}"
             )
-        legal = ("F32", "F8_E8M0") if name.endswith(SCALE) else ("F32", "BF16", FP8)
+        high = ("F32", "BF16") if len(each.shape) < 2 else ("F32", "BF16", FP8)
+        legal = ("F32", "F8_E8M0") if name.endswith(SCALE) else high
         if each.dtype not in legal:
             raise UserError(f"{where}: tensor {name} is {each.dtype}, expected {' or '.join(legal)}")
     return config
@@ -177,9 +178,7 @@ def dtype_of(ours: str, tensor: Tensor, source: Released, config: ModelConfig) -
     return DTYPES[first]
 
 
-def fill(
-    tensors: Mapping[str, Tensor], source: Released, config: ModelConfig, experts: range | None = None
-) -> None:
+def fill(tensors: Mapping[str, Tensor], source: Released, config: ModelConfig, experts: range | None = None) -> None:
     """Reads what belongs into these tensors of ours (by name, cast to their dtype), and nothing else.
 
     A rank that holds some of the layers names those; one that holds some of the experts gives stacks of these alone.

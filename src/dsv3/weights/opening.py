@@ -26,10 +26,13 @@ def open_weights(path: str | os.PathLike[str], config: str | os.PathLike[str] | 
     of DeepSeek's `inference/`, for which `config` may name the ModelArgs file. Raises `UserError` when it is none of them.
     """
     path = Path(path)
-    if deepseek.is_layout(path):
-        return ReleasedFiles(path, deepseek.read_config(config or path), deepseek.read_headers(path)), path
+    if deepseek.is_deepseek(path):
+        arguments = Path(config) if config is not None else deepseek.find_config(path)
+        return ReleasedFiles(path, deepseek.read_config(arguments), deepseek.read_headers(path)), path
     if config is not None:
-        raise UserError(f"{path} is not in the layout of DeepSeek's inference/, for which alone a config is named apart")
+        raise UserError(
+            f"{path} is not in the layout of DeepSeek's inference/, for which alone a config is named apart"
+        )
     if (path / "config.json").is_file() and not (path / STATE).is_file():
         return open_directory(path), path
     directory = find_checkpoint(path)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from dsv3.errors import RunError
 from dsv3.weights.jobs import Job, Journal, Progress, run_jobs
@@ -34,7 +33,11 @@ def write_shards(
     is unchanged. With `resume`, the shards that an earlier call completed are kept, and left for a later one.
     """
     shards = split(source.layout, max_shard_bytes)
-    names = [SINGLE] if len(shards) == 1 else [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    names = (
+        [SINGLE]
+        if len(shards) == 1
+        else [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    )
     if len(shards) > 1:
         placed = {each: file for file, shard in zip(names, shards, strict=True) for each in shard}
         index = {"metadata": {"total_size": sum(each.bytes for each in source.layout.values())}, "weight_map": placed}
@@ -45,7 +48,9 @@ def write_shards(
             shutil.rmtree(partial_directory, ignore_errors=True)
         journal = Journal(partial_directory, f"{source.fingerprint} {max_shard_bytes}")
         jobs = [
-            Job(file, sum(source.layout[name].bytes for name in shard), partial(write_shard, source=source, names=shard))
+            Job(
+                file, sum(source.layout[name].bytes for name in shard), partial(write_shard, source=source, names=shard)
+            )
             for file, shard in zip(names, shards, strict=True)
         ]
         run_jobs(jobs, journal, workers, progress)
@@ -88,14 +93,9 @@ def write_shard(path: Path, source: Released, names: list[str]) -> None:
             tensor, wanted = source.read(name), source.layout[name]
             assert (tensor.dtype, tuple(tensor.shape)) == (DTYPES[wanted.dtype], wanted.shape), name
             file.seek(8 + len(header) + entries[name]["data_offsets"][0])
-            file.write(raw(tensor))
+            file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
     if read_header(path).keys() != set(names):
         raise RunError(f"{path} does not hold what was written: is the disk damaged?")
-
-
-def raw(tensor: Tensor) -> memoryview:
-    """The values as they lie in memory."""
-    return memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
 
 
 def split(layout: Mapping[str, Layout], max_shard_bytes: int) -> list[list[str]]:

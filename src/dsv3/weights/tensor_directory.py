@@ -145,7 +145,7 @@ class ChunkReader:
             low = [max(pair) for pair in zip(region.start, chunk.offsets, strict=True)]
             ends = zip(region.start, region.size, chunk.offsets, chunk.sizes, strict=True)
             size = [min(a + n, b + m) - first for first, (a, n, b, m) in zip(low, ends, strict=True)]
-            if all(count > 0 for count in size) or not region.size:
+            if all(count > 0 for count in size):
                 items.append(
                     ReadItem(
                         LoadItemType.TENSOR,
@@ -202,7 +202,7 @@ class ChunkWriter:
         """Writes one file, asking for the values of its regions one by one, and says where they lie in it, as JSON can."""
         results = self.writer.write_data(self.plans[number], From(read)).wait()
         return [
-            [each.index.fqn, list(each.index.offset), each.index.index, each.size_in_bytes, *place_of(each)]
+            [each.index.fqn, each.index.offset, each.index.index, each.size_in_bytes, *place_of(each)]
             for each in results
         ]
 
