@@ -15,7 +15,7 @@ from dsv3.model.transformer import DeepSeekV3
 from dsv3.ops.block_scaled import BLOCK, scale_shape
 from dsv3.weights.chunks import STACK, part_of
 from dsv3.weights.names import KEPT_FLOAT32, SCALE, Part, is_block_scaled, is_mtp, released
-from dsv3.weights.released import FP8, Converted, Released
+from dsv3.weights.released import FP8, Converted, Released, skeleton
 from dsv3.weights.shards import DTYPES, Layout
 
 log = logging.getLogger(__name__)
@@ -49,12 +49,6 @@ def published(config: ModelConfig) -> dict[str, Layout]:
         if dtype == FP8:
             found[name + SCALE] = Layout("F32", scale_shape(place.part.shape))
     return found
-
-
-def skeleton(config: ModelConfig) -> DeepSeekV3:
-    """A model without values."""
-    with torch.device("meta"):
-        return DeepSeekV3(config)
 
 
 def checked(source: Released) -> ModelConfig:
@@ -129,8 +123,7 @@ def load(source: Released, dtype: torch.dtype | None, device: torch.device | str
     """
     config = checked(source)
     wanted = source if dtype is None else Converted(source, dtype)
-    model = skeleton(config)
-    make_room_for_fp8(model, wanted)
+    model = skeleton_for(wanted, config)
     tensors = {
         ours: torch.empty(tensor.shape, dtype=dtype_of(ours, tensor, wanted, config), device=device or "cpu")
         for ours, tensor in model.state_dict().items()
@@ -141,8 +134,9 @@ def load(source: Released, dtype: torch.dtype | None, device: torch.device | str
     return model
 
 
-def make_room_for_fp8(model: DeepSeekV3, source: Released) -> None:
-    """Changes the layers whose weights are stored in FP8, in attention, feed-forward and experts."""
+def skeleton_for(source: Released, config: ModelConfig) -> DeepSeekV3:
+    """A model without values, with room for FP8 where weights are stored in it: in attention, feed-forward and experts."""
+    model = skeleton(config)
     stored = {place.ours for name, place in places_of(model).items() if is_fp8(name, source)}
     inside = {module for block in model.blocks() for module in block.modules() if isinstance(module, Linear | Experts)}
     for name, module in model.named_modules():
@@ -156,6 +150,7 @@ def make_room_for_fp8(model: DeepSeekV3, source: Released) -> None:
             )
         assert isinstance(module, Linear | Experts)
         module.keep_in_fp8()
+    return model
 
 
 def is_fp8(name: str, source: Released) -> bool:

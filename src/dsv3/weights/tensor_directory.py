@@ -200,7 +200,10 @@ class ChunkWriter:
 
     def write(self, number: int, read: Callable[[Region], Tensor]) -> list[Any]:
         """Writes one file, asking for the values of its regions one by one, and says where they lie in it, as JSON can."""
-        results = self.writer.write_data(self.plans[number], From(read)).wait()
+        try:
+            results = self.writer.write_data(self.plans[number], From(read)).wait()
+        except RuntimeError as error:
+            raise system_error(error) from None
         return [
             [each.index.fqn, each.index.offset, each.index.index, each.size_in_bytes, *place_of(each)]
             for each in results
@@ -249,11 +252,16 @@ def check_files(directory: Path) -> None:
 
 
 def first_cause(error: CheckpointException) -> BaseException:
-    """What went wrong on the first rank that failed: the system's own error, where torch's writer hides one behind its."""
-    shown = cause = next(each for each, _ in error.failures.values())
+    """What went wrong on the first rank that failed."""
+    return system_error(next(each for each, _ in error.failures.values()))
+
+
+def system_error(error: BaseException) -> BaseException:
+    """The system's own error, where torch's writer hides one behind its; otherwise the error itself."""
+    cause = error
     while cause.__context__ is not None:
         cause = cause.__context__
-    return cause if isinstance(cause, OSError) else shown
+    return cause if isinstance(cause, OSError) else error
 
 
 @contextmanager
