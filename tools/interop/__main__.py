@@ -52,7 +52,7 @@ def main(environment: Path, out: Path, result: Path) -> None:
     export = train_and_export(out)
     llm = LLM(export, device="cpu")
     ours = continue_all(llm, make_prompts(llm.tokenizer))
-    rows = [compare(f"transformers {version('transformers')}", ours, transformers_replies(export, ours))]
+    rows = [compare(f"transformers {version('transformers')}, one pass", ours, transformers_replies(export, ours))]
     drafts = {
         "as trained": total(expected_drafts(each.tokens, each.drafts) for each in ours),
         "as vLLM": total(expected_drafts(each.tokens, each.drafts_as_vllm) for each in ours),
