@@ -5,7 +5,8 @@ import torch
 
 from dsv3.errors import RunError, UserError
 from dsv3.training.trainer import Interrupted, pick_device
-from dsv3.weights.checkpoint import latest_checkpoint, load_model, read_state
+from dsv3.weights.checkpoint import latest_checkpoint, read_state
+from dsv3.weights.opening import load_model
 
 
 def records(directory, *without):

@@ -44,7 +44,7 @@ def test_parts_cover_every_tensor_once():
         hits = torch.zeros(tensor.shape, dtype=torch.int)
         for part in mapping[ours]:
             if not part.copy:
-                assert hits[part.index].shape == part.shape
+                assert hits[part.index].shape == part.size
                 hits[part.index] += 1
         assert (hits == 1).all(), ours
 
@@ -65,7 +65,7 @@ def test_names_of_each_kind():
     assert names["mtp.0.shared_head.norm.weight"] == ["model.layers.3.shared_head.norm.weight"]
     assert names["layers.1.mlp.gate.weight"] == ["model.layers.1.mlp.gate.weight"]
     gate, up = mapping["layers.2.mlp.experts.gate_up_proj"][10:12]
-    assert (gate.name, gate.index) == ("model.layers.2.mlp.experts.5.gate_proj.weight", (5, slice(0, 16)))
-    assert (up.name, up.index) == ("model.layers.2.mlp.experts.5.up_proj.weight", (5, slice(16, 32)))
+    assert (gate.name, gate.start) == ("model.layers.2.mlp.experts.5.gate_proj.weight", (5, 0, 0))
+    assert (up.name, up.start, up.size) == ("model.layers.2.mlp.experts.5.up_proj.weight", (5, 16, 0), (1, 16, 32))
     down = mapping["layers.2.mlp.experts.down_proj"][5]
     assert (down.name, down.shape) == ("model.layers.2.mlp.experts.5.down_proj.weight", (32, 16))

@@ -9,7 +9,7 @@ from dsv3.data.tokenizer import Tokenizer
 from dsv3.inference.generate import generate
 from dsv3.inference.sampling import SamplingParams
 from dsv3.model.transformer import DeepSeekV3
-from dsv3.weights.checkpoint import load_model
+from dsv3.weights.opening import load_model
 
 
 @dataclass(frozen=True)

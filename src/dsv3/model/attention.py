@@ -16,7 +16,6 @@ from dsv3.model.config import ModelConfig
 from dsv3.model.linear import Linear, RMSNorm
 from dsv3.model.rope import Rope
 from dsv3.ops.attention import attention
-from dsv3.ops.cast import cast
 from dsv3.ops.latent_attention import latent_attention
 
 
@@ -96,7 +95,7 @@ class MultiHeadLatentAttention(nn.Module):
         """
         config = self.config
         (batch, length, heads, content), latent = q_nope.shape, config.kv_lora_rank
-        weight = cast(self.kv_b_proj.weight, q_nope.dtype).view(heads, -1, latent)
+        weight = self.kv_b_proj.weight_in(q_nope.dtype).view(heads, -1, latent)
         q_HXC = torch.bmm(q_nope.flatten(0, 1).transpose(0, 1), weight[:, :content])
         q_BTHL = torch.cat((q_HXC.transpose(0, 1).unflatten(0, (batch, length)), q_rope), dim=-1)
         mixed = latent_attention(q_BTHL, entries_BSL, bias_BTS, latent, config.softmax_scale)

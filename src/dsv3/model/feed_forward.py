@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsv3.model.config import ModelConfig
-from dsv3.model.linear import Linear
-from dsv3.ops.grouped_linear import grouped_linear
+from dsv3.model.linear import Linear, fp8_storage
+from dsv3.ops.block_scaled import dequantize
+from dsv3.ops.grouped_linear import grouped_linear, segments
 from dsv3.ops.permute import permute, sort_by_expert, unpermute
 from dsv3.ops.router import add_loss, select_experts, sequence_balance
 from dsv3.ops.swiglu import swiglu
@@ -33,7 +34,7 @@ class SwiGLU(nn.Module):
         """[..., D] -> [..., D]; gate and up in one product, unless copying their weights would cost more than it saves."""
         if x.numel() < FEW_ROWS * x.shape[-1]:
             return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-        gate_up = torch.cat((self.gate_proj.weight, self.up_proj.weight)).to(x.dtype)
+        gate_up = torch.cat((self.gate_proj.weight_in(x.dtype), self.up_proj.weight_in(x.dtype)))
         return self.down_proj(swiglu(F.linear(x, gate_up)))
 
 
@@ -161,15 +162,43 @@ def equal_groups(routing: Routing) -> int:
 class Experts(nn.Module):
     """The routed experts, stacked: gate and up side by side in `gate_up_proj` [E, 2I, D], `down_proj` [E, D, I]."""
 
+    gate_up_proj_scale_inv: Tensor | None
+    down_proj_scale_inv: Tensor | None
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         experts, hidden, inner = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * inner, hidden))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, inner))
+        self.register_buffer("gate_up_proj_scale_inv", None)
+        self.register_buffer("down_proj_scale_inv", None)
+
+    def keep_in_fp8(self) -> None:
+        """As for `Linear`. Gate and up have blocks of their own: scales are [E, 2 ceil(I / 128), ceil(D / 128)]."""
+        experts, both, hidden = self.gate_up_proj.shape
+        self.gate_up_proj, scale = fp8_storage(self.gate_up_proj, (experts, 2, both // 2, hidden))
+        self.gate_up_proj_scale_inv = scale.flatten(1, 2)
+        self.down_proj, self.down_proj_scale_inv = fp8_storage(self.down_proj, tuple(self.down_proj.shape))
 
     def forward(self, rows_RD: Tensor, counts_E: Tensor) -> Tensor:
         """Each expert's SwiGLU on its rows: [R, D] -> [R, D]."""
+        if self.gate_up_proj_scale_inv is not None:
+            return self.from_blocks(rows_RD, counts_E)
         return grouped_linear(swiglu(grouped_linear(rows_RD, self.gate_up_proj, counts_E)), self.down_proj, counts_E)
+
+    def from_blocks(self, rows_RD: Tensor, counts_E: Tensor) -> Tensor:
+        """`forward` with weights in FP8: one expert after the other, so that only one is ever held in another dtype."""
+        assert self.gate_up_proj_scale_inv is not None
+        assert self.down_proj_scale_inv is not None
+        out_RD = torch.empty_like(rows_RD)
+        for e, start, end in segments(counts_E):
+            halves, scales = (
+                each[e].unflatten(0, (2, -1)) for each in (self.gate_up_proj, self.gate_up_proj_scale_inv)
+            )
+            gate_up = dequantize(halves, scales, rows_RD.dtype).flatten(0, 1)
+            down = dequantize(self.down_proj[e], self.down_proj_scale_inv[e], rows_RD.dtype)
+            out_RD[start:end] = F.linear(swiglu(F.linear(rows_RD[start:end], gate_up)), down)
+        return out_RD
 
 
 class DeepSeekMoE(nn.Module):

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dsv3.ops.block_scaled import dequantize, scale_shape
 from dsv3.ops.cast import cast
 from dsv3.ops.rms_norm import rms_norm
 
@@ -11,13 +12,32 @@ from dsv3.ops.rms_norm import rms_norm
 class Linear(nn.Module):
     """`y = x W^T`; `weight` is [out_features, in_features]."""
 
+    weight_scale_inv: Tensor | None
+
     def __init__(self, in_features: int, out_features: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.register_buffer("weight_scale_inv", None)
+
+    def keep_in_fp8(self) -> None:
+        """Makes room for released FP8 weights as they are: E4M3 and one FP32 scale a block, not to be trained."""
+        self.weight, self.weight_scale_inv = fp8_storage(self.weight, tuple(self.weight.shape))
+
+    def weight_in(self, dtype: torch.dtype) -> Tensor:
+        """The weight in another dtype; one in FP8 is multiplied by its scales."""
+        if self.weight_scale_inv is None:
+            return cast(self.weight, dtype)
+        return dequantize(self.weight, self.weight_scale_inv, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out] in x's dtype."""
-        return F.linear(x, cast(self.weight, x.dtype))
+        return F.linear(x, self.weight_in(x.dtype))
+
+
+def fp8_storage(weight: Tensor, blocks_of: tuple[int, ...]) -> tuple[nn.Parameter, Tensor]:
+    """Uninitialised room for a weight in E4M3, and for its scales: those of a matrix or stack of shape `blocks_of`."""
+    scale = torch.empty(scale_shape(blocks_of), dtype=torch.float32, device=weight.device)
+    return nn.Parameter(torch.empty_like(weight, dtype=torch.float8_e4m3fn), requires_grad=False), scale
 
 
 class RMSNorm(nn.Module):

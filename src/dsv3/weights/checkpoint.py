@@ -9,20 +9,14 @@ whatever moment the machine stops, the directory under a checkpoint's name is a 
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dsv3.errors import RunError, UserError, nearest
-from dsv3.model.config import ModelConfig
-from dsv3.model.transformer import DeepSeekV3
-from dsv3.weights.huggingface import from_pretrained
-from dsv3.weights.names import KEPT_FLOAT32
 from dsv3.weights.shards import sync
 from dsv3.weights.tensor_directory import check_files, read_layout, read_tensors, write_tensors
 
@@ -31,7 +25,6 @@ STATE = "state.json"
 LATEST = "latest"
 PARTIAL, REPLACED = ".partial", ".replaced"
 TOKENIZER = "tokenizer"
-DTYPES = {"fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16}
 
 
 def save_checkpoint(
@@ -147,68 +140,6 @@ def read_state(directory: Path) -> dict[str, Any]:
         raise UserError(f"{directory} is no checkpoint: it has no {STATE}") from None
     except ValueError as error:
         raise UserError(f"{directory / STATE} is damaged: {error}") from None
-
-
-def load_model(
-    path: str | os.PathLike[str],
-    dtype: torch.dtype | str | None = None,
-    device: torch.device | str | None = None,
-) -> tuple[DeepSeekV3, Path]:
-    """The model of a training checkpoint, of a run (its newest checkpoint) or of a Hugging Face directory, and the
-    directory with its tokenizer.
-
-    `dtype`: what weights become, "bf16" and "fp32" included; None or "auto": what they are. `device`: None is the CPU,
-    "auto" a GPU where there is one. Raises `UserError` when there is no model, or it is damaged.
-    """
-    path = Path(path)
-    if isinstance(dtype, str):
-        if dtype not in ("auto", *DTYPES):
-            raise UserError(f"unknown dtype {dtype!r}: {nearest(dtype, ('auto', *DTYPES))}")
-        dtype = DTYPES.get(dtype)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if (path / "config.json").is_file() and not (path / STATE).is_file():
-        return from_pretrained(path, dtype, device), path
-    directory = find_checkpoint(path)
-    state = read_state(directory)
-    if "model" not in state:
-        raise UserError(f"{directory / STATE} has no model config: expected one under 'model'")
-    check_files(directory)
-    config = ModelConfig.from_hf(state["model"])
-    with torch.device("meta"):
-        model = DeepSeekV3(config)
-    found = read_layout(directory)
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict().items():
-        if f"model.{name}" not in found:
-            raise UserError(f"{directory} has no tensor model.{name}, which its config asks for")
-        kept, shape = found[f"model.{name}"]
-        if shape != tensor.shape:
-            raise UserError(
-                f"{directory}: model.{name} has shape {list(shape)}, but its config asks for {list(tensor.shape)}"
-            )
-        kept = torch.float32 if name.endswith(KEPT_FLOAT32) else dtype or kept
-        tensors[name] = torch.empty(shape, dtype=kept, device=device or "cpu")
-    read_tensors(directory, flatten({"model": tensors}))
-    model.load_state_dict(tensors, assign=True)
-    return model, directory / TOKENIZER
-
-
-def find_checkpoint(path: Path) -> Path:
-    """The checkpoint meant by a path: itself, or the newest of the run there, of its last stage when it has several."""
-    if (path / STATE).is_file():
-        return path
-    parents = [path, path / "checkpoints", *path.glob("*/checkpoints")]
-    pointers = sorted(
-        (p / LATEST for p in parents if (p / LATEST).is_file()), key=lambda pointer: pointer.stat().st_mtime
-    )
-    found = latest_checkpoint(pointers[-1].parent) if pointers else None
-    if found is None:
-        raise UserError(
-            f"{path} holds no model: expected a checkpoint ({STATE} and tensors), a run with checkpoints/, "
-            "or a Hugging Face directory (config.json and safetensors)"
-        )
-    return found
 
 
 def flatten(tensors: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]:

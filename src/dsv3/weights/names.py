@@ -13,6 +13,10 @@ KEPT_FLOAT32 = "e_score_correction_bias"
 """The routing bias is FP32 whatever the rest is: steps of 0.001 are lost in BF16."""
 
 
+SCALE = "_scale_inv"
+"""What the name of an FP8 weight's scales ends with, behind the weight's own name."""
+
+
 @dataclass(frozen=True)
 class Part:
     """One tensor of a released checkpoint, and which part of one of ours it is."""
@@ -20,37 +24,53 @@ class Part:
     name: str
     """The released name."""
     shape: tuple[int, ...]
-    index: tuple[int | slice, ...]
-    """Where it lies in our tensor: `ours[index]`; () is the whole."""
+    start: tuple[int, ...]
+    """Where its first element lies in ours, which may be a stack of such tensors."""
     copy: bool = False
     """True for the embedding and the head stored again with each MTP module."""
+
+    @property
+    def size(self) -> tuple[int, ...]:
+        """Its shape with a 1 in front where ours is a stack."""
+        return (*[1] * (len(self.start) - len(self.shape)), *self.shape)
+
+    @property
+    def index(self) -> tuple[slice, ...]:
+        """`ours[index]` is it, but for the 1 in front."""
+        return tuple(slice(first, first + count) for first, count in zip(self.start, self.size, strict=True))
 
 
 def released(name: str, shape: tuple[int, ...], config: ModelConfig) -> list[Part]:
     """The released tensors that our tensor `name` of this shape is stored as; copies come last."""
     first, depth = config.num_hidden_layers, config.num_nextn_predict_layers
+    origin = (0,) * len(shape)
     if name == "embed_tokens.weight":
         copies = [f"model.layers.{first + k}.embed_tokens.weight" for k in range(depth)]
-        return [Part(f"model.{name}", shape, ()), *(Part(copy, shape, (), copy=True) for copy in copies)]
+        return [Part(f"model.{name}", shape, origin), *(Part(copy, shape, origin, copy=True) for copy in copies)]
     if name == "lm_head.weight":
         copies = [f"model.layers.{first + k}.shared_head.head.weight" for k in range(depth)]
-        return [Part(name, shape, ()), *(Part(copy, shape, (), copy=True) for copy in copies)]
+        return [Part(name, shape, origin), *(Part(copy, shape, origin, copy=True) for copy in copies)]
     if mtp := re.fullmatch(r"mtp\.(\d+)\.(?:block\.)?(.+)", name):
         name = f"layers.{first + int(mtp[1])}.{mtp[2]}"
     name = f"model.{name}"
-    if name.endswith(".experts.gate_up_proj"):
-        experts, both, hidden = shape
-        stem, half = name.removesuffix("gate_up_proj"), both // 2
-        places = {"gate_proj": slice(0, half), "up_proj": slice(half, both)}
+    scale = SCALE if name.endswith(SCALE) else ""
+    stem, experts, stack = name.removesuffix(scale).rpartition(".experts.")
+    if stack == "gate_up_proj":
+        half = shape[1] // 2
         return [
-            Part(f"{stem}{expert}.{projection}.weight", (half, hidden), (expert, rows))
-            for expert in range(experts)
-            for projection, rows in places.items()
+            Part(f"{stem}{experts}{e}.{projection}.weight{scale}", (half, shape[2]), (e, row, 0))
+            for e in range(shape[0])
+            for projection, row in (("gate_proj", 0), ("up_proj", half))
         ]
-    if name.endswith(".experts.down_proj"):
-        stem = name.removesuffix("down_proj")
-        return [Part(f"{stem}{expert}.down_proj.weight", shape[1:], (expert,)) for expert in range(shape[0])]
-    return [Part(name, shape, ())]
+    if stack == "down_proj":
+        return [Part(f"{stem}{experts}{e}.down_proj.weight{scale}", shape[1:], (e, 0, 0)) for e in range(shape[0])]
+    return [Part(name, shape, origin)]
+
+
+def is_block_scaled(name: str) -> bool:
+    """Whether the released FP8 checkpoints keep this released weight in FP8 blocks: the linear layers of attention and
+    feed-forward. Embedding, head, norms, router and MTP's `eh_proj` stay high."""
+    return name.endswith(("_proj.weight", "_with_mqa.weight")) and not name.endswith("eh_proj.weight")
 
 
 def is_mtp(name: str, config: ModelConfig) -> bool:

@@ -1,24 +1,46 @@
 """A directory of safetensors files in Hugging Face's layout: `model.safetensors`, or several shards and their index."""
 
 import json
+import math
 import os
-import shutil
-from collections.abc import Callable, Iterator
+import threading
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from dsv3.errors import RunError, UserError
+from dsv3.errors import UserError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
-"""Of the names that safetensors headers use, those that are read and written."""
+DTYPES = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}
+"""Of the names that safetensors headers use, those of weights and of their scales."""
+HEADER_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+MAPPED_BYTES = 256 * 10**6
+"""What a reader may have read from a file before it is mapped anew, which gives its pages back."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a tensor is, apart from its values."""
+
+    dtype: str
+    """The name in safetensors headers: "F32", "BF16", "F8_E4M3", ..."""
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Of its values."""
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
 @dataclass(frozen=True)
@@ -33,12 +55,9 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Stored:
+class Stored(Layout):
     """What the headers of a directory's files say of one tensor."""
 
-    dtype: str
-    """The header's name for it: "F32", "BF16", "F8_E4M3", ..."""
-    shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
     """One in Hugging Face's layout; one a rank where a tensor is split among ranks."""
 
@@ -46,15 +65,6 @@ class Stored:
     def file(self) -> Path:
         """Where it lies, or begins."""
         return self.pieces[0].file
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A tensor to be written; `load` gives it when its turn comes, contiguous and on the CPU."""
-
-    name: str
-    bytes: int
-    load: Callable[[], Tensor]
 
 
 def read_headers(directory: Path) -> dict[str, Stored]:
@@ -99,15 +109,26 @@ def read_index(path: Path) -> dict[str, str]:
     for name, file in placed.items():
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
             raise UserError(f"{path} places tensor {name} in {file!r}: expected a .safetensors file beside the index")
+    for file in dict.fromkeys(placed.values()):
         if not (path.parent / file).is_file():
+            name = next(name for name, each in placed.items() if each == file)
             raise UserError(
                 f"{path} places tensor {name} in {file}, which does not exist: the directory is incomplete, fetch the file again"
             )
     return placed
 
 
+def refuse_escape(file: Path) -> None:
+    """Refuses a link that leads out of its directory, other than into the blobs of a hub's cache, whose snapshots are links."""
+    directory, target = file.parent.resolve(), file.resolve()
+    blobs = directory.parent.parent / "blobs"
+    if not (target.is_relative_to(directory) or (directory.parent.name == "snapshots" and target.parent == blobs)):
+        raise UserError(f"{file} is a link to {target}, outside its directory: expected the file itself")
+
+
 def read_header(file: Path) -> dict[str, Stored]:
     """What one file holds; opening it also checks that the header is sound and the data complete."""
+    refuse_escape(file)
     try:
         with safe_open(file, framework="pt") as opened:
             parts = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
@@ -135,67 +156,33 @@ def no_weights(directory: Path) -> str:
     return f"{directory} {found}: expected {SINGLE}, or shards with {INDEX}"
 
 
-def read_tensors(stored: dict[str, Stored]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors one by one, file by file; each is mapped from its file, so copy what you keep."""
-    by_file: dict[Path, list[str]] = {}
-    for name, each in stored.items():
-        by_file.setdefault(each.file, []).append(name)
-    for file, names in by_file.items():
-        with safe_open(file, framework="pt") as opened:
-            for name in names:
-                yield name, opened.get_tensor(name)
+class ShardReader:
+    """Reads tensors one at a time, from several threads if need be. What was read is given back to the system early: a
+    mapped file counts as memory of the process."""
+
+    def __init__(self) -> None:
+        self.local = threading.local()
+
+    def read(self, stored: Stored) -> Tensor:
+        """One tensor, copied from its file or files."""
+        pieces = [(piece, self.opened(piece.file, stored.bytes).get_tensor(piece.name)) for piece in stored.pieces]
+        return pieces[0][1].clone() if pieces[0][0].index == () else joined(stored.shape, pieces)
+
+    def opened(self, file: Path, size: int) -> Any:
+        """The file, mapped; this thread's last one again, unless it has been read from for long enough."""
+        last, handle, count = getattr(self.local, "last", (None, None, 0))
+        if last != file or count > MAPPED_BYTES:
+            handle, count = safe_open(file, framework="pt"), 0
+        self.local.last = (file, handle, count + size)
+        return handle
 
 
-def write_shards(directory: Path, tensors: list[Planned], texts: dict[str, str], max_shard_bytes: int) -> None:
-    """Writes tensors as `model.safetensors`, or as shards of at most `max_shard_bytes` with their index, and the texts.
-
-    Everything is written beside first and moved in when it is complete, texts last; weights that were there are replaced,
-    other files stay. Raises `RunError` when the disk is full, and leaves what was there.
-    """
-    shards = split(tensors, max_shard_bytes)
-    names = (
-        [SINGLE]
-        if len(shards) == 1
-        else [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-    )
-    if len(shards) > 1:
-        placed = {each.name: file for file, shard in zip(names, shards, strict=True) for each in shard}
-        index = {"metadata": {"total_size": sum(each.bytes for each in tensors)}, "weight_map": placed}
-        texts = {INDEX: json.dumps(index, indent=2) + "\n", **texts}
-    partial = directory / ".partial"
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        for file, shard in zip(names, shards, strict=True):
-            save_file({each.name: each.load() for each in shard}, partial / file, metadata={"format": "pt"})
-            sync(partial / file)
-        for file, text in texts.items():
-            (partial / file).write_text(text)
-            sync(partial / file)
-        for old in [*directory.glob("model*.safetensors"), directory / INDEX]:
-            old.unlink(missing_ok=True)
-        for file in [*names, *texts]:
-            (partial / file).rename(directory / file)
-        sync(directory)
-    except (OSError, SafetensorError) as error:
-        raise RunError(
-            f"could not write {directory} ({error}): what was there is unchanged. Make room, or name another directory"
-        ) from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def split(tensors: list[Planned], max_shard_bytes: int) -> list[list[Planned]]:
-    """Tensors in order, as many a shard as fit; one that is larger than a shard gets its own."""
-    shards: list[list[Planned]] = [[]]
-    size = 0
-    for each in tensors:
-        if shards[-1] and size + each.bytes > max_shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(each)
-        size += each.bytes
-    return shards
+def joined(shape: tuple[int, ...], pieces: list[tuple[Piece, Tensor]]) -> Tensor:
+    """The whole tensor that pieces cover."""
+    whole = torch.empty(shape, dtype=pieces[0][1].dtype)
+    for piece, part in pieces:
+        whole[piece.index] = part
+    return whole
 
 
 def sync(path: Path) -> None:

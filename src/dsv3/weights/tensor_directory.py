@@ -1,8 +1,11 @@
-"""Tensors in a `torch.distributed.checkpoint` directory, and nothing but tensors: what is pickled in it is read with care."""
+"""Tensors in a `torch.distributed.checkpoint` directory, and nothing but tensors: what is pickled in it is read with care.
+
+A tensor is stored whole or as chunks, each of which can be read by itself; stacks of experts are stored expert by expert.
+"""
 
 import pickle
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,9 +14,14 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, create_default_global_save_plan
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem, SavePlan, WriteItem
+from torch.distributed.checkpoint.storage import WriteResult
 
 from dsv3.errors import RunError, UserError
+from dsv3.weights.chunks import ExpertByExpert, Region, chunk_item, part_of
 
 METADATA = ".metadata"
 KNOWN = {
@@ -71,7 +79,7 @@ def write_tensors(directory: Path, tensors: Mapping[str, Tensor]) -> None:
     """Writes all tensors into an empty directory and waits until they are on the disk; `RunError` when they do not fit."""
     with single_process():
         try:
-            dcp.save(dict(tensors), storage_writer=Writer(directory))
+            dcp.save(dict(tensors), storage_writer=Writer(directory), planner=ExpertByExpert())
         except CheckpointException as error:
             cause = first_cause(error)
             if not isinstance(cause, Exception):
@@ -105,6 +113,132 @@ def read_layout(directory: Path) -> dict[str, tuple[torch.dtype, torch.Size]]:
     }
 
 
+class ChunkReader:
+    """Reads regions of a directory's tensors, and no more of the files than the chunks that hold them."""
+
+    def __init__(self, directory: Path):
+        check_files(directory)
+        self.reader = Reader(directory)
+        self.metadata = self.reader.read_metadata()
+        self.reader.set_up_storage_reader(self.metadata, is_coordinator=True)
+        entries = self.metadata.state_dict_metadata
+        self.tensors = {name: each for name, each in entries.items() if isinstance(each, TensorStorageMetadata)}
+        self.layout = {name: (each.properties.dtype, each.size) for name, each in self.tensors.items()}
+        self.exact = {
+            Region(name, tuple(chunk.offsets), tuple(chunk.sizes)): chunk
+            for name, each in self.tensors.items()
+            for chunk in each.chunks
+        }
+
+    @property
+    def identity(self) -> str:
+        """Another after every save: the sizes, names and times of the files."""
+        files = sorted(each for each in Path(self.reader.path).iterdir() if each.is_file())
+        return str([(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files])
+
+    def read(self, region: Region) -> Tensor:
+        """The values of a region, from all chunks that hold some of it."""
+        out = torch.empty(region.size, dtype=self.layout[region.name][0])
+        items = []
+        found = self.exact.get(region)
+        for chunk in self.tensors[region.name].chunks if found is None else [found]:
+            low = [max(pair) for pair in zip(region.start, chunk.offsets, strict=True)]
+            ends = zip(region.start, region.size, chunk.offsets, chunk.sizes, strict=True)
+            size = [min(a + n, b + m) - first for first, (a, n, b, m) in zip(low, ends, strict=True)]
+            if all(count > 0 for count in size):
+                items.append(
+                    ReadItem(
+                        LoadItemType.TENSOR,
+                        MetadataIndex(region.name, torch.Size(region.start)),
+                        torch.Size(a - b for a, b in zip(low, region.start, strict=True)),
+                        MetadataIndex(region.name, chunk.offsets),
+                        torch.Size(a - b for a, b in zip(low, chunk.offsets, strict=True)),
+                        torch.Size(size),
+                    )
+                )
+        try:
+            self.reader.read_data(LoadPlan(items), Into(out)).wait()
+        except (OSError, RuntimeError, AssertionError, pickle.UnpicklingError, ValueError, EOFError) as error:
+            raise UserError(
+                f"{self.reader.path}: {region.name} cannot be read ({error}): the checkpoint is damaged"
+            ) from None
+        return out
+
+
+class Into(DefaultLoadPlanner):
+    """Tells torch's reader where what it reads belongs: all of it into one tensor."""
+
+    def __init__(self, out: Tensor):
+        super().__init__()
+        self.out = out
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        """The place of one read."""
+        return part_of(self.out, read_item.dest_offsets, read_item.lengths)
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        """Nothing is left to do: the place is a view."""
+
+
+class ChunkWriter:
+    """Writes a directory file by file, in any order and by several threads; each file holds some regions of tensors.
+
+    `files` are the regions of each; together they must cover every tensor of `layout` once.
+    """
+
+    def __init__(
+        self, directory: Path, layout: Mapping[str, tuple[torch.dtype, Sequence[int]]], files: list[list[Region]]
+    ):
+        self.writer = Writer(directory)
+        plans = [SavePlan([chunk_item(each, *layout[each.name]) for each in regions]) for regions in files]
+        plans, self.metadata = create_default_global_save_plan(plans)
+        self.plans = self.writer.prepare_global_plan([self.writer.prepare_local_plan(plan) for plan in plans])
+
+    def file(self, number: int) -> str:
+        """The name of one file."""
+        return f"__{number}_0.distcp"
+
+    def write(self, number: int, read: Callable[[Region], Tensor]) -> list[Any]:
+        """Writes one file, asking for the values of its regions one by one, and says where they lie in it, as JSON can."""
+        try:
+            results = self.writer.write_data(self.plans[number], From(read)).wait()
+        except RuntimeError as error:
+            raise system_error(error) from None
+        return [
+            [each.index.fqn, each.index.offset, each.index.index, each.size_in_bytes, *place_of(each)]
+            for each in results
+        ]
+
+    def finish(self, written: list[list[Any]]) -> None:
+        """Makes the directory whole, from what all calls of `write` have said."""
+        results = [
+            WriteResult(MetadataIndex(name, offset, index), size, _StorageInfo(*place))
+            for each in written
+            for name, offset, index, size, *place in each
+        ]
+        self.writer.finish(self.metadata, [results])
+
+
+def place_of(result: WriteResult) -> tuple[str, int, int]:
+    """File, offset and length of what was written. Torch gives the class that says so no public name."""
+    assert isinstance(result.storage_data, _StorageInfo)
+    return result.storage_data.relative_path, result.storage_data.offset, result.storage_data.length
+
+
+class From(ExpertByExpert):
+    """Tells torch's writer where values come from: a function."""
+
+    def __init__(self, read: Callable[[Region], Tensor]):
+        super().__init__()
+        self.values = read
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor:
+        """The values of one chunk."""
+        assert write_item.tensor_data is not None
+        chunk = write_item.tensor_data.chunk
+        return self.values(Region(write_item.index.fqn, tuple(chunk.offsets), tuple(chunk.sizes)))
+
+
 def check_files(directory: Path) -> None:
     """Raises `UserError` when the metadata is unreadable, or a file that it names is absent or too short."""
     ends: dict[str, int] = {}
@@ -118,11 +252,16 @@ def check_files(directory: Path) -> None:
 
 
 def first_cause(error: CheckpointException) -> BaseException:
-    """What went wrong on the first rank that failed: the system's own error, where torch's writer hides one behind its."""
-    shown = cause = next(each for each, _ in error.failures.values())
+    """What went wrong on the first rank that failed."""
+    return system_error(next(each for each, _ in error.failures.values()))
+
+
+def system_error(error: BaseException) -> BaseException:
+    """The system's own error, where torch's writer hides one behind its; otherwise the error itself."""
+    cause = error
     while cause.__context__ is not None:
         cause = cause.__context__
-    return cause if isinstance(cause, OSError) else shown
+    return cause if isinstance(cause, OSError) else error
 
 
 @contextmanager

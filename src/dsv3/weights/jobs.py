@@ -1,0 +1,120 @@
+"""Writing a large directory as jobs: several at a time, each leaving one file, and none done twice after a stop."""
+
+import hashlib
+import json
+import shutil
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dsv3.weights.shards import sync
+
+JOURNAL = ".journal"
+Progress = Callable[[int, int], None]
+"""Told how many bytes are done, and of how many."""
+
+
+def ignore(done: int, total: int) -> None:
+    """The progress that nobody watches."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One file to be written."""
+
+    file: str
+    bytes: int
+    """Of tensors in it, for the progress."""
+    run: Callable[[Path, Callable[[int], None]], Any]
+    """Writes the file at this path, says of every few bytes that they are done, and returns what the journal shall keep,
+    as JSON can hold it."""
+
+
+class Journal:
+    """Which files of a directory are complete, with their hashes; one line a file, on the disk before the next begins.
+
+    A directory of another `key`, or without a journal, is emptied.
+    """
+
+    def __init__(self, directory: Path, key: str):
+        self.directory, self.path, self.lock = directory, directory / JOURNAL, threading.Lock()
+        lines = read_lines(self.path)
+        if not lines or lines[0] != {"key": key}:
+            shutil.rmtree(directory, ignore_errors=True)
+            directory.mkdir(parents=True)
+            self.path.write_text(json.dumps({"key": key}) + "\n")
+            lines = []
+        self.kept = {line["file"]: line for line in lines[1:]}
+
+    def result(self, file: str) -> tuple[bool, Any]:
+        """(whether an earlier try completed the file and it still is what was written, what that job returned)."""
+        line = self.kept.get(file)
+        path = self.directory / file
+        if line is None or not path.is_file() or sha256(path) != line["sha256"]:
+            return False, None
+        return True, line["result"]
+
+    def add(self, file: str, result: Any) -> None:
+        """Notes that a file is complete."""
+        sync(self.directory / file)
+        line = json.dumps({"file": file, "sha256": sha256(self.directory / file), "result": result}) + "\n"
+        with self.lock:
+            with self.path.open("a") as opened:
+                opened.write(line)
+            sync(self.path)
+
+    def close(self) -> None:
+        """Removes the journal, when the directory is whole."""
+        self.path.unlink()
+
+
+def read_lines(path: Path) -> list[Any]:
+    """The journal's lines; the last one is left out where a stop cut it."""
+    lines = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines
+
+
+def sha256(path: Path) -> str:
+    """The hash of a file's content."""
+    with path.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def run_jobs(jobs: Sequence[Job], journal: Journal, workers: int, progress: Progress) -> list[Any]:
+    """What every job returned, in order; those that the journal knows are not run again. The first error stops the rest."""
+    total, lock, stopped = sum(job.bytes for job in jobs), threading.Lock(), threading.Event()
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        with lock:
+            done += count
+            progress(done, total)
+
+    def work(job: Job) -> Any:
+        if stopped.is_set():
+            return None
+        known, result = journal.result(job.file)
+        if known:
+            advance(job.bytes)
+            return result
+        result = job.run(journal.directory / job.file, advance)
+        journal.add(job.file, result)
+        return result
+
+    progress(0, total)
+    with ThreadPoolExecutor(workers) as pool:
+        futures = [pool.submit(work, job) for job in jobs]
+        try:
+            wait(futures, return_when=FIRST_EXCEPTION)
+        finally:
+            stopped.set()
+        return [future.result() for future in futures]

@@ -1,0 +1,88 @@
+"""Weights by their path, whatever is there: a training checkpoint, a run, or a directory of published files."""
+
+import logging
+import os
+from pathlib import Path
+
+import torch
+
+from dsv3.errors import UserError, nearest
+from dsv3.model.config import ModelConfig
+from dsv3.model.transformer import DeepSeekV3
+from dsv3.weights import deepseek
+from dsv3.weights.checkpoint import LATEST, STATE, TOKENIZER, latest_checkpoint, read_state
+from dsv3.weights.huggingface import open_directory
+from dsv3.weights.loading import load
+from dsv3.weights.released import FP8, Released, ReleasedCheckpoint, ReleasedFiles
+
+log = logging.getLogger(__name__)
+NAMED_DTYPES = {"fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16}
+
+
+def open_weights(path: str | os.PathLike[str], config: str | os.PathLike[str] | None = None) -> tuple[Released, Path]:
+    """The weights at a path, and the directory with their tokenizer; no tensor is read.
+
+    A path is a training checkpoint, a run (its newest checkpoint is meant), a Hugging Face directory, or one in the layout
+    of DeepSeek's `inference/`, for which `config` may name the ModelArgs file. Raises `UserError` when it is none of them.
+    """
+    path = Path(path)
+    if deepseek.is_deepseek(path):
+        arguments = Path(config) if config is not None else deepseek.find_config(path)
+        return ReleasedFiles(path, deepseek.read_config(arguments), deepseek.read_headers(path)), path
+    if config is not None:
+        raise UserError(
+            f"{path} is not in the layout of DeepSeek's inference/, for which alone a config is named apart"
+        )
+    if (path / "config.json").is_file() and not (path / STATE).is_file():
+        return open_directory(path), path
+    directory = find_checkpoint(path)
+    state = read_state(directory)
+    if "model" not in state:
+        raise UserError(f"{directory / STATE} has no model config: expected one under 'model'")
+    return ReleasedCheckpoint(directory, ModelConfig.from_hf(state["model"])), directory / TOKENIZER
+
+
+def load_model(
+    path: str | os.PathLike[str],
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+) -> tuple[DeepSeekV3, Path]:
+    """The model at a path (see `open_weights`), and the directory with its tokenizer.
+
+    `dtype`: what weights become, "bf16" and "fp32" included; None or "auto": what they are, but BF16 for FP8 weights on
+    the CPU. `device`: None is the CPU, "auto" a GPU where there is one. Raises `UserError` when there is no model, or it
+    is damaged.
+    """
+    dtype = named_dtype(dtype) if isinstance(dtype, str) else dtype
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    source, tokenizer = open_weights(path)
+    stored = {each.dtype for each in source.layout.values()}
+    if dtype is None and FP8 in stored and torch.device(device or "cpu").type == "cpu":
+        log.warning("%s is in FP8, which CPUs do not compute in: its weights become BF16", source.where)
+        dtype = torch.bfloat16
+    return load(source, dtype, device), tokenizer
+
+
+def named_dtype(name: str) -> torch.dtype | None:
+    """The dtype that a user names; None for "auto"."""
+    if name not in ("auto", *NAMED_DTYPES):
+        raise UserError(f"unknown dtype {name!r}: {nearest(name, ('auto', *NAMED_DTYPES))}")
+    return NAMED_DTYPES.get(name)
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint meant by a path: itself, or the newest of the run there, of its last stage when it has several."""
+    if (path / STATE).is_file():
+        return path
+    parents = [path, path / "checkpoints", *path.glob("*/checkpoints")]
+    pointers = sorted(
+        (p / LATEST for p in parents if (p / LATEST).is_file()), key=lambda pointer: pointer.stat().st_mtime
+    )
+    found = latest_checkpoint(pointers[-1].parent) if pointers else None
+    if found is None:
+        raise UserError(
+            f"{path} holds no model: expected a checkpoint ({STATE} and tensors), a run with checkpoints/, "
+            "or a Hugging Face directory (config.json and safetensors)"
+        )
+    return found

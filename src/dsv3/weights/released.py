@@ -1,0 +1,196 @@
+"""A model in its released form, wherever it is stored: tensors by their released names, read one at a time.
+
+What loads, imports or exports asks for this form alone, so that it does not matter whether the weights lie in Hugging
+Face's layout, in DeepSeek's, in a training checkpoint or in memory.
+"""
+
+import hashlib
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dsv3.errors import UserError
+from dsv3.model.config import ModelConfig
+from dsv3.model.transformer import DeepSeekV3
+from dsv3.ops.block_scaled import dequantize, quantize, scale_shape
+from dsv3.weights.names import KEPT_FLOAT32, SCALE, Part, is_block_scaled, released
+from dsv3.weights.shards import DTYPES, HEADER_NAMES, Layout, ShardReader, Stored
+from dsv3.weights.tensor_directory import ChunkReader, Region
+
+FP8 = "F8_E4M3"
+
+
+class Released(Protocol):
+    """A model in the released form."""
+
+    @property
+    def where(self) -> str:
+        """Where it is stored, for messages."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """The network's shape; what else its `config.json` holds is in `extra`."""
+
+    @property
+    def layout(self) -> Mapping[str, Layout]:
+        """Every tensor, the scales of FP8 weights included, by its released name."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the stored values may have changed."""
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, on the CPU; may be called by several threads."""
+
+
+def skeleton(config: ModelConfig) -> DeepSeekV3:
+    """A model without values."""
+    with torch.device("meta"):
+        return DeepSeekV3(config)
+
+
+class ReleasedFiles:
+    """Safetensors files in Hugging Face's layout or DeepSeek's, as their headers describe them."""
+
+    def __init__(self, directory: Path, config: ModelConfig, stored: Mapping[str, Stored]):
+        self.where, self.config, self.layout = str(directory), config, stored
+        self.reader = ShardReader()
+
+    @property
+    def fingerprint(self) -> str:
+        """See `Released`: names, layouts, and the files' sizes and times."""
+        files = sorted({piece.file for each in self.layout.values() for piece in each.pieces})
+        times = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        return digest(self.layout, times)
+
+    def read(self, name: str) -> Tensor:
+        """See `Released`."""
+        return self.reader.read(self.layout[name])
+
+
+class ReleasedCheckpoint:
+    """The model of a training checkpoint; whatever else that holds is left alone."""
+
+    def __init__(self, directory: Path, config: ModelConfig):
+        self.where, self.config = str(directory), config
+        self.reader = ChunkReader(directory)
+        self.places: dict[str, tuple[str, Part]] = {}
+        self.layout: dict[str, Layout] = {}
+        order = {f"{MODEL}{ours}": i for i, ours in enumerate(skeleton(config).state_dict())}
+        names = [ours for ours in self.reader.layout if ours.startswith(MODEL)]
+        for ours in sorted(names, key=lambda ours: order.get(ours.removesuffix(SCALE), len(order))):
+            dtype, shape = self.reader.layout[ours]
+            if dtype not in HEADER_NAMES:
+                raise UserError(f"{directory}: {ours} is {dtype}, expected one of {', '.join(map(str, HEADER_NAMES))}")
+            for part in released(ours.removeprefix(MODEL), tuple(shape), config):
+                self.places[part.name] = ours, part
+                self.layout[part.name] = Layout(HEADER_NAMES[dtype], part.shape)
+        self.layout = in_order(self.layout)
+
+    @property
+    def fingerprint(self) -> str:
+        """See `Released`."""
+        return digest(self.layout, self.reader.identity)
+
+    def read(self, name: str) -> Tensor:
+        """See `Released`."""
+        ours, part = self.places[name]
+        return self.reader.read(Region(ours, part.start, part.size)).view(part.shape)
+
+
+MODEL = "model."
+"""What the names of the model's tensors begin with in a checkpoint."""
+
+
+class ReleasedModel:
+    """A model in memory; what is read shares its storage where that lies on the CPU."""
+
+    def __init__(self, model: DeepSeekV3):
+        self.where, self.config, self.fingerprint = "the model", model.config, secrets.token_hex()
+        self.state = model.state_dict()
+        self.places = {
+            part.name: (ours, part)
+            for ours, tensor in self.state.items()
+            for part in released(ours, tuple(tensor.shape), model.config)
+        }
+        for ours, tensor in self.state.items():
+            if tensor.dtype not in HEADER_NAMES:
+                raise UserError(f"{ours} is {tensor.dtype}: expected one of {', '.join(map(str, HEADER_NAMES))}")
+        self.layout = in_order(
+            {name: Layout(HEADER_NAMES[self.state[ours].dtype], part.shape) for name, (ours, part) in self.places.items()}
+        )
+
+    def read(self, name: str) -> Tensor:
+        """See `Released`."""
+        ours, part = self.places[name]
+        return self.state[ours][part.index].reshape(part.shape).detach().cpu()
+
+
+class Converted:
+    """Another released model, its weights in one dtype: FP32, BF16, or FP8 where the released FP8 checkpoints have it.
+
+    FP8 blocks are multiplied by their scales; the routing bias stays FP32. To FP8, weights that are in FP8 already stay as
+    they are, and others are rounded to BF16 where they do not become FP8.
+    """
+
+    def __init__(self, source: Released, dtype: torch.dtype, power_of_two: bool = False):
+        self.source, self.dtype, self.power_of_two = source, dtype, power_of_two
+        self.where, self.config = source.where, source.config
+        self.scales: dict[str, Tensor] = {}
+        self.layout: dict[str, Layout] = {}
+        for name, each in source.layout.items():
+            if name.endswith(SCALE):
+                continue
+            self.layout[name] = Layout(self.dtype_of(name, each), each.shape)
+            if self.layout[name].dtype == FP8:
+                self.layout[name + SCALE] = source.layout.get(name + SCALE, Layout("F32", scale_shape(each.shape)))
+
+    def dtype_of(self, name: str, found: Layout) -> str:
+        """What a tensor becomes, as headers name it."""
+        if name.endswith(KEPT_FLOAT32):
+            return "F32"
+        if self.dtype != DTYPES[FP8]:
+            return HEADER_NAMES[self.dtype]
+        return FP8 if found.dtype == FP8 or is_block_scaled(name) else "BF16"
+
+    @property
+    def fingerprint(self) -> str:
+        """See `Released`."""
+        return digest(self.layout, [self.source.fingerprint, str(self.dtype), self.power_of_two])
+
+    def read(self, name: str) -> Tensor:
+        """See `Released`."""
+        if name.endswith(SCALE):
+            if name in self.source.layout:
+                return self.source.read(name)
+            if name not in self.scales:
+                self.read(name.removesuffix(SCALE))
+            return self.scales.pop(name)
+        tensor, wanted = self.source.read(name), DTYPES[self.layout[name].dtype]
+        if tensor.dtype == wanted:
+            return tensor
+        if tensor.dtype == DTYPES[FP8]:
+            return dequantize(tensor, self.source.read(name + SCALE), wanted)
+        if wanted != DTYPES[FP8]:
+            return tensor.to(wanted)
+        try:
+            values, self.scales[name + SCALE] = quantize(tensor, self.power_of_two)
+        except UserError as error:
+            raise UserError(f"{self.where}: {name}: {error}") from None
+        return values
+
+
+def in_order(layout: Mapping[str, Layout]) -> dict[str, Layout]:
+    """The same with scales right behind their weights, as they are written and read."""
+    weights = [name for name in layout if not name.endswith(SCALE)]
+    return {each: layout[each] for name in weights for each in (name, name + SCALE) if each in layout}
+
+
+def digest(layout: Mapping[str, Layout], more: object) -> str:
+    """One hash of names, dtypes and shapes, and of what else identifies the values."""
+    described = [(name, each.dtype, each.shape) for name, each in layout.items()]
+    return hashlib.sha256(repr((described, more)).encode()).hexdigest()
