@@ -147,7 +147,7 @@ def export_weights(
     call goes on with the shards that are complete. Raises `UserError` as `checked` does, `RunError` when the disk is full.
     """
     source, tokenizer = open_weights(path)
-    if directory.exists() and directory.resolve() in (path.resolve(), Path(source.where).resolve()):
+    if directory.resolve() in (path.resolve(), Path(source.where).resolve()):
         raise UserError(f"{directory} is where the weights are read from: name another directory")
     config = checked(source)
     source = converted(source, dtype)

@@ -121,7 +121,10 @@ class ReleasedModel:
             if tensor.dtype not in HEADER_NAMES:
                 raise UserError(f"{ours} is {tensor.dtype}: expected one of {', '.join(map(str, HEADER_NAMES))}")
         self.layout = in_order(
-            {name: Layout(HEADER_NAMES[self.state[ours].dtype], part.shape) for name, (ours, part) in self.places.items()}
+            {
+                name: Layout(HEADER_NAMES[self.state[ours].dtype], part.shape)
+                for name, (ours, part) in self.places.items()
+            }
         )
 
     def read(self, name: str) -> Tensor:
