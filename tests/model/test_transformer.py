@@ -82,7 +82,7 @@ def test_a_block_is_its_five_phases():
 def test_moe_is_the_weighted_sum_of_its_experts(tokens, training, chosen):
     """Equation (12), token by token: few tokens take other ways to their experts, in training all take one."""
     with torch.set_grad_enabled(training):
-        assert_weighted_sum(model_of(num_experts_per_tok=chosen).layers[1].mlp, torch.randn(tokens, 32))
+        assert_weighted_sum(model_of(DEBUG.replace(num_experts_per_tok=chosen)).layers[1].mlp, torch.randn(tokens, 32))
 
 
 def assert_weighted_sum(moe, x):
