@@ -15,7 +15,7 @@ from dsv3.inference.recording import Recording, pays
 from dsv3.inference.sampling import SamplingParams, sample
 from dsv3.model.transformer import DeepSeekV3
 
-STEADY = 8
+STEADY = 2
 """Passes of one batch after which it is likely to go on as it is."""
 
 

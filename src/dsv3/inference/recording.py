@@ -21,9 +21,9 @@ from dsv3.model.feed_forward import LocalDispatcher, every_expert
 from dsv3.model.transformer import DeepSeekV3
 
 SPAN = 256
-"""A recording serves until the cache holds a multiple of so many positions; those not yet filled are hidden."""
-FEWEST_PASSES = 64
-"""A recording takes about as long as 15 passes that it saves half of."""
+"""Positions that a recording has room for beyond those held; the ones not yet filled are hidden."""
+FEWEST_PASSES = 16
+"""A recording takes about as long as four passes, and saves half of each or more."""
 MOST_PARAMETERS = 2**24
 """In larger models the products take most of the time, and a recording would hold copies of their weights."""
 
@@ -50,7 +50,7 @@ class Recording:
     """
 
     def __init__(self, model: DeepSeekV3, cache: LatentCache, tokens_B: Tensor, position_B: Tensor, end: int):
-        self.end = min(-(-end // SPAN) * SPAN, cache.length)
+        self.end = min(end + SPAN, cache.length)
         self.tokens_BT, self.position_BT = tokens_B.unsqueeze(1).clone(), position_B.unsqueeze(1).clone()
         with Recorder() as recorder:
             positions = cache.begin(self.position_BT, self.end, filled=False)
@@ -97,6 +97,8 @@ class Recorder(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = function(*args, **kwargs)
+        if function.__name__ == "__get__" and not isinstance(result, Tensor):  # a shape, a dtype
+            return result
         # Torch ends the names of what writes to its first argument and returns it with an underscore.
         name = function.__name__
         in_place = name == "__setitem__" or "out" in kwargs or (name.endswith("_") and result is args[0])

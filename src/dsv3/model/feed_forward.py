@@ -139,7 +139,7 @@ class LocalDispatcher:
             return torch.mm(routing.weight.to(rows_RD.dtype), rows_RD)
         if handle is Few.EVERY_EXPERT:
             rows_TED = rows_RD.unflatten(0, (routing.num_experts, -1)).transpose(0, 1)
-            weight_TE = rows_RD.new_zeros(rows_TED.shape[:2])
+            weight_TE = torch.zeros(rows_TED.shape[:2], dtype=rows_RD.dtype, device=rows_RD.device)
             weight_TE.scatter_(1, routing.expert, routing.weight.to(rows_RD.dtype))
             return torch.bmm(weight_TE.unsqueeze(1), rows_TED).squeeze(1)
         return unpermute(rows_RD, routing.weight, handle)
