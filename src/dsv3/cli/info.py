@@ -1,4 +1,4 @@
-"""`dsv3 info`: what a model is."""
+"""`dsv3 info`: what a model is, and what a directory of weights holds."""
 
 import json
 from dataclasses import asdict
@@ -23,7 +23,7 @@ class Figure(NamedTuple):
 
 @click.group()
 def info() -> None:
-    """What a model is, before any of it is downloaded or trained."""
+    """What a model is, and what a directory of weights holds."""
 
 
 @info.command()
@@ -59,6 +59,24 @@ def model(model: str, as_json: bool) -> None:
     if config.num_nextn_predict_layers:
         note = "Embedding and head are shared; the published files repeat them under every MTP module."
         console.print(note, highlight=False, soft_wrap=True)
+
+
+@info.command()
+@click.argument("path", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
+def checkpoint(path: Path, as_json: bool) -> None:
+    """What a directory of weights holds, and what it lacks; no tensor is read.
+
+    DIR is a Hugging Face directory, a training checkpoint or a run, or a directory in the layout of DeepSeek's inference/.
+    """
+    from dsv3.cli.checkpoint_table import print_description, values
+    from dsv3.weights.describe import describe
+
+    found = describe(path)
+    if as_json:
+        click.echo(json.dumps(values(found), indent=2))
+    else:
+        print_description(found)
 
 
 def find_config(model: str) -> ModelConfig:

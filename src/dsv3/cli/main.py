@@ -20,9 +20,11 @@ COMMANDS = {
     "pretrain": ("dsv3.cli.pretrain:pretrain", "Train a recipe's model: tokenizer, shards, training."),
     "generate": ("dsv3.cli.generate:generate", "Continue a prompt, or fill in the middle."),
     "chat": ("dsv3.cli.chat:chat", "Type, and see it continued."),
+    "import": ("dsv3.cli.convert:import_command", "Published weights into a checkpoint."),
+    "export": ("dsv3.cli.convert:export_command", "A checkpoint as a Hugging Face directory, FP8 if you like."),
     "report": ("dsv3.cli.report:report", "One HTML page about a run, finished or going."),
     "bench": ("dsv3.cli.bench:bench", "Speeds of this machine, each as a ratio to a peer's."),
-    "info": ("dsv3.cli.info:info", "What a model is, before any of it is downloaded or trained."),
+    "info": ("dsv3.cli.info:info", "What a model is, or a directory of weights holds."),
 }
 """Every command: the function behind it, and its line in the help."""
 

@@ -59,11 +59,13 @@ class Progress:
         if self._live:
             self._bars.stop()
 
-    def __call__(self, *, stage: str, done: int, total: int, **figures: float | str) -> None:
-        """`done` of `total` steps of `stage`, and any figures by name; `..._per_second` is shown as `.../s`."""
+    def __call__(self, *, stage: str, done: int, total: int, gigabytes: bool = False, **figures: float | str) -> None:
+        """`done` of `total` steps of `stage`, or bytes shown as gigabytes, and any figures by name; `..._per_second` is
+        shown as `.../s`."""
         now = self._clock()
         started, first = self._started.setdefault(stage, (now, done))
-        parts = [f"{done}/{total}", *(show(name, value) for name, value in figures.items())]
+        count = f"{done / 1e9:.2f}/{total / 1e9:.2f} GB" if gigabytes else f"{done}/{total}"
+        parts = [count, *(show(name, value) for name, value in figures.items())]
         if first < done < total:
             parts.append(f"{show_seconds((now - started) * (total - done) / (done - first))} left")
         elif done >= total:

@@ -27,6 +27,17 @@ class RopeScaling:
     mscale: float = 1.0
     mscale_all_dim: float = 1.0
 
+    def __post_init__(self) -> None:
+        length = self.original_max_position_embeddings
+        name = "rope_scaling.original_max_position_embeddings"
+        require(is_count(length, 1), name, length, "a whole number above 0")
+        for name in ("factor", "beta_fast", "beta_slow"):
+            value = getattr(self, name)
+            require(is_number(value) and value > 0, f"rope_scaling.{name}", value, "a number above 0")
+        for name in ("mscale", "mscale_all_dim"):
+            value = getattr(self, name)
+            require(is_number(value) and value >= 0, f"rope_scaling.{name}", value, "a number, 0 or more")
+
     @property
     def logit_factor(self) -> float:
         """What the attention logits are multiplied by, RoPE part and the rest alike: mscale squared."""
@@ -88,8 +99,15 @@ class ModelConfig:
         ]  # fmt: skip
         for name in positive:
             require(is_count(getattr(self, name), 1), name, getattr(self, name), "a whole number above 0")
-        for name in ("num_nextn_predict_layers", "first_k_dense_replace", "n_shared_experts"):
+        counts = (
+            "num_nextn_predict_layers", "first_k_dense_replace", "n_shared_experts", "bos_token_id", "eos_token_id",
+        )  # fmt: skip
+        for name in counts:
             require(is_count(getattr(self, name), 0), name, getattr(self, name), "a whole number, 0 or more")
+        for name in ("routed_scaling_factor", "rope_theta", "rms_norm_eps", "initializer_range"):
+            value = getattr(self, name)
+            require(is_number(value) and value > 0, name, value, "a number above 0")
+        require(isinstance(self.norm_topk_prob, bool), "norm_topk_prob", self.norm_topk_prob, "true or false")
         require(
             self.q_lora_rank is None or is_count(self.q_lora_rank, 1),
             "q_lora_rank",
@@ -153,45 +171,26 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, source: "str | Path | Mapping[str, Any]") -> "ModelConfig":
-        """Reads a `config.json`: its path, the directory that holds it, or its content. Both RoPE spellings are read."""
-        if isinstance(source, Mapping):
-            values, where = dict(source), "config"
-        else:
-            path = Path(source) / "config.json" if Path(source).is_dir() else Path(source)
-            where = str(path)
-            try:
-                values = json.loads(path.read_text())
-            except FileNotFoundError:
-                raise UserError(
-                    f"{path} does not exist; expected a Hugging Face config.json or its directory"
-                ) from None
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise UserError(f"{path} is not JSON: {error}") from None
-            if not isinstance(values, dict):
-                raise UserError(f"{path} holds a {type(values).__name__}, expected an object of fields and values")
-        for key, legal in FIXED.items():
-            if key in values and values[key] not in legal:
-                raise UserError(
-                    f"{where}: {key} = {values[key]!r}, but this network has {' or '.join(map(repr, legal))}"
-                )
-        kv_heads = values.get("num_key_value_heads")
-        if kv_heads not in (None, values.get("num_attention_heads")):
-            raise UserError(
-                f"{where}: num_key_value_heads = {kv_heads}, but MLA has one per attention head ({values.get('num_attention_heads')})"
-            )
-        rope = values.pop("rope_parameters", None) or {}
-        if "rope_theta" in rope:
-            values["rope_theta"] = rope["rope_theta"]
-        scaling = values.get("rope_scaling") or rope
-        known = {f.name for f in fields(cls)} - {"extra"}
-        missing = [name for name in REQUIRED if name not in values]
-        if missing:
-            raise UserError(f"{where} lacks {', '.join(missing)}")
-        chosen = {name: values[name] for name in known & values.keys()}
-        # Absent, this one means 0 in the released modelling code: cos and sin are scaled in place of the logits.
-        chosen["rope_scaling"] = read_rope_scaling({"mscale_all_dim": 0.0, **scaling})
-        extra = {key: value for key, value in values.items() if key not in known and key not in WRITTEN}
-        return cls(**{**HF_DEFAULTS, **chosen}, extra=extra)
+        """Reads a `config.json`: its path, the directory that holds it, or its content. Both RoPE spellings are read.
+
+        Fields that mean nothing here are kept in `extra`. Raises `UserError` naming the file, the field, what it is and
+        what was expected, for another network, a missing field, a wrong type, or fields that contradict each other.
+        """
+        values, where = (dict(source), "config") if isinstance(source, Mapping) else read_object(source)
+        try:
+            refuse_other_networks(values)
+            scaling = rope_of(values)
+            theta = scaling.pop("rope_theta", HF_DEFAULTS["rope_theta"])
+            known = {f.name for f in fields(cls)} - {"extra"}
+            chosen = {name: values[name] for name in known & values.keys()}
+            # Absent, this one means 0 in the released modelling code: cos and sin are scaled in place of the logits.
+            chosen["rope_scaling"] = read_rope_scaling({"mscale_all_dim": 0.0, **scaling})
+            extra = {key: value for key, value in values.items() if key not in known and key not in WRITTEN}
+            config = cls(**{**HF_DEFAULTS, **chosen, "rope_theta": theta}, extra=extra)
+            expect(values, "qk_head_dim", config.qk_head_dim, "qk_nope_head_dim + qk_rope_head_dim")
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+        return config
 
     def to_hf(self) -> dict[str, Any]:
         """The content of a `config.json` in the published form, which transformers, vLLM and SGLang read."""
@@ -221,10 +220,77 @@ def require(holds: bool, name: str, found: object, expected: str) -> None:
         raise UserError(f"model.{name} = {found!r}: expected {expected}")
 
 
+def is_number(value: object) -> bool:
+    """Whether a field is a finite number; True is none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def read_object(source: "str | Path") -> tuple[dict[str, Any], str]:
+    """The content of a `config.json`, or of the one in a directory, and its path for messages."""
+    path = Path(source) / "config.json" if Path(source).is_dir() else Path(source)
+    try:
+        values = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; expected a Hugging Face config.json or its directory") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds a {type(values).__name__}, expected an object of fields and values")
+    return values, str(path)
+
+
+def refuse_other_networks(values: Mapping[str, Any]) -> None:
+    """Refuses the content of a `config.json` that means a network this one cannot be, or lacks what tells."""
+    expect(values, "model_type", "deepseek_v3")
+    names = values.get("architectures") or []
+    if not isinstance(names, list) or not all(str(name).startswith("DeepseekV3") for name in names):
+        raise UserError(f"architectures = {names!r}, but this network is ['DeepseekV3ForCausalLM']")
+    for key, legal in FIXED.items():
+        if key in values and values[key] not in legal:
+            raise UserError(f"{key} = {values[key]!r}, but this network has {' or '.join(map(repr, legal))}")
+    missing = [name for name in REQUIRED if name not in values]
+    if missing:
+        raise UserError(f"it lacks {', '.join(missing)}")
+    expect(values, "num_key_value_heads", values["num_attention_heads"], "MLA has one per attention head")
+
+
+def expect(values: Mapping[str, Any], key: str, expected: object, why: str = "") -> None:
+    """Refuses a field that has, where it is given, any other value than the one that follows from the rest."""
+    if values.get(key) not in (None, expected):
+        raise UserError(f"{key} = {values[key]!r}, expected {expected!r}{f' ({why})' if why else ''}")
+
+
+def rope_of(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What `rope_theta`, `rope_scaling` (older) and `rope_parameters` (newer spelling) say together."""
+    said: dict[str, tuple[str, Any]] = {}
+    for spelling in ("rope_scaling", "rope_parameters"):
+        content = values.get(spelling) or {}
+        if not isinstance(content, Mapping):
+            raise UserError(f"{spelling} = {content!r}, expected an object of fields and values, or null")
+        for key, value in content.items():
+            agree(said, "type" if key == "rope_type" else key, f"{spelling}.{key}", value)
+    agree(said, "rope_theta", "rope_theta", values.get("rope_theta"))
+    for key, (name, value) in said.items():
+        if key in ROPE_FIXED and value != ROPE_FIXED[key]:
+            raise UserError(f"{name} = {value!r}, but this network has {ROPE_FIXED[key]!r}")
+        if key not in ROPE_FIXED and key not in ROPE_KEYS:
+            raise UserError(f"unknown field {name!r}: {nearest(key, ROPE_KEYS)}")
+    return {key: value for key, (_, value) in said.items() if key in ROPE_KEYS}
+
+
+def agree(said: dict[str, tuple[str, Any]], key: str, name: str, value: object) -> None:
+    """Notes what one more field says of a key; null says nothing."""
+    if value is None:
+        return
+    other, found = said.setdefault(key, (name, value))
+    if found != value:
+        raise UserError(f"{name} = {value!r}, but {other} = {found!r}: expected the same in both")
+
+
 def read_rope_scaling(values: Mapping[str, Any] | None) -> RopeScaling | None:
-    """`rope_scaling` (older) or `rope_parameters` (newer spelling) of a config; None when plain RoPE is meant."""
+    """`rope_scaling` of a config by its older names; None when plain RoPE is meant."""
     values = dict(values or {})
-    kind = values.pop("type", None) or values.pop("rope_type", None) or ("yarn" if "factor" in values else "default")
+    kind = values.pop("type", None) or ("yarn" if "factor" in values else "default")
     if kind == "default":
         return None
     if kind != "yarn":
@@ -245,7 +311,13 @@ FIXED: dict[str, tuple[Any, ...]] = {
 }
 """Fields of `config.json` that have one legal value here, the first of each being what `to_hf` writes."""
 
-WRITTEN = {*FIXED, "architectures", "model_type", "num_key_value_heads", "rope_scaling", "qk_head_dim", "head_dim"}
+ROPE_KEYS = {"type", "rope_theta", *(f.name for f in fields(RopeScaling))}
+ROPE_FIXED: dict[str, object] = {"truncate": True, "partial_rotary_factor": 1.0, "attention_factor": None}
+"""Fields of `rope_parameters` that other networks use, and the value that changes nothing."""
+
+WRITTEN = {
+    *FIXED, "architectures", "model_type", "num_key_value_heads", "rope_scaling", "rope_parameters", "qk_head_dim", "head_dim",
+}  # fmt: skip
 REQUIRED = (
     "vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers", "num_attention_heads",
     "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "n_routed_experts", "num_experts_per_tok",
@@ -256,6 +328,7 @@ HF_DEFAULTS: dict[str, Any] = {
     "topk_group": 1,
     "first_k_dense_replace": 0,
     "q_lora_rank": None,
+    "rope_theta": 10000.0,
 }
 """What an absent field of a `config.json` means, where that differs from the `deepseek-v3` preset."""
 

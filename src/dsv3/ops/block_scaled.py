@@ -21,14 +21,13 @@ def quantize(weight_OI: Tensor, power_of_two: bool = False) -> tuple[Tensor, Ten
     A block's scale is its largest magnitude / 448, or the next power of two above (DeepSeek-V3.1's `ue8m0`); a block of
     zeros gets 1. Raises `UserError` for infinities and NaN, which E4M3 blocks cannot hold.
     """
-    wide = weight_OI.float()
-    *_, rows, columns = wide.shape
-    padded = torch.nn.functional.pad(wide, (0, -columns % BLOCK, 0, -rows % BLOCK))
-    blocks = padded.unflatten(-1, (-1, BLOCK)).unflatten(-3, (-1, BLOCK))
+    rows, columns = weight_OI.shape[-2:]
+    blocks = in_blocks(weight_OI).float()
     largest = blocks.abs().amax((-3, -1))
     if not bool(largest.isfinite().all()):
         raise UserError(f"a weight of shape {list(weight_OI.shape)} holds infinities or NaN, which FP8 blocks cannot")
-    scale = torch.where(largest > 0, largest / E4M3_MAX, 1.0)
+    # By a tensor: GPUs multiply by the inverse of a number, which rounds differently.
+    scale = torch.where(largest > 0, largest / torch.full_like(largest, E4M3_MAX), 1.0)
     # Below this, the quotient by a scale would overflow FP32.
     scale = scale.clamp_(min=torch.finfo(torch.float32).tiny)
     if power_of_two:
@@ -40,9 +39,19 @@ def quantize(weight_OI: Tensor, power_of_two: bool = False) -> tuple[Tensor, Ten
 
 def dequantize(values_OI: Tensor, scale_PQ: Tensor, dtype: torch.dtype) -> Tensor:
     """(E4M3 [..., O, I], scales [..., P, Q]) -> [..., O, I] in `dtype`, multiplied in FP32 and rounded once."""
-    *_, rows, columns = values_OI.shape
-    scale = scale_PQ.float().repeat_interleave(BLOCK, -2)[..., :rows, :].repeat_interleave(BLOCK, -1)[..., :columns]
-    return values_OI.float().mul_(scale).to(dtype)
+    rows, columns = values_OI.shape[-2:]
+    blocks = in_blocks(values_OI).float().mul_(scale_PQ.float()[..., :, None, :, None]).to(dtype)
+    return blocks.flatten(-4, -3).flatten(-2, -1)[..., :rows, :columns].contiguous()
+
+
+def in_blocks(matrix_OI: Tensor) -> Tensor:
+    """[..., O, I] -> [..., P, 128, Q, 128], zeros behind the edges."""
+    *_, rows, columns = matrix_OI.shape
+    if rows % BLOCK or columns % BLOCK:
+        padded = matrix_OI.new_zeros(*matrix_OI.shape[:-2], rows + -rows % BLOCK, columns + -columns % BLOCK)
+        padded[..., :rows, :columns] = matrix_OI
+        matrix_OI = padded
+    return matrix_OI.unflatten(-1, (-1, BLOCK)).unflatten(-3, (-1, BLOCK))
 
 
 def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -59,19 +59,20 @@ def save_pretrained(model: DeepSeekV3, path: str | os.PathLike[str], max_shard_b
     `UserError` for weights that are neither FP32, BF16 nor FP8, `RunError` when the disk is full; then nothing has changed.
     """
     source = ReleasedModel(model)
-    write_shards(Path(path), source, {"config.json": as_json(config_of(source))}, max_shard_bytes)
+    write_shards(Path(path), source, {"config.json": as_json(config_of(source, model.config))}, max_shard_bytes)
 
 
-def config_of(source: Released) -> dict[str, Any]:
+def config_of(source: Released, config: ModelConfig) -> dict[str, Any]:
     """The `config.json` of weights in their present dtype."""
-    config = source.config.to_hf()
-    quantization = config.pop("quantization_config", None)
-    config.pop("dtype", None)
+    values = config.to_hf()
+    quantization = values.pop("quantization_config", None)
+    for spelling in ("dtype", "torch_dtype"):
+        values.pop(spelling, None)
     if any(each.dtype == FP8 for each in source.layout.values()):
-        config["quantization_config"] = quantization or QUANTIZATION
+        values["quantization_config"] = quantization or QUANTIZATION
     # In FP8 directories as well, this is what the rest is in.
-    config["torch_dtype"] = str(DTYPES[source.layout["lm_head.weight"].dtype]).removeprefix("torch.")
-    return config
+    values["torch_dtype"] = str(DTYPES[source.layout["lm_head.weight"].dtype]).removeprefix("torch.")
+    return values
 
 
 def as_json(values: dict[str, Any]) -> bytes:

@@ -17,6 +17,10 @@ Progress = Callable[[int, int], None]
 """Told how many bytes are done, and of how many."""
 
 
+def ignore(done: int, total: int) -> None:
+    """The progress that nobody watches."""
+
+
 @dataclass(frozen=True)
 class Job:
     """One file to be written."""
@@ -24,8 +28,9 @@ class Job:
     file: str
     bytes: int
     """Of tensors in it, for the progress."""
-    run: Callable[[Path], Any]
-    """Writes the file at this path, and returns what the journal shall keep, as JSON can hold it."""
+    run: Callable[[Path, Callable[[int], None]], Any]
+    """Writes the file at this path, says of every few bytes that they are done, and returns what the journal shall keep,
+    as JSON can hold it."""
 
 
 class Journal:
@@ -88,17 +93,21 @@ def run_jobs(jobs: Sequence[Job], journal: Journal, workers: int, progress: Prog
     total, lock, stopped = sum(job.bytes for job in jobs), threading.Lock(), threading.Event()
     done = 0
 
-    def work(job: Job) -> Any:
+    def advance(count: int) -> None:
         nonlocal done
+        with lock:
+            done += count
+            progress(done, total)
+
+    def work(job: Job) -> Any:
         if stopped.is_set():
             return None
         known, result = journal.result(job.file)
-        if not known:
-            result = job.run(journal.directory / job.file)
-            journal.add(job.file, result)
-        with lock:
-            done += job.bytes
-            progress(done, total)
+        if known:
+            advance(job.bytes)
+            return result
+        result = job.run(journal.directory / job.file, advance)
+        journal.add(job.file, result)
         return result
 
     progress(0, total)

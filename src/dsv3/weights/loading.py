@@ -15,7 +15,7 @@ from dsv3.model.transformer import DeepSeekV3
 from dsv3.ops.block_scaled import BLOCK, scale_shape
 from dsv3.weights.chunks import STACK, part_of
 from dsv3.weights.names import KEPT_FLOAT32, SCALE, Part, is_block_scaled, is_mtp, released
-from dsv3.weights.released import FP8, Converted, Released
+from dsv3.weights.released import FP8, Converted, Released, skeleton
 from dsv3.weights.shards import DTYPES, Layout
 
 log = logging.getLogger(__name__)
@@ -49,12 +49,6 @@ def published(config: ModelConfig) -> dict[str, Layout]:
         if dtype == FP8:
             found[name + SCALE] = Layout("F32", scale_shape(place.part.shape))
     return found
-
-
-def skeleton(config: ModelConfig) -> DeepSeekV3:
-    """A model without values."""
-    with torch.device("meta"):
-        return DeepSeekV3(config)
 
 
 def checked(source: Released) -> ModelConfig:
@@ -111,13 +105,14 @@ def refuse_other_blocks(source: Released) -> None:
     found = source.config.extra.get("quantization_config")
     if found is None:
         return
+    if not isinstance(found, Mapping):
+        raise UserError(f"{source.where}: quantization_config = {found!r}, expected an object of fields and values")
     legal = {"quant_method": ("fp8",), "fmt": ("e4m3", None), "weight_block_size": ([BLOCK, BLOCK], (BLOCK, BLOCK))}
     for key, values in legal.items():
-        if not isinstance(found, Mapping) or found.get(key) not in values:
-            value = found.get(key) if isinstance(found, Mapping) else found
+        if found.get(key) not in values:
             raise UserError(
-                f"{source.where}: quantization_config has {key} = {value!r}, expected {values[0]!r}: of quantised weights, "
-                "those in FP8 with 128 x 128 blocks are read"
+                f"{source.where}: quantization_config has {key} = {found.get(key)!r}, expected {values[0]!r}: of quantised "
+                "weights, those in FP8 with 128 x 128 blocks are read"
             )
 
 
@@ -129,8 +124,7 @@ def load(source: Released, dtype: torch.dtype | None, device: torch.device | str
     """
     config = checked(source)
     wanted = source if dtype is None else Converted(source, dtype)
-    model = skeleton(config)
-    make_room_for_fp8(model, wanted)
+    model = skeleton_for(wanted, config)
     tensors = {
         ours: torch.empty(tensor.shape, dtype=dtype_of(ours, tensor, wanted, config), device=device or "cpu")
         for ours, tensor in model.state_dict().items()
@@ -141,8 +135,9 @@ def load(source: Released, dtype: torch.dtype | None, device: torch.device | str
     return model
 
 
-def make_room_for_fp8(model: DeepSeekV3, source: Released) -> None:
-    """Changes the layers whose weights are stored in FP8, in attention, feed-forward and experts."""
+def skeleton_for(source: Released, config: ModelConfig) -> DeepSeekV3:
+    """A model without values, with room for FP8 where weights are stored in it: in attention, feed-forward and experts."""
+    model = skeleton(config)
     stored = {place.ours for name, place in places_of(model).items() if is_fp8(name, source)}
     inside = {module for block in model.blocks() for module in block.modules() if isinstance(module, Linear | Experts)}
     for name, module in model.named_modules():
@@ -156,6 +151,7 @@ def make_room_for_fp8(model: DeepSeekV3, source: Released) -> None:
             )
         assert isinstance(module, Linear | Experts)
         module.keep_in_fp8()
+    return model
 
 
 def is_fp8(name: str, source: Released) -> bool:

@@ -47,6 +47,12 @@ class Released(Protocol):
         """One tensor, on the CPU; may be called by several threads."""
 
 
+def skeleton(config: ModelConfig) -> DeepSeekV3:
+    """A model without values."""
+    with torch.device("meta"):
+        return DeepSeekV3(config)
+
+
 class ReleasedFiles:
     """Safetensors files in Hugging Face's layout or DeepSeek's, as their headers describe them."""
 
@@ -74,14 +80,16 @@ class ReleasedCheckpoint:
         self.reader = ChunkReader(directory)
         self.places: dict[str, tuple[str, Part]] = {}
         self.layout: dict[str, Layout] = {}
-        for ours, (dtype, shape) in self.reader.layout.items():
-            if not ours.startswith(MODEL):
-                continue
+        order = {f"{MODEL}{ours}": i for i, ours in enumerate(skeleton(config).state_dict())}
+        names = [ours for ours in self.reader.layout if ours.startswith(MODEL)]
+        for ours in sorted(names, key=lambda ours: order.get(ours.removesuffix(SCALE), len(order))):
+            dtype, shape = self.reader.layout[ours]
             if dtype not in HEADER_NAMES:
                 raise UserError(f"{directory}: {ours} is {dtype}, expected one of {', '.join(map(str, HEADER_NAMES))}")
             for part in released(ours.removeprefix(MODEL), tuple(shape), config):
                 self.places[part.name] = ours, part
                 self.layout[part.name] = Layout(HEADER_NAMES[dtype], part.shape)
+        self.layout = in_order(self.layout)
 
     @property
     def fingerprint(self) -> str:
@@ -112,9 +120,12 @@ class ReleasedModel:
         for ours, tensor in self.state.items():
             if tensor.dtype not in HEADER_NAMES:
                 raise UserError(f"{ours} is {tensor.dtype}: expected one of {', '.join(map(str, HEADER_NAMES))}")
-        self.layout = {
-            name: Layout(HEADER_NAMES[self.state[ours].dtype], part.shape) for name, (ours, part) in self.places.items()
-        }
+        self.layout = in_order(
+            {
+                name: Layout(HEADER_NAMES[self.state[ours].dtype], part.shape)
+                for name, (ours, part) in self.places.items()
+            }
+        )
 
     def read(self, name: str) -> Tensor:
         """See `Released`."""
@@ -174,6 +185,12 @@ class Converted:
         except UserError as error:
             raise UserError(f"{self.where}: {name}: {error}") from None
         return values
+
+
+def in_order(layout: Mapping[str, Layout]) -> dict[str, Layout]:
+    """The same with scales right behind their weights, as they are written and read."""
+    weights = [name for name in layout if not name.endswith(SCALE)]
+    return {each: layout[each] for name in weights for each in (name, name + SCALE) if each in layout}
 
 
 def digest(layout: Mapping[str, Layout], more: object) -> str:

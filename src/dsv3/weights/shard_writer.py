@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from dsv3.errors import RunError
-from dsv3.weights.jobs import Job, Journal, Progress, run_jobs
+from dsv3.weights.jobs import Job, Journal, Progress, ignore, run_jobs
 from dsv3.weights.released import Released
 from dsv3.weights.shards import DTYPES, INDEX, SINGLE, Layout, read_header, sync
 
@@ -24,7 +24,7 @@ def write_shards(
     max_shard_bytes: int,
     resume: bool = False,
     workers: int = 1,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = ignore,
 ) -> None:
     """Writes all tensors as `model.safetensors`, or as shards of at most `max_shard_bytes` with their index, and the files.
 
@@ -74,7 +74,7 @@ def write_shards(
             shutil.rmtree(partial_directory, ignore_errors=True)
 
 
-def write_shard(path: Path, source: Released, names: list[str]) -> None:
+def write_shard(path: Path, advance: Callable[[int], None], source: Released, names: list[str]) -> None:
     """One file (format: 8 bytes of length, a header in JSON, values), then read back as far as its header goes.
 
     Wider dtypes lie in front, so that every value lies at a multiple of its size; they are asked for in the order of names.
@@ -94,6 +94,7 @@ def write_shard(path: Path, source: Released, names: list[str]) -> None:
             assert (tensor.dtype, tuple(tensor.shape)) == (DTYPES[wanted.dtype], wanted.shape), name
             file.seek(8 + len(header) + entries[name]["data_offsets"][0])
             file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+            advance(wanted.bytes)
     if read_header(path).keys() != set(names):
         raise RunError(f"{path} does not hold what was written: is the disk damaged?")
 

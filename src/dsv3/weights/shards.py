@@ -74,16 +74,22 @@ def read_headers(directory: Path) -> dict[str, Stored]:
     the same tensor, or index and files disagree.
     """
     placed = read_index(directory / INDEX) if (directory / INDEX).exists() else None
-    if placed is None and not (directory / SINGLE).exists():
-        raise UserError(no_weights(directory))
+    files = files_of(directory, placed)
+    for file in files:
+        if placed is not None and not file.is_file():
+            name = next(name for name, each in placed.items() if each == file.name)
+            raise UserError(
+                f"{directory / INDEX} places tensor {name} in {file.name}, which does not exist: the directory is incomplete, "
+                "fetch the file again"
+            )
     found: dict[str, Stored] = {}
-    for file in sorted(set(placed.values())) if placed is not None else [SINGLE]:
-        for name, stored in read_header(directory / file).items():
+    for file in files:
+        for name, stored in read_header(file).items():
             if name in found:
                 raise UserError(
                     f"tensor {name} is in {found[name].file} and in {stored.file}; expected it in one of them"
                 )
-            if placed is not None and placed.get(name) != file:
+            if placed is not None and placed.get(name) != file.name:
                 raise UserError(
                     f"{stored.file} holds tensor {name}, but {directory / INDEX} places it in {placed.get(name)}"
                 )
@@ -97,7 +103,7 @@ def read_headers(directory: Path) -> dict[str, Stored]:
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """The file of every tensor; a file must lie in the index's own directory."""
+    """The file of every tensor, by a name in the index's own directory; whether it is there is not looked at."""
     try:
         placed = json.loads(path.read_text())["weight_map"]
     except (ValueError, KeyError, TypeError) as error:
@@ -109,13 +115,14 @@ def read_index(path: Path) -> dict[str, str]:
     for name, file in placed.items():
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
             raise UserError(f"{path} places tensor {name} in {file!r}: expected a .safetensors file beside the index")
-    for file in dict.fromkeys(placed.values()):
-        if not (path.parent / file).is_file():
-            name = next(name for name, each in placed.items() if each == file)
-            raise UserError(
-                f"{path} places tensor {name} in {file}, which does not exist: the directory is incomplete, fetch the file again"
-            )
     return placed
+
+
+def files_of(directory: Path, placed: dict[str, str] | None) -> list[Path]:
+    """The files that hold a directory's tensors, there or not; `UserError` when it has neither index nor single file."""
+    if placed is None and not (directory / SINGLE).exists():
+        raise UserError(no_weights(directory))
+    return [directory / file for file in (sorted(set(placed.values())) if placed is not None else [SINGLE])]
 
 
 def refuse_escape(file: Path) -> None:

@@ -14,10 +14,16 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, create_default_global_save_plan
+from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem, SavePlan, WriteItem
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
 from dsv3.errors import RunError, UserError
@@ -65,6 +71,13 @@ class Reader(dcp.FileSystemReader):
             raise UserError(f"{path} names the file {outside[0]}, which is outside the checkpoint. It was not loaded")
         metadata.storage_meta = StorageMeta(load_id=self.load_id)
         return metadata
+
+    def load(self, index: MetadataIndex) -> Tensor:
+        """One stored chunk as a tensor of its own: torch's `read_data` would copy it once more, to where it is told."""
+        place = self.storage_data[index]
+        with self.fs.create_stream(self.fs.concat_path(self.path, place.relative_path), "rb") as stream:
+            tensor: Tensor = torch.load(self._slice_file(stream, place), map_location="cpu", weights_only=True)
+            return tensor
 
 
 class Writer(dcp.FileSystemWriter):
@@ -138,46 +151,32 @@ class ChunkReader:
 
     def read(self, region: Region) -> Tensor:
         """The values of a region, from all chunks that hold some of it."""
+        if (found := self.exact.get(region)) is not None:
+            return self.load(region.name, found)
         out = torch.empty(region.size, dtype=self.layout[region.name][0])
-        items = []
-        found = self.exact.get(region)
-        for chunk in self.tensors[region.name].chunks if found is None else [found]:
-            low = [max(pair) for pair in zip(region.start, chunk.offsets, strict=True)]
-            ends = zip(region.start, region.size, chunk.offsets, chunk.sizes, strict=True)
-            size = [min(a + n, b + m) - first for first, (a, n, b, m) in zip(low, ends, strict=True)]
-            if all(count > 0 for count in size):
-                items.append(
-                    ReadItem(
-                        LoadItemType.TENSOR,
-                        MetadataIndex(region.name, torch.Size(region.start)),
-                        torch.Size(a - b for a, b in zip(low, region.start, strict=True)),
-                        MetadataIndex(region.name, chunk.offsets),
-                        torch.Size(a - b for a, b in zip(low, chunk.offsets, strict=True)),
-                        torch.Size(size),
-                    )
+        for chunk in self.tensors[region.name].chunks:
+            both = [
+                range(max(first, other), min(first + count, other + more))
+                for first, count, other, more in zip(region.start, region.size, chunk.offsets, chunk.sizes, strict=True)
+            ]
+            if all(both):
+                low, size = [each.start for each in both], [len(each) for each in both]
+                part_of(out, minus(low, region.start), size).copy_(
+                    part_of(self.load(region.name, chunk), minus(low, chunk.offsets), size)
                 )
-        try:
-            self.reader.read_data(LoadPlan(items), Into(out)).wait()
-        except (OSError, RuntimeError, AssertionError, pickle.UnpicklingError, ValueError, EOFError) as error:
-            raise UserError(
-                f"{self.reader.path}: {region.name} cannot be read ({error}): the checkpoint is damaged"
-            ) from None
         return out
 
+    def load(self, name: str, chunk: ChunkStorageMetadata) -> Tensor:
+        """The values of one chunk."""
+        try:
+            return self.reader.load(MetadataIndex(name, chunk.offsets))
+        except (OSError, RuntimeError, pickle.UnpicklingError, ValueError, EOFError) as error:
+            raise UserError(f"{self.reader.path}: {name} cannot be read ({error}): the checkpoint is damaged") from None
 
-class Into(DefaultLoadPlanner):
-    """Tells torch's reader where what it reads belongs: all of it into one tensor."""
 
-    def __init__(self, out: Tensor):
-        super().__init__()
-        self.out = out
-
-    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        """The place of one read."""
-        return part_of(self.out, read_item.dest_offsets, read_item.lengths)
-
-    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        """Nothing is left to do: the place is a view."""
+def minus(a: Sequence[int], b: Sequence[int]) -> list[int]:
+    """Element by element."""
+    return [first - second for first, second in zip(a, b, strict=True)]
 
 
 class ChunkWriter:
@@ -200,7 +199,10 @@ class ChunkWriter:
 
     def write(self, number: int, read: Callable[[Region], Tensor]) -> list[Any]:
         """Writes one file, asking for the values of its regions one by one, and says where they lie in it, as JSON can."""
-        results = self.writer.write_data(self.plans[number], From(read)).wait()
+        try:
+            results = self.writer.write_data(self.plans[number], From(read)).wait()
+        except RuntimeError as error:
+            raise system_error(error) from None
         return [
             [each.index.fqn, each.index.offset, each.index.index, each.size_in_bytes, *place_of(each)]
             for each in results
@@ -249,11 +251,16 @@ def check_files(directory: Path) -> None:
 
 
 def first_cause(error: CheckpointException) -> BaseException:
-    """What went wrong on the first rank that failed: the system's own error, where torch's writer hides one behind its."""
-    shown = cause = next(each for each, _ in error.failures.values())
+    """What went wrong on the first rank that failed."""
+    return system_error(next(each for each, _ in error.failures.values()))
+
+
+def system_error(error: BaseException) -> BaseException:
+    """The system's own error, where torch's writer hides one behind its; otherwise the error itself."""
+    cause = error
     while cause.__context__ is not None:
         cause = cause.__context__
-    return cause if isinstance(cause, OSError) else shown
+    return cause if isinstance(cause, OSError) else error
 
 
 @contextmanager

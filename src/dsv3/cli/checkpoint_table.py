@@ -1,0 +1,109 @@
+"""How `dsv3 info checkpoint` shows what it found: for people, and for programs."""
+
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from dsv3.weights.describe import Description, Share
+
+SHOWN = 3
+"""Names of a long list that are printed."""
+LISTED = 20
+"""Names of a long list in JSON."""
+
+
+def print_description(found: Description) -> None:
+    """A line about the network, a table of what is stored, and a line for whatever is wrong."""
+    config, console = found.config, Console()
+
+    def say(line: str) -> None:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    experts = f"{config.n_shared_experts} + {config.n_routed_experts} experts, {config.num_experts_per_tok} a token"
+    say(f"{found.path}: {found.layout}, {found.files} file{'s'[: found.files != 1]}, {found.file_bytes:,} bytes")
+    say(
+        f"{config.num_hidden_layers} layers ({config.num_dense_layers} dense), {experts}, "
+        f"MTP depth {config.num_nextn_predict_layers}, vocabulary {config.vocab_size:,}, "
+        f"context {config.max_position_embeddings:,}"
+    )
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in ("", "tensors", "parameters", "bytes"):
+        table.add_column(column, justify="right" if column else "left")
+    for section in rows(found):
+        for name, share in section.items():
+            table.add_row(name, *(f"{value:,}" for value in share))
+        table.add_section()
+    console.print(table)
+    say(f"quantised: {quantization_line(found)}")
+    say(f"tokenizer: {'there' if found.tokenizer else 'none'}")
+    for title, names in listed(found).items():
+        if names:
+            more = ", ..." if len(names) > SHOWN else ""
+            say(f"{title}: {len(names):,} ({', '.join(names[:SHOWN])}{more})")
+    for problem in found.problems[:SHOWN]:
+        say(f"problem: {problem}")
+    if len(found.problems) > SHOWN:
+        say(f"problems in all: {len(found.problems):,}")
+
+
+def rows(found: Description) -> list[dict[str, Share]]:
+    """The table, section by section."""
+    parts = {"main model": found.main, **({"MTP modules": found.mtp} if found.mtp.tensors else {})}
+    return [
+        parts,
+        dict(found.dtypes),
+        {"all": found.total},
+        {f"beside: {name}": each for name, each in found.beside.items()},
+    ]
+
+
+def listed(found: Description) -> dict[str, list[str]]:
+    """Tensors that are not as the config wants them."""
+    return {"missing": found.missing, "unexpected": list(found.unexpected), "of another kind": found.misfits}
+
+
+def quantization_line(found: Description) -> str:
+    """Format, blocks and scales."""
+    how = found.quantization
+    if how is None:
+        return "no"
+    block = f"blocks of {' x '.join(map(str, how['block']))}" if isinstance(how["block"], list) else "blocks not stated"
+    scales = (
+        "scales are powers of two (ue8m0)" if how["scale_format"] == "ue8m0" else f"scales in {how['scale_format']}"
+    )
+    return f"{how['tensors']:,} tensors, {how['method'] or 'method not stated'} {how['format']}, {block}, {scales}"
+
+
+def values(found: Description) -> dict[str, Any]:
+    """Everything printed, as numbers; of long lists the count and the first names."""
+    config = found.config
+    return {
+        "path": str(found.path),
+        "layout": found.layout,
+        "architecture": {
+            "layers": config.num_hidden_layers,
+            "dense_layers": config.num_dense_layers,
+            "routed_experts": config.n_routed_experts,
+            "shared_experts": config.n_shared_experts,
+            "experts_per_token": config.num_experts_per_tok,
+            "mtp_depth": config.num_nextn_predict_layers,
+            "vocab_size": config.vocab_size,
+            "hidden_size": config.hidden_size,
+            "context": config.max_position_embeddings,
+        },
+        "total": found.total._asdict(),
+        "main": found.main._asdict(),
+        "mtp": found.mtp._asdict(),
+        "dtypes": {name: each._asdict() for name, each in found.dtypes.items()},
+        "beside": {name: each._asdict() for name, each in found.beside.items()},
+        "quantization": found.quantization,
+        "files": {"count": found.files, "bytes": found.file_bytes},
+        "tokenizer": found.tokenizer,
+        **{
+            title.replace("of another kind", "misfits"): {"count": len(names), "first": names[:LISTED]}
+            for title, names in listed(found).items()
+        },
+        "problems": {"count": len(found.problems), "first": found.problems[:LISTED]},
+    }
