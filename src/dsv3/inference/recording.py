@@ -96,11 +96,10 @@ class Recorder(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        result = function(*args, **kwargs)
-        if function.__name__ == "__get__" and not isinstance(result, Tensor):  # a shape, a dtype
+        name, result = function.__name__, function(*args, **kwargs)
+        if name == "__get__" and not isinstance(result, Tensor):  # a shape, a dtype
             return result
         # Torch ends the names of what writes to its first argument and returns it with an underscore.
-        name = function.__name__
         in_place = name == "__setitem__" or "out" in kwargs or (name.endswith("_") and result is args[0])
         read = memory((*args, *kwargs.values()))
         written = memory((args[0], kwargs.get("out"))) if in_place else memory((result,)) - read
