@@ -50,7 +50,7 @@ def few_operations(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide, size = x.float(), x.shape[-1]
     norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
     root = torch.hypot(norm, torch.full((), math.sqrt(size * eps), device=x.device))
-    return (wide / root * (weight * math.sqrt(size))).to(x.dtype)
+    return (wide / root * (weight.float() * math.sqrt(size))).to(x.dtype)
 
 
 def in_inference_on_cpu(x: Tensor, weight: Tensor, eps: float) -> str | None:
