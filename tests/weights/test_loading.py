@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from dsv3.weights.convert import export_weights, import_weights, plan_import
 from dsv3.weights.huggingface import from_pretrained, open_directory, save_pretrained
 from dsv3.weights.loading import fill, published
 from dsv3.weights.opening import load_model, open_weights
-from tests.weights.test_convert import random_model
+from dsv3.weights.released import Converted
+from dsv3.weights.shard_writer import write_shards
+from tests.weights.test_convert import assert_same_files, random_model
 
 E4M3 = torch.float8_e4m3fn
 
@@ -164,3 +167,36 @@ def test_fp8_weights_are_not_trained(directory):
     assert "layers.0.self_attn.o_proj.weight" not in trained
     assert {"embed_tokens.weight", "layers.1.mlp.gate.weight", "mtp.0.eh_proj.weight"} <= trained
     assert isinstance(model, DeepSeekV3)
+
+
+def test_scales_in_eight_bits_are_read_and_come_back(tmp_path):
+    """V3.1's scales are powers of two; some tools store them as E8M0, which holds nothing else."""
+    save_pretrained(random_model(), tmp_path / "fp32")
+    source = open_weights(tmp_path / "fp32")[0]
+    write_shards(tmp_path / "fp8", Converted(source, E4M3, power_of_two=True), {}, 10**9)
+    (tmp_path / "fp8" / "config.json").write_text((tmp_path / "fp32" / "config.json").read_text())
+    expected = from_pretrained(tmp_path / "fp8", torch.float32).state_dict()
+
+    def narrow(tensors):
+        tensors.update(
+            {name: each.to(torch.float8_e8m0fnu) for name, each in tensors.items() if name.endswith("_scale_inv")}
+        )
+
+    change(tmp_path / "fp8", narrow)
+    found = from_pretrained(tmp_path / "fp8", torch.float32).state_dict()
+    assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+    kept = from_pretrained(tmp_path / "fp8")
+    assert kept.layers[1].mlp.experts.gate_up_proj_scale_inv.dtype == torch.float8_e8m0fnu
+    import_weights(plan_import(tmp_path / "fp8"), tmp_path / "checkpoint")
+    export_weights(tmp_path / "checkpoint", tmp_path / "again")
+    assert_same_files(tmp_path / "again", tmp_path / "fp8", configs=False)
+
+
+def test_a_tensor_in_two_files_is_refused(tmp_path):
+    save_pretrained(random_model(), tmp_path, max_shard_bytes=50_000)
+    first, second = sorted(tmp_path.glob("*.safetensors"))[:2]
+    tensors = load_file(second)
+    name, tensor = next(iter(load_file(first).items()))
+    save_file({**tensors, name: tensor}, second)
+    with pytest.raises(UserError, match=rf"tensor {re.escape(name)} is in .*00001.* and in .*00002"):
+        from_pretrained(tmp_path)
