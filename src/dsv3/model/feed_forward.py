@@ -17,7 +17,7 @@ from dsv3.model.linear import Linear, fp8_storage
 from dsv3.ops.block_scaled import dequantize
 from dsv3.ops.grouped_linear import grouped_linear, segments
 from dsv3.ops.permute import permute, sort_by_expert, unpermute
-from dsv3.ops.router import add_loss, select_experts, sequence_balance
+from dsv3.ops.router import add_loss, balance_loss, expert_frequency, select_experts
 from dsv3.ops.swiglu import swiglu
 
 
@@ -61,7 +61,9 @@ class Routing:
     num_experts: int
     """E."""
     balance: Tensor | None
-    """FP32 scalar: the sequence-wise balance loss without its factor; None when it is not asked for."""
+    """FP32 scalar: the balance loss without its factor; None when it is not asked for."""
+    frequency: Tensor | None
+    """FP32 [E]: f of equation (18) over all tokens of the pass; None when no balance loss is asked for."""
 
     @cached_property
     def load(self) -> Tensor:
@@ -79,13 +81,20 @@ class Gate(nn.Module):
         self.e_score_correction_bias: Tensor
         self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts, dtype=torch.float32))
 
-    def forward(self, x_TD: Tensor, num_sequences: int, balance_weight: float) -> Routing:
-        """Affinities and selection in FP32. With `balance_weight` > 0, backward adds that times the balance loss."""
+    def forward(
+        self, x_TD: Tensor, num_parts: int, balance_weight: float, frequency_E: Tensor | None = None
+    ) -> Routing:
+        """Affinities and selection in FP32. With `balance_weight` > 0, backward adds that times the balance loss.
+
+        The loss is taken over each of `num_parts` equal parts of the tokens; its f is counted there, or is `frequency_E`.
+        """
         config = self.config
         affinity = F.linear(x_TD.float(), self.weight.float()).sigmoid()
-        balance = None
+        balance = frequency = None
         if balance_weight > 0:
-            balance = sequence_balance(affinity, num_sequences, config.num_experts_per_tok)
+            frequency_PE = expert_frequency(affinity, num_parts, config.num_experts_per_tok)
+            frequency = frequency_PE.mean(0)
+            balance = balance_loss(affinity, frequency_PE if frequency_E is None else frequency_E.unsqueeze(0))
             affinity = add_loss(affinity, balance, balance_weight)
         weight, expert = select_experts(
             affinity,
@@ -96,7 +105,8 @@ class Gate(nn.Module):
             config.norm_topk_prob,
             config.routed_scaling_factor,
         )
-        return Routing(expert, weight, config.n_routed_experts, None if balance is None else balance.detach())
+        balance = None if balance is None else balance.detach()
+        return Routing(expert, weight, config.n_routed_experts, balance, frequency)
 
 
 class Dispatcher(Protocol):
