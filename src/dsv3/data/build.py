@@ -7,7 +7,8 @@ from random import Random
 from dsv3.data.files import Document, SkipReport
 from dsv3.data.fim import fim_document, fim_ids
 from dsv3.data.joined import joined_newline_splits, split_joined
-from dsv3.data.shards import Manifest, ShardWriter
+from dsv3.data.shard_writer import ShardWriter
+from dsv3.data.shards import Manifest
 from dsv3.data.sources import ENDLESS, Split, documents
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.errors import UserError
