@@ -8,7 +8,7 @@ from dsv3.data.shard_writer import ShardWriter
 DOCUMENTS = [("a.py", [0, 300, 65535, 1], 9), ("dir/ü\n.txt", [0, 1], 0), ("c", [0, *range(1000), 1], 4000)]
 
 
-def write(directory, documents=DOCUMENTS, *, vocab_size=65536, shard_bytes=1 << 30):
+def write(directory, documents=DOCUMENTS, *, vocab_size=65536, shard_bytes=None):
     options = dict(vocab_size=vocab_size, tokenizer_hash="hash", shard_bytes=shard_bytes)
     with ShardWriter(directory, **options) as writer:
         for name, ids, byte_count in documents:

@@ -49,7 +49,7 @@ def test_the_manifest_says_what_the_set_is(tmp_path):
     assert content["tokenizer"] == "hash"
     assert (content["dtype"], content["documents"], content["tokens"], content["bytes"]) == ("uint16", 3, 1008, 4009)
     assert content["origin"] == {"source": "here", "seed": 3}
-    assert content["skipped"] == {"count": 1, "named": ["bad: why"]}
+    assert content["skipped"] == {"count": 1, "named": ["bad: why"], "empty": 0, "duplicates": 0}
     files = {name: digest for shard in content["shards"] for name, digest in shard["sha256"].items()}
     assert sorted(files) == sorted(path.name for path in tmp_path.iterdir() if path.name != "manifest.json")
     for name, digest in files.items():
@@ -93,7 +93,7 @@ def test_every_file_is_compared_with_its_hash_by_one_of_the_ranks(tmp_path):
         data[-1] ^= 1
         (tmp_path / name).write_bytes(data)
     (tmp_path / "tokens-00002.bin").unlink()
-    with pytest.raises(UserError, match="its sha256 is none \(it is gone\)"):
+    with pytest.raises(UserError, match=r"its sha256 is none \(it is gone\)"):
         found.verify()
 
 

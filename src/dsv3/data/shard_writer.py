@@ -40,14 +40,14 @@ class ShardWriter:
         *,
         vocab_size: int,
         tokenizer_hash: str,
-        shard_bytes: int = SHARD_BYTES,
+        shard_bytes: int | None = None,
         identity: dict[str, Any] | None = None,
     ) -> None:
         self.directory = Path(directory)
         self.dtype = np.dtype("<u2" if vocab_size <= 65536 else "<u4")
         self.tokenizer_hash = tokenizer_hash
         self.documents = self.tokens = self.bytes = self.read = 0
-        self._shard_bytes = shard_bytes
+        self._shard_bytes = SHARD_BYTES if shard_bytes is None else shard_bytes
         self._identity = {"tokenizer": tokenizer_hash, "dtype": self.dtype.name, "source": identity}
         self._shards: list[Shard] = []
         self._files: list[Path] = []
