@@ -4,8 +4,6 @@ Where the report (arXiv 2412.19437) gives a value, it is the default and its sec
 gives one, the docstring says so, and the default is our choice.
 """
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -196,12 +194,6 @@ class Recipe(Section):
         content["model"] = self.model.config().to_hf()
         del content["notes"]
         return content
-
-    def hash(self, *sections: str) -> str:
-        """SHA-256 of the content, or of the named sections of it: 64 hex digits."""
-        content = self.content()
-        chosen = {name: content[name] for name in sections or content}
-        return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
