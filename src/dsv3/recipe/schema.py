@@ -43,11 +43,12 @@ class Source(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """What logs, shards and scores call it; also the name of its directory."""
     uri: str
-    """A file or directory of text, or a corpus that comes with dsv3: `builtin:stdlib`, `builtin:tinypy`."""
+    """A file, a directory or a glob of text, here or at a URL that fsspec opens; `hf:NAME`, a data set of Hugging Face or a
+    directory of one; or a corpus that comes with dsv3: `builtin:stdlib`, `builtin:tinypy`."""
     weight: float = Field(default=1.0, gt=0)
     """Its share of the training tokens, relative to the other sources' weights."""
     tokens: Quantity | None = None
-    """How many tokens of an endless source to build."""
+    """How many tokens of it to build at most; an endless source needs this."""
 
 
 class DataSection(Section):
@@ -64,6 +65,9 @@ class DataSection(Section):
     4.1; the proportion is not published)."""
     validation_fraction: float = Field(default=0.02, gt=0, lt=1)
     """Share of the documents held out, chosen by a hash; ours."""
+    deduplicate: bool = False
+    """Whether a document whose text came before, in any source or split, is left out; what the report does is not
+    published in detail."""
     document_mask: bool = False
     """Whether a token sees only its own document; the report packs without it in pre-training (section 4.1)."""
 
@@ -145,6 +149,8 @@ class EvaluationSection(Section):
 
     bits_per_byte_bytes: Quantity = 200_000
     """Held-out bytes scored, a source."""
+    validation_tokens: Quantity = 50_000
+    """Held-out tokens of a source, packed as in training, that the validation loss is taken over."""
     tinypy_tasks: int = Field(default=0, ge=0)
     """Held-out function-writing tasks tried."""
     sample_prompts: Annotated[tuple[str, ...], Field(strict=False)] = ()
