@@ -31,13 +31,14 @@ def test_a_mini_pair(capsys, tmp_path):
     names = ["baseline-seed1", "balance-batch-seed1"]
     assert sorted(path.name for path in out.iterdir() if path.is_dir()) == sorted([*names, "shared"])
     for name in names:
-        assert (out / name / "shards").resolve() == (out / "shared" / "shards").resolve()
+        for shards in ("shards/t/train", "shards/t/validation"):
+            assert (out / name / shards).resolve() == (out / "shared" / shards).resolve()
         about = json.loads((out / name / "pretrain" / "run.json").read_text())
         recipe = Recipe.from_dict(about["recipe"])
         assert (recipe.training.seed, recipe.data.seed) == (1, 0)
         assert recipe.training.balance == ("batch" if "batch" in name else "bias")
         assert not any(
-            "shards:" in line and "cached" not in line for line in (out / name / "log.txt").read_text().splitlines()
+            line.startswith("shards.") and "cached" not in line for line in (out / name / "log.txt").read_text().splitlines()
         )
     content = json.loads((out / "comparison.json").read_text())
     assert {line["figure"] for line in content["lines"]} == {"bits per byte, t", "pass@1, tinypy", "MaxVio"}

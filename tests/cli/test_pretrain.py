@@ -75,7 +75,7 @@ def run(tmp_path_factory):
             "pretrain was made from other inputs: optimizer.weight_decay was 0.1 and is 0.3",
         ),
         ("training.tokens=2048", "pretrain was made from other inputs: training.tokens was 1024 and is 2048"),
-        ("data.fim_rate=0.5", "shards was made from other inputs: fim_rate was 0.1 and is 0.5"),
+        ("data.fim_rate=0.5", "train was made from other inputs: fim_rate was 0.1 and is 0.5"),
         ("model.vocab_size=600", "tokenizer was made from other inputs: tokenizer.vocab_size was 512 and is 600"),
     ],
 )

@@ -43,11 +43,12 @@ class Source(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """What logs, shards and scores call it; also the name of its directory."""
     uri: str
-    """A file or directory of text, or a corpus that comes with dsv3: `builtin:stdlib`, `builtin:tinypy`."""
+    """A file, a directory or a glob of text, here or at a URL that fsspec opens; `hf:NAME`, a data set of Hugging Face or a
+    directory of one; or a corpus that comes with dsv3: `builtin:stdlib`, `builtin:tinypy`."""
     weight: float = Field(default=1.0, gt=0)
     """Its share of the training tokens, relative to the other sources' weights."""
     tokens: Quantity | None = None
-    """How many tokens of an endless source to build."""
+    """How many tokens of it to build at most; an endless source needs this."""
 
 
 class DataSection(Section):
@@ -67,6 +68,9 @@ class DataSection(Section):
     seed: int | None = Field(default=None, ge=0)
     """Seed of what is drawn up to the shards (generated documents, fill-in-the-middle); by default `training.seed`. Runs
     that share it have the same tokenizer, shards and held-out texts."""
+    deduplicate: bool = False
+    """Whether a document whose text came before, in any source or split, is left out; what the report does is not
+    published in detail."""
     document_mask: bool = False
     """Whether a token sees only its own document; the report packs without it in pre-training (section 4.1)."""
 
@@ -163,6 +167,8 @@ class EvaluationSection(Section):
 
     bits_per_byte_bytes: Quantity = 200_000
     """Held-out bytes scored, a source."""
+    validation_tokens: Quantity = 50_000
+    """Held-out tokens of a source, packed as in training, that the validation loss is taken over."""
     tinypy_tasks: int = Field(default=0, ge=0)
     """Held-out function-writing tasks tried."""
     sample_prompts: Annotated[tuple[str, ...], Field(strict=False)] = ()

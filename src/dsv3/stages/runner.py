@@ -24,10 +24,12 @@ class Stage:
 
     name: str
     inputs: dict[str, Any]
-    """What the result depends on, JSON-able. The keys of the stages before it count as well."""
+    """What the result depends on, JSON-able. The keys of the stages it needs count as well."""
     output: Path
     """The file or directory it makes; removed when the stage must start afresh."""
     run: Callable[[], None]
+    needs: tuple[str, ...] | None = None
+    """Names of the stages it depends on; by default the one before it."""
 
 
 def run_stages(
@@ -43,12 +45,11 @@ def run_stages(
         (directory / "stages").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to {directory}: {error.strerror}; choose another output directory") from None
-    before, ran = "", []
-    for stage in stages:
+    ran = []
+    for stage, key in zip(stages, keys_of(stages), strict=True):
         record = directory / "stages" / f"{stage.name}.json"
-        before = key_of(stage, before)
         known = read_record(record)
-        same = known is not None and known["key"] == before
+        same = known is not None and known["key"] == key
         if known is not None and same and known["done"] and stage.output.exists():
             say(stage.name, "cached")
             continue
@@ -56,22 +57,30 @@ def run_stages(
             if stage.output.exists():
                 check_replaceable(stage, record, known, replace)
                 remove(stage.output)
-            write_record(record, before, stage.inputs, done=False)
+            write_record(record, key, stage.inputs, done=False)
         say(stage.name, "resumed" if stage.output.exists() else "started")
         stage.run()
-        write_record(record, before, stage.inputs, done=True)
+        write_record(record, key, stage.inputs, done=True)
         ran.append(stage.name)
     return ran
 
 
 def finished(stages: Sequence[Stage], directory: Path) -> bool:
-    """Whether `run_stages` would find every stage cached."""
-    before = ""
-    for stage in stages:
-        before, known = key_of(stage, before), read_record(directory / "stages" / f"{stage.name}.json")
-        if known is None or known["key"] != before or not known["done"] or not stage.output.exists():
+    """Whether `run_stages` would find nothing to do."""
+    for stage, key in zip(stages, keys_of(stages), strict=True):
+        known = read_record(directory / "stages" / f"{stage.name}.json")
+        if known is None or known["key"] != key or not known["done"] or not stage.output.exists():
             return False
     return True
+
+
+def keys_of(stages: Sequence[Stage]) -> list[str]:
+    """The key of every stage."""
+    keys: dict[str, str] = {}
+    for stage in stages:
+        needs = list(keys)[-1:] if stage.needs is None else stage.needs
+        keys[stage.name] = key_of(stage, " ".join(keys[name] for name in needs))
+    return list(keys.values())
 
 
 def check_replaceable(stage: Stage, record: Path, known: dict[str, Any] | None, replace: bool) -> None:
@@ -90,7 +99,7 @@ def check_replaceable(stage: Stage, record: Path, known: dict[str, Any] | None, 
 
 
 def key_of(stage: Stage, before: str) -> str:
-    """SHA-256 of a stage's name, its inputs and the key of the stage before it."""
+    """SHA-256 of a stage's name, its inputs and the keys of the stages it needs."""
     content = json.dumps([stage.name, stage.inputs, before], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()
 
