@@ -1,4 +1,4 @@
-"""Where text comes from: `builtin:stdlib`, `builtin:tinypy`, or the user's own files."""
+"""Where text comes from: `builtin:stdlib`, `builtin:tinypy`, `builtin:needle`, or the user's own files."""
 
 import glob
 import hashlib
@@ -10,14 +10,16 @@ from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
-from dsv3.data import tinypy
+from dsv3.data import needle, tinypy
 from dsv3.data.files import LONGEST_DOCUMENT, READERS, Document, SkipReport, read, suffix_of
 from dsv3.errors import UserError, nearest
 
 Split = Literal["train", "validation"]
 
-STDLIB, TINYPY = "builtin:stdlib", "builtin:tinypy"
-ENDLESS = ((TINYPY, "train"),)
+STDLIB, TINYPY, NEEDLE = "builtin:stdlib", "builtin:tinypy", "builtin:needle"
+GENERATORS = {TINYPY: tinypy, NEEDLE: needle}
+"""Sources that are made from a seed, each with splits of its own."""
+ENDLESS = ((TINYPY, "train"), (NEEDLE, "train"))
 """Sources and splits that never end: whoever reads one sets a limit."""
 
 TEXT = (".txt", ".md", ".py")
@@ -28,30 +30,32 @@ GENERATED = re.compile(r"(auto-?|automatically )generated|generated (by|from|and
 def documents(
     uri: str, split: Split, *, seed: int, validation_fraction: float = 0.05, report: SkipReport | None = None
 ) -> Iterator[Document]:
-    """The documents of one split of a source, always in the same order; `train` of `builtin:tinypy` never ends.
+    """The documents of one split of a source, always in the same order; `train` of a generated one never ends.
 
     `uri` is a builtin, a file, a directory or a glob of `.txt`, `.md`, `.py`, `.jsonl` (`.gz`, `.zst`) or `.parquet`
     (field `text`). A directory is walked in sorted order, hidden files and directories left out. Texts longer than
     256 KiB become several documents; text files of a corpus below 50 MB are cut finer, at a 200th of the corpus but
     not below 16 KiB, so that one file serves both splits. Empty documents are left out.
     A document belongs to `validation` when the sha256 of its id, as a fraction, is below `validation_fraction`; the
-    split of `builtin:tinypy`, the only source that uses `seed`, is its own (held-out combinations).
+    splits of the generated sources, which alone use `seed`, are their own (held-out combinations).
     What cannot be read is skipped and added to `report`. Raises `UserError` at once for an unknown source or missing
     path, and at the end when nothing came.
     """
     if not 0 <= validation_fraction < 1:
         raise UserError(f"validation_fraction = {validation_fraction}: expected 0 or more and less than 1")
     report = SkipReport() if report is None else report
-    if uri == TINYPY:
-        return (Document(name, text) for name, text in tinypy.documents(split, seed))
+    if uri in GENERATORS:
+        return (Document(name, text) for name, text in GENERATORS[uri].documents(split, seed))
     found = stdlib(report) if uri == STDLIB else files(uri, report)
     return choose(found, uri, split, validation_fraction, report)
 
 
 def fingerprint(uri: str) -> str:
     """Changes when a source's content does (hex): of files their names, sizes and times; of a builtin its own source."""
-    if uri == TINYPY:
-        return hashlib.sha256(Path(tinypy.__file__).read_bytes()).hexdigest()
+    if uri in GENERATORS:
+        # Needles are hidden among tasks.
+        made_by = ("tinypy.py",) if uri == TINYPY else ("tinypy.py", "needle.py")
+        return hashlib.sha256(b"".join((Path(__file__).parent / name).read_bytes() for name in made_by)).hexdigest()
     root, paths = (None, list(walk(stdlib_root(), NOT_LIBRARY))) if uri == STDLIB else find(uri)
     content = hashlib.sha256(f"{uri}:{root}".encode())
     for path in paths:
@@ -125,7 +129,7 @@ def stdlib_root() -> Path:
 def files(uri: str, report: SkipReport) -> Iterator[Document]:
     """The documents of a file, a directory or a glob. Refuses before it reads."""
     if uri.startswith("builtin:"):
-        raise UserError(f"unknown source {uri!r}: {nearest(uri, [STDLIB, TINYPY])}")
+        raise UserError(f"unknown source {uri!r}: {nearest(uri, [STDLIB, TINYPY, NEEDLE])}")
     root, paths = find(uri)
     text_bytes = sum(path.stat().st_size for path in paths if suffix_of(path) in TEXT)
     finest = min(max(text_bytes // 200, 16 * 1024), LONGEST_DOCUMENT)

@@ -34,7 +34,15 @@ VALIDATION_TOKENS = 200_000
 
 
 def pretraining_stages(recipe: Recipe, out: Path, progress: Progress, note: Callable[[str], None]) -> list[Stage]:
-    """The stages up to a trained model in `out/pretrain`; each is keyed by what it reads of the recipe."""
+    """The stages up to a trained model in `out/pretrain`; each is keyed by what it reads of the recipe.
+
+    Raises `UserError` for a recipe that goes on from another run.
+    """
+    if recipe.extension is not None:
+        raise UserError(
+            f"this recipe starts from {recipe.extension.initial_from} ([extension]): use dsv3 extend, or leave the section "
+            "out to train from the beginning"
+        )
     content = recipe.content()
     data = content["data"]
     texts = {
@@ -115,8 +123,11 @@ def make_shards(recipe: Recipe, out: Path, progress: Progress, note: Callable[[s
     progress(stage="shards", done=done, total=total)
 
 
-def train(recipe: Recipe, out: Path, progress: Progress, note: Callable[[str], None]) -> None:
-    """Trains in `out/pretrain`, from the newest checkpoint where there is one."""
+def train(
+    recipe: Recipe, out: Path, progress: Progress, note: Callable[[str], None],
+    stage: str = "pretrain", start: Callable[[Trainer], None] | None = None,
+) -> None:  # fmt: skip
+    """Trains in `out/stage`, from the newest checkpoint where there is one, or else from where `start` sets the trainer."""
     tokenizer = Tokenizer.load(out / "tokenizer")
     sets = [
         (source.name, ShardSet.open(out / "shards" / source.name / "train", tokenizer.hash), source.weight)
@@ -127,10 +138,12 @@ def train(recipe: Recipe, out: Path, progress: Progress, note: Callable[[str], N
     )
     files = {"tokenizer": out / "tokenizer"}
     scores = Scores(recipe, tokenizer)
-    trainer = Trainer(recipe, loader, out / "pretrain", files=files, progress=progress, evaluate=scores)
+    trainer = Trainer(recipe, loader, out / stage, files=files, progress=progress, evaluate=scores)
     if trainer.resume():
-        note(f"pretrain: continuing after step {trainer.step_count}")
-    write_run(recipe, out / "pretrain", tokenizer, sets)
+        note(f"{stage}: continuing after step {trainer.step_count}")
+    elif start is not None:
+        start(trainer)
+    write_run(recipe, out / stage, tokenizer, sets)
     trainer.run()
 
 

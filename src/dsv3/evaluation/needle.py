@@ -1,0 +1,129 @@
+"""Needle in a haystack: is a code that was stated once, somewhere in a long text, known at its end?
+
+One trial is a text of exactly so many tokens: tinypy documents of the held-out split, one line that states a code (see
+`dsv3.data.needle`) at a given depth among them, and the question at the end, its answer being the last tokens. A trial is
+passed when greedy decoding would write exactly the code. That is so if and only if the most likely token at each place of
+the answer is the right one, given the right ones before it, so one forward pass decides it and nothing is generated.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+
+from dsv3.data import tinypy
+from dsv3.data.needle import NAMES, draw_code, question
+from dsv3.data.tinypy import pick
+from dsv3.errors import UserError
+from dsv3.evaluation.bits_per_byte import Encoder
+from dsv3.model.transformer import DeepSeekV3
+
+TOKENS_A_PASS = 1 << 14
+"""Trials of one length are read together up to so many tokens."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """`ids` is the whole text, `bos` and answer included, and its last `answer` tokens are what has to be known."""
+
+    ids: list[int]
+    answer: int
+
+
+@dataclass(frozen=True)
+class Haystack:
+    """How many of `samples` trials passed, `[length][depth]`. A depth is a share of the text before the needle, 0 to 1."""
+
+    lengths: tuple[int, ...]
+    depths: tuple[float, ...]
+    samples: int
+    passed: tuple[tuple[int, ...], ...]
+
+    @property
+    def shares(self) -> dict[int, float]:
+        """Share of passed trials by length, over all depths."""
+        return {
+            length: sum(row) / (self.samples * len(row)) for length, row in zip(self.lengths, self.passed, strict=True)
+        }
+
+
+@torch.inference_mode()
+def needle(
+    model: DeepSeekV3,
+    tokenizer: Encoder,
+    *,
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    samples: int,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Haystack:
+    """`samples` trials of every length (in tokens) and depth; the same at each call with the same seed.
+
+    `progress(done, total)` counts lengths. Raises `UserError` for a length that holds no more than needle and question.
+    """
+    was_training = model.training
+    model.eval()
+    rows = []
+    try:
+        for done, length in enumerate(lengths):
+            progress(done, len(lengths))
+            trials = [
+                trial(tokenizer, length, depth, f"{seed}/{length}/{depth}/{k}")
+                for depth in depths
+                for k in range(samples)
+            ]
+            together = max(TOKENS_A_PASS // length, 1)
+            passed = [
+                each
+                for first in range(0, len(trials), together)
+                for each in known(model, trials[first : first + together], device)
+            ]
+            rows.append(tuple(sum(passed[k : k + samples]) for k in range(0, len(passed), samples)))
+    finally:
+        model.train(was_training)
+    progress(len(lengths), len(lengths))
+    return Haystack(tuple(lengths), tuple(depths), samples, tuple(rows))
+
+
+def trial(tokenizer: Encoder, length: int, depth: float, seed: str) -> Trial:
+    """One text of `length` tokens, a pure function of its arguments."""
+    rng = random.Random(f"needle/{seed}")
+    name, code = pick(rng, NAMES), draw_code(rng)
+    needle, asked, answer = (tokenizer.encode(text) for text in (f"{question(name)}{code}\n", question(name), code))
+    room = length - 1 - len(needle) - len(asked) - len(answer)
+    if room < 0:
+        raise UserError(
+            f"a needle in {length} tokens: expected at least {length - room} for the needle, the question and the answer"
+        )
+    documents: list[list[int]] = []
+    first, held = int(rng.random() * tinypy.VALIDATION_DOCUMENTS), 0
+    while held < room:
+        task = tinypy.task("validation", 0, (first + len(documents)) % tinypy.VALIDATION_DOCUMENTS)
+        documents.append(tokenizer.encode(tinypy.document(task)))
+        held += len(documents[-1])
+    # What is too much is cut off at the beginning, so that the question follows a whole document.
+    while held > room:
+        cut = min(held - room, len(documents[0]))
+        documents[0], held = documents[0][cut:], held - cut
+        documents = [document for document in documents if document]
+    # The needle stands between two documents, at the border nearest to its depth.
+    borders = [sum(map(len, documents[:k])) for k in range(len(documents) + 1)]
+    at = min(range(len(borders)), key=lambda k: abs(borders[k] - depth * room))
+    before, after = (list(chain.from_iterable(part)) for part in (documents[:at], documents[at:]))
+    return Trial([tokenizer.bos_id, *before, *needle, *after, *asked, *answer], len(answer))
+
+
+def known(model: DeepSeekV3, trials: Sequence[Trial], device: torch.device | str) -> list[bool]:
+    """Whether the model would answer each of the trials, which are equally long."""
+    ids = torch.tensor([trial.ids for trial in trials], device=device)
+    hidden = model(ids).hidden
+    found = []
+    for row, trial in enumerate(trials):
+        answer = ids[row, -trial.answer :]
+        chosen = model.head(hidden[row, -trial.answer - 1 : -1]).argmax(-1)
+        found.append(bool((chosen == answer).all()))
+    return found
