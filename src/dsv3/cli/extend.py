@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from dsv3.cli.run import out_shown_as, overrides_argument, refuse_to_mix, run_recipe
-from dsv3.cli.schedule import dry_run, dry_run_options
+from dsv3.cli.schedule import dry_run, dry_run_options, refuse_without_dry_run
 
 
 @click.command(short_help="Train on at a greater length, from a run or published weights.")
@@ -25,6 +25,7 @@ def extend(
     if dry:
         dry_run(recipe, overrides, at, plot)
         return
+    refuse_without_dry_run(at, plot)
     out = out or Path("runs") / recipe.resolve().parent.name / recipe.stem
     refuse_to_mix(out, "extend", resume)
     run_recipe(recipe, overrides, [], out, stages="extend", replace=False)

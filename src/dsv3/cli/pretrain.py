@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from dsv3.cli.run import out_option, overrides_argument, refuse_to_mix, run_recipe
-from dsv3.cli.schedule import dry_run, dry_run_options
+from dsv3.cli.schedule import dry_run, dry_run_options, refuse_without_dry_run
 
 
 @click.command(short_help="Train a recipe's model: tokenizer, shards, training.")
@@ -24,6 +24,7 @@ def pretrain(
     if dry:
         dry_run(recipe, overrides, at, plot)
         return
+    refuse_without_dry_run(at, plot)
     out = out or Path("runs") / recipe.resolve().parent.name
     refuse_to_mix(out, "pretrain", resume)
     run_recipe(recipe, overrides, [], out, stages="pretrain", replace=False)

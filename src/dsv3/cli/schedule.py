@@ -7,6 +7,9 @@ import click
 
 from dsv3.errors import UserError
 
+WIDTH = 120
+"""Columns of a table that is written to a file or a pipe."""
+
 
 def dry_run_options(command: click.decorators.FC) -> click.decorators.FC:
     """The options that `pretrain` and `extend` share."""
@@ -23,6 +26,12 @@ def dry_run_options(command: click.decorators.FC) -> click.decorators.FC:
     return command
 
 
+def refuse_without_dry_run(at: Sequence[str], plot: Path | None) -> None:
+    """A training has no use for these options."""
+    if at or plot is not None:
+        raise UserError("--at and --plot belong to --dry-run: add it, or leave them out")
+
+
 def dry_run(recipe_path: Path, overrides: Sequence[str], at: Sequence[str], plot: Path | None) -> None:
     """Prints every schedule's value where one of them changes its course and at the points asked for; draws them."""
     from rich import box
@@ -30,7 +39,7 @@ def dry_run(recipe_path: Path, overrides: Sequence[str], at: Sequence[str], plot
     from rich.table import Table
 
     from dsv3.recipe.points import points_of
-    from dsv3.recipe.quantity import format_quantity, parse_quantity
+    from dsv3.recipe.quantity import parse_quantity
     from dsv3.recipe.schedule import Schedules
     from dsv3.recipe.schema import Recipe
 
@@ -41,8 +50,10 @@ def dry_run(recipe_path: Path, overrides: Sequence[str], at: Sequence[str], plot
     except ValueError as error:
         raise UserError(f"--at {' '.join(at)}: {error}") from None
     console = Console()
+    if not console.is_terminal:
+        console.width = WIDTH
     length = recipe.data.sequence_length
-    tokens = f"{recipe.training.tokens:,} tokens ({format_quantity(recipe.training.tokens)})"
+    tokens = f"{recipe.training.tokens:,} tokens"
     console.print(
         f"{recipe_path}: {tokens} in {schedules.total_steps:,} steps, sequences of {length:,}",
         highlight=False, soft_wrap=True,
@@ -53,7 +64,7 @@ def dry_run(recipe_path: Path, overrides: Sequence[str], at: Sequence[str], plot
     for point in points_of(schedules, recipe.training.tokens, asked):
         table.add_row(
             f"{point.tokens:,}", f"{point.step:,}", f"{point.learning_rate:.4g}", f"{point.batch_size:,}",
-            f"{point.mtp_weight:g}", f"{point.bias_update_speed:g}", ", ".join(point.changes),
+            f"{point.mtp_weight:g}", f"{point.bias_update_speed:g}", ", ".join(change.replace("_", " ") for change in point.changes),
         )  # fmt: skip
     console.print(table)
     if plot is not None:

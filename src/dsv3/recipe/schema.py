@@ -188,6 +188,7 @@ class Recipe(Section):
     schedule: ScheduleSection
     training: TrainingSection
     extension: ExtensionSection | None = None
+    """Where `dsv3 extend` goes on from; a recipe of a training from the beginning has no such section."""
     evaluation: EvaluationSection = EvaluationSection()
     notes: dict[str, str] = Field(default_factory=dict)
     """Why the recipe is as it is, by topic: shown before the first step and in the report; changes nothing."""
