@@ -168,4 +168,5 @@ def test_unreadable_files_are_reported(tmp_path):
 
 
 def test_every_builtin_is_known():
-    assert (sources.STDLIB, sources.TINYPY) == ("builtin:stdlib", "builtin:tinypy")
+    known = (sources.STDLIB, sources.TINYPY, sources.NEEDLE)
+    assert known == ("builtin:stdlib", "builtin:tinypy", "builtin:needle")

@@ -39,6 +39,8 @@ def evaluate(
     from dsv3.stages.drawing import check_drawable
 
     chosen = [task.strip() for task in tasks.split(",") if task.strip()]
+    if not chosen:
+        raise UserError(f"--tasks {tasks!r} names none: expected some of bpb, tinypy, needle and position, by commas")
     if plot is not None:
         if "needle" not in chosen:
             raise UserError(f"--plot {plot} draws the needle's heat map: add needle to --tasks")
@@ -78,10 +80,11 @@ def evaluate(
 def show(found: dict[str, Any]) -> None:
     """Tables for people."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    from dsv3.cli.ui import table_console
+
+    console = table_console()
     for name, bits in found.get("bits_per_byte", {}).items():
         click.echo(f"{name}: {bits:.4f} bits per byte")
     for name, score in found.get("pass_at_1", {}).items():

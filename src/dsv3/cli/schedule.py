@@ -7,9 +7,6 @@ import click
 
 from dsv3.errors import UserError
 
-WIDTH = 120
-"""Columns of a table that is written to a file or a pipe."""
-
 
 def dry_run_options(command: click.decorators.FC) -> click.decorators.FC:
     """The options that `pretrain` and `extend` share."""
@@ -35,9 +32,9 @@ def refuse_without_dry_run(at: Sequence[str], plot: Path | None) -> None:
 def dry_run(recipe_path: Path, overrides: Sequence[str], at: Sequence[str], plot: Path | None) -> None:
     """Prints every schedule's value where one of them changes its course and at the points asked for; draws them."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
+    from dsv3.cli.ui import table_console
     from dsv3.recipe.points import points_of
     from dsv3.recipe.quantity import parse_quantity
     from dsv3.recipe.schedule import Schedules
@@ -49,9 +46,7 @@ def dry_run(recipe_path: Path, overrides: Sequence[str], at: Sequence[str], plot
         asked = [parse_quantity(each) for each in at]
     except ValueError as error:
         raise UserError(f"--at {' '.join(at)}: {error}") from None
-    console = Console()
-    if not console.is_terminal:
-        console.width = WIDTH
+    console = table_console()
     length = recipe.data.sequence_length
     tokens = f"{recipe.training.tokens:,} tokens"
     console.print(
