@@ -24,7 +24,7 @@ QUICK = [
     "--problems",
     "2",
     "--needle-lengths",
-    "64,100",
+    "160,200",
     "--needle-depths",
     "3",
     "--needle-samples",
@@ -66,11 +66,11 @@ def test_every_task_as_json_and_the_heat_map(run, tmp_path, capsys):
     expected = bits_per_byte(model, Tokenizer.load(tokenizer), texts, sequence_length=128, batch_rows=16).value
     assert found["bits_per_byte"] == {"t": pytest.approx(expected, rel=1e-6)}
     assert found["pass_at_1"]["tinypy"]["total"] == 2
-    assert (found["needle"]["lengths"], found["needle"]["depths"]) == ([64, 100], [0.0, 0.5, 1.0])
+    assert (found["needle"]["lengths"], found["needle"]["depths"]) == ([160, 200], [0.0, 0.5, 1.0])
     assert len(found["loss_by_position"]["t"]["nats"]) == 8
     drawn = picture.read_text()
     assert "depth of the needle" in drawn
-    assert all(text in drawn for text in ("64", "100", "50%"))
+    assert all(text in drawn for text in ("160", "200", "50%"))
 
 
 def test_tables_for_people(run, capsys):
@@ -79,7 +79,7 @@ def test_tables_for_people(run, capsys):
     assert "t: " in said
     assert "bits per byte" in said
     assert "tinypy: 0 of 2 tasks solved (else: " in said
-    assert "64 tokens" in said
+    assert "160 tokens" in said
     assert "0/2" in said
     assert "nats a token, from" in said
 

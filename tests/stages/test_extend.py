@@ -62,7 +62,7 @@ def test_a_phase_trains_on_with_the_start_s_tokenizer_and_scores_itself(start, f
     assert (first / tokenizer).read_bytes() == (start / tokenizer).read_bytes()
     before, after = (json.loads(line) for line in (first / "extend" / "evaluations.jsonl").read_text().splitlines())
     for scores in (before, after):
-        assert scores["needle"]["lengths"] == [64, 256]
+        assert scores["needle"]["lengths"] == [160, 256]
         assert [len(row) for row in scores["needle"]["passed"]] == [2, 2]
         assert scores["loss_by_position"]["tinypy"]["edges"] == list(range(0, 257, 32))
     config = load_model(first)[0].config

@@ -1,58 +1,53 @@
-"""`builtin:needle`: documents that state codes and ask for them further down, which teach a model to look far back.
+"""`builtin:needle`: documents that ask for something and get it far below, which teach a model to look far back.
 
-A document is a number of tinypy documents of the same split with lines between them such as
+A document is a tinypy task whose instruction is not followed at once: other tasks' functions stand before it, and between
+it and the word that asks for the answer.
 
-    # the code of amber is 7391
+    def largest_cubes_odd(values): ...
+    User: Return the sum of the squares of the even numbers in xs.
+    def list_plus_all(data): ...
+    Assistant:
+    def sum_squares_even(xs):
+        \"\"\"Return the sum of the squares of the even numbers in xs.\"\"\"
+        return sum(n * n for n in xs if n % 2 == 0)
 
-Each of its codes is stated once, anywhere, and asked for once, at the end: the asking line is the stating one again, so
-that all it takes is to find the name and to copy what followed it. Codes are drawn anew for each document. `dsv3.evaluation.needle` asks for one code in a haystack of the validation split.
+Whoever can write tinypy's functions can answer, given that the one instruction is found among the functions.
+`dsv3.evaluation.needle` asks so for held-out combinations.
 """
 
 import random
 from collections.abc import Iterator
 
 from dsv3.data import tinypy
-from dsv3.data.tinypy import Split, pick
+from dsv3.data.tinypy import Split, Task, pick
 
-NAMES = (
-    "alpha", "amber", "arrow", "basil", "birch", "cedar", "cobalt", "copper", "coral", "delta", "ember", "falcon", "garnet",
-    "hazel", "indigo", "ivory", "jasper", "lemon", "maple", "marble", "nickel", "olive", "onyx", "pearl", "quartz", "raven",
-    "saffron", "silver", "topaz", "velvet", "willow", "zinc",
-)  # fmt: skip
-DIGITS = 4
-LONGEST = 16
-"""Most tinypy documents in one document: about 1,150 tokens of the quickstart's tokenizer."""
-MOST_NAMES = 4
+QUESTION = "Assistant:\n"
+LONGEST = 20
+"""Most functions around one instruction: about 1,000 tokens of the quickstart's tokenizer."""
 VALIDATION_DOCUMENTS = 256
 
 
-def question(name: str) -> str:
-    """What asks for a code. It ends with the space before the digits, where the pre-tokenizer always cuts."""
-    return f"# the code of {name} is "
+def statement(task: Task) -> str:
+    """The needle: a line that says what will be wanted."""
+    return f"User: {task.instruction}\n"
 
 
-def draw_code(rng: random.Random) -> str:
-    """Four digits."""
-    return "".join(pick(rng, "0123456789") for _ in range(DIGITS))
+def answer(task: Task) -> str:
+    """What follows from the needle, token for token: name and docstring of the canonical solution.
+
+    The line behind them has a variable whose name the instruction does not give.
+    """
+    return task.solution[: task.solution.rindex("    return ")]
 
 
 def document(split: Split, seed: int, index: int) -> str:
     """Document number `index` (from 0) of a split's stream, a pure function of its arguments."""
     rng = random.Random(f"needle/{split}/{seed}/{index}")
-    names = list(NAMES)
-    codes = {
-        names.pop(int(rng.random() * len(names))): draw_code(rng) for _ in range(pick(rng, range(1, MOST_NAMES + 1)))
-    }
     first = int(rng.random() * 10**6)
-    haystack = [tinypy.document(tinypy.task(split, seed, first + k)) for k in range(pick(rng, range(LONGEST + 1)))]
-    stated_before = {name: pick(rng, range(len(haystack) + 1)) for name in codes}
-    lines = {name: question(name) + code + "\n" for name, code in codes.items()}
-    parts = []
-    for number in range(len(haystack) + 1):
-        parts += [lines[name] for name, before in stated_before.items() if before == number]
-        parts += haystack[number : number + 1]
-    # Names were drawn in random order, and where they are stated is drawn apart: the order of the questions says nothing.
-    return "".join([*parts, *lines.values()])
+    task = tinypy.task(split, seed, first)
+    functions = [tinypy.task(split, seed, first + 1 + k).solution for k in range(pick(rng, range(LONGEST + 1)))]
+    before = pick(rng, range(len(functions) + 1))
+    return "".join([*functions[:before], statement(task), *functions[before:], QUESTION, task.solution])
 
 
 def documents(split: Split, seed: int) -> Iterator[tuple[str, str]]:

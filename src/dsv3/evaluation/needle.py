@@ -1,21 +1,20 @@
-"""Needle in a haystack: is a code that was stated once, somewhere in a long text, known at its end?
+"""Needle in a haystack: is an instruction that was given once, somewhere in a long text, known at its end?
 
-One trial is a text of exactly so many tokens: tinypy documents of the held-out split, one line that states a code (see
-`dsv3.data.needle`) at a given depth among them, and the question at the end, its answer being the last tokens. A trial is
-passed when greedy decoding would write exactly the code. That is so if and only if the most likely token at each place of
-the answer is the right one, given the right ones before it, so one forward pass decides it and nothing is generated.
+One trial is a text of exactly so many tokens: functions of tinypy's held-out split, one instruction (see
+`dsv3.data.needle`) at a given depth among them, and at the end the word that asks for the answer, and the answer. A trial
+is passed when greedy decoding would write the answer exactly. That is so if and only if the most likely token at each place
+of the answer is the right one, given the right ones before it, so one forward pass decides it and nothing is generated.
 """
 
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, count
 
 import torch
 
 from dsv3.data import tinypy
-from dsv3.data.needle import NAMES, draw_code, question
-from dsv3.data.tinypy import pick
+from dsv3.data.needle import QUESTION, answer, statement
 from dsv3.errors import UserError
 from dsv3.evaluation.bits_per_byte import Encoder
 from dsv3.model.transformer import DeepSeekV3
@@ -63,7 +62,7 @@ def needle(
 ) -> Haystack:
     """`samples` trials of every length (in tokens) and depth; the same at each call with the same seed.
 
-    `progress(done, total)` counts lengths. Raises `UserError` for a length that holds no more than needle and question.
+    `progress(done, total)` counts lengths. Raises `UserError` for a length that does not hold needle, question and answer.
     """
     was_training = model.training
     model.eval()
@@ -91,30 +90,36 @@ def needle(
 
 def trial(tokenizer: Encoder, length: int, depth: float, seed: str) -> Trial:
     """One text of `length` tokens, a pure function of its arguments."""
-    rng = random.Random(f"needle/{seed}")
-    name, code = pick(rng, NAMES), draw_code(rng)
-    needle, asked, answer = (tokenizer.encode(text) for text in (f"{question(name)}{code}\n", question(name), code))
-    room = length - 1 - len(needle) - len(asked) - len(answer)
+    first = int(random.Random(f"needle/{seed}").random() * tinypy.VALIDATION_DOCUMENTS)
+
+    def task(number: int) -> tinypy.Task:
+        return tinypy.task("validation", 0, (first + number) % tinypy.VALIDATION_DOCUMENTS)
+
+    wanted = task(0)
+    needle, asked, told = (tokenizer.encode(text) for text in (statement(wanted), QUESTION, answer(wanted)))
+    room = length - 1 - len(needle) - len(asked) - len(told)
     if room < 0:
         raise UserError(
             f"a needle in {length} tokens: expected at least {length - room} for the needle, the question and the answer"
         )
-    documents: list[list[int]] = []
-    first, held = int(rng.random() * tinypy.VALIDATION_DOCUMENTS), 0
+    # A function of the same combination would be half an answer.
+    others = (task(number) for number in count(1))
+    solutions = (other.solution for other in others if other.combination != wanted.combination)
+    functions: list[list[int]] = []
+    held = 0
     while held < room:
-        task = tinypy.task("validation", 0, (first + len(documents)) % tinypy.VALIDATION_DOCUMENTS)
-        documents.append(tokenizer.encode(tinypy.document(task)))
-        held += len(documents[-1])
-    # What is too much is cut off at the beginning, so that the question follows a whole document.
+        functions.append(tokenizer.encode(next(solutions)))
+        held += len(functions[-1])
+    # What is too much is cut off at the beginning, so that the question follows a whole function.
     while held > room:
-        cut = min(held - room, len(documents[0]))
-        documents[0], held = documents[0][cut:], held - cut
-        documents = [document for document in documents if document]
-    # The needle stands between two documents, at the border nearest to its depth.
-    borders = [sum(map(len, documents[:k])) for k in range(len(documents) + 1)]
+        cut = min(held - room, len(functions[0]))
+        functions[0], held = functions[0][cut:], held - cut
+        functions = [function for function in functions if function]
+    # The needle stands between two functions, at the border nearest to its depth.
+    borders = [sum(map(len, functions[:k])) for k in range(len(functions) + 1)]
     at = min(range(len(borders)), key=lambda k: abs(borders[k] - depth * room))
-    before, after = (list(chain.from_iterable(part)) for part in (documents[:at], documents[at:]))
-    return Trial([tokenizer.bos_id, *before, *needle, *after, *asked, *answer], len(answer))
+    before, after = (list(chain.from_iterable(part)) for part in (functions[:at], functions[at:]))
+    return Trial([tokenizer.bos_id, *before, *needle, *after, *asked, *told], len(told))
 
 
 def known(model: DeepSeekV3, trials: Sequence[Trial], device: torch.device | str) -> list[bool]:
@@ -123,7 +128,7 @@ def known(model: DeepSeekV3, trials: Sequence[Trial], device: torch.device | str
     hidden = model(ids).hidden
     found = []
     for row, trial in enumerate(trials):
-        answer = ids[row, -trial.answer :]
+        right = ids[row, -trial.answer :]
         chosen = model.head(hidden[row, -trial.answer - 1 : -1]).argmax(-1)
-        found.append(bool((chosen == answer).all()))
+        found.append(bool((chosen == right).all()))
     return found

@@ -89,6 +89,8 @@ class OptimizerSection(Section):
     """Adam's addend to the denominator; not published."""
     weight_decay: float = Field(default=0.1, ge=0)
     """Decoupled decay a unit of learning rate (report, section 4.2)."""
+    decay_norms: bool = False
+    """Whether the gains of norms decay too; not published."""
     clip_norm: float = Field(default=1.0, gt=0)
     """Largest global norm of the gradient (report, section 4.2)."""
     muon_momentum: float = Field(default=0.95, ge=0, lt=1)
