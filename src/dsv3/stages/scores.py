@@ -84,7 +84,7 @@ def plan_of(recipe: Recipe) -> Plan:
 def held_out(recipe: Recipe, uri: str, limit: int) -> list[str]:
     """Documents of a source's validation split until `limit` bytes are reached."""
     fraction = recipe.data.validation_fraction
-    return take(documents(uri, "validation", seed=recipe.training.seed, validation_fraction=fraction), limit)
+    return take(documents(uri, "validation", seed=recipe.data_seed, validation_fraction=fraction), limit)
 
 
 def take(found: Iterable[Document], limit: int) -> list[str]:

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from dsv3.data.loader import Batch, Loader
 from dsv3.errors import RunError, UserError
-from dsv3.model.transformer import DeepSeekV3, targets
+from dsv3.model.transformer import DeepSeekV3, Losses, targets
 from dsv3.ops.cross_entropy import IGNORE
 from dsv3.recipe.differences import differences
 from dsv3.recipe.schedule import Schedules
 from dsv3.recipe.schema import Recipe
-from dsv3.training.balance import balance_figures, update_biases
+from dsv3.training.balance import balance_figures, mean_by_block, update_biases
 from dsv3.training.metrics import Metrics
 from dsv3.training.optimizer import Optimizer
 from dsv3.weights.checkpoint import latest_checkpoint, load_checkpoint, read_state, save_checkpoint
@@ -98,7 +98,8 @@ class Trainer:
         started = time.perf_counter()
         at = (self.step_count, self.token_count)
         size = self.schedules.batch_size.at(*at)
-        learning_rate, speed = self.schedules.learning_rate.at(*at), self.schedules.bias_update_speed.at(*at)
+        learning_rate = self.schedules.learning_rate.at(*at)
+        speed = self.schedules.bias_update_speed.at(*at) if self.recipe.training.balance == "bias" else 0.0
         mtp_weight = self.schedules.mtp_weight.at(*at)
         batch = self.loader.batch(self.row_count, size)
         loss, mtp, balance, load = self.gradients(batch, mtp_weight)
@@ -127,24 +128,36 @@ class Trainer:
 
     def gradients(self, batch: Batch, mtp_weight: float) -> tuple[float, list[float], float, dict[str, Tensor]]:
         """Accumulates the batch's gradients; (loss, MTP losses, balance loss, load by block) of the whole batch."""
-        rows = len(batch.tokens)
-        micro = self.recipe.training.micro_batch_size or rows
+        rows, training = len(batch.tokens), self.recipe.training
+        micro = training.micro_batch_size or rows
         count = rows // micro
+        batch_wise = training.balance == "batch"
         segments = batch.segment_ids if self.recipe.data.document_mask else None
         divisor = float((targets(batch.tokens, 1, batch.valid, segments) != IGNORE).sum()) / count
-        figures, load = [], dict[str, Tensor]()
-        for start in range(0, rows, micro):
+
+        def forward(start: int, frequency: dict[str, Tensor]) -> Losses:
             part = slice(start, start + micro)
-            losses = self.model.loss(
+            return self.model.loss(
                 batch.tokens[part].to(self.device),
                 valid=batch.valid[part].to(self.device),
                 positions=batch.positions[part].to(self.device),
                 segment_ids=None if segments is None else segments[part].to(self.device),
                 mtp_weight=mtp_weight,
-                balance_alpha=self.recipe.training.balance_alpha,
+                balance_alpha=training.balance_alpha,
+                batch_wise=batch_wise,
+                frequency=frequency,
                 scale=1 / count,
                 divisor=divisor,
             )
+
+        starts, frequency = range(0, rows, micro), dict[str, Tensor]()
+        if batch_wise and count > 1:
+            # The first micro-batch's gradient needs the loads of the last one: they are counted in a pass of their own.
+            with torch.no_grad():
+                frequency = mean_by_block([forward(start, {}).frequency for start in starts])
+        figures, load = [], dict[str, Tensor]()
+        for start in starts:
+            losses = forward(start, frequency)
             losses.total.backward()
             figures.append(torch.stack([losses.main, losses.balance, *losses.mtp]))
             for name, each in losses.load.items():
