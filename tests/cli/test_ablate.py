@@ -38,10 +38,13 @@ def test_a_mini_pair(capsys, tmp_path):
         assert (recipe.training.seed, recipe.data.seed) == (1, 0)
         assert recipe.training.balance == ("batch" if "batch" in name else "bias")
         assert not any(
-            line.startswith("shards.") and "cached" not in line for line in (out / name / "log.txt").read_text().splitlines()
+            line.startswith("shards.") and "cached" not in line
+            for line in (out / name / "log.txt").read_text().splitlines()
         )
     content = json.loads((out / "comparison.json").read_text())
-    assert {line["figure"] for line in content["lines"]} == {"bits per byte, t", "pass@1, tinypy", "MaxVio"}
+    assert {line["figure"] for line in content["lines"]} == {
+        "bits per byte, t", "validation loss, t", "pass@1, tinypy", "MaxVio",
+    }  # fmt: skip
     assert [line["variant"] for line in content["lines"][:2]] == ["baseline", "balance-batch"]
     assert content["lines"][1]["finding"]["source"] == "section 4.5.3"
     assert (out / "comparison.md").read_text().startswith("| figure |")

@@ -28,15 +28,26 @@ from dsv3.training.trainer import Progress, Trainer, pick_device
 
 
 def pretraining_stages(recipe: Recipe, out: Path, progress: Progress, note: Callable[[str], None]) -> list[Stage]:
-    """The stages up to a trained model in `out/pretrain`; each is keyed by what it reads of the recipe."""
+    """The stages up to a trained model in `out/pretrain`; each is keyed by what it reads of the recipe.
+
+    Raises `UserError` for a recipe that goes on from another run.
+    """
+    if recipe.extension is not None:
+        raise UserError(
+            f"this recipe starts from {recipe.extension.initial_from} ([extension]): use dsv3 extend, or leave the section "
+            "out to train from the beginning"
+        )
     data = data_stages(recipe, out, progress, note)
     names = tuple(stage.name for stage in data)
     training = Stage("pretrain", recipe.content(), out / "pretrain", lambda: train(recipe, out, progress, note), names)
     return [*data, training]
 
 
-def train(recipe: Recipe, out: Path, progress: Progress, note: Callable[[str], None]) -> None:
-    """Trains in `out/pretrain`, from the newest checkpoint where there is one."""
+def train(
+    recipe: Recipe, out: Path, progress: Progress, note: Callable[[str], None],
+    stage: str = "pretrain", start: Callable[[Trainer], None] | None = None,
+) -> None:  # fmt: skip
+    """Trains in `out/stage`, from the newest checkpoint where there is one, or else from where `start` sets the trainer."""
     tokenizer = Tokenizer.load(out / "tokenizer")
     shards = open_sets(recipe, out, "train")
     sets = [(source.name, shards[source.name], source.weight) for source in recipe.data.sources]
@@ -49,12 +60,14 @@ def train(recipe: Recipe, out: Path, progress: Progress, note: Callable[[str], N
         recipe.data.document_mask,
     )  # fmt: skip
     trainer = Trainer(
-        recipe, loader, out / "pretrain", files=files, progress=progress,
+        recipe, loader, out / stage, files=files, progress=progress,
         evaluate=lambda model: {**scores(model), "validation_loss": validation(model)},
     )  # fmt: skip
     if trainer.resume():
-        note(f"pretrain: continuing after step {trainer.step_count}")
-    write_run(recipe, out / "pretrain", tokenizer, sets)
+        note(f"{stage}: continuing after step {trainer.step_count}")
+    elif start is not None:
+        start(trainer)
+    write_run(recipe, out / stage, tokenizer, sets)
     trainer.run()
 
 

@@ -87,7 +87,7 @@ class Trainer:
                 if last or stop or due(self.step_count, training.checkpoint_every_steps):
                     self.save()
                 self.progress(
-                    stage="pretrain", done=self.token_count, total=training.tokens,
+                    stage=self.directory.name, done=self.token_count, total=training.tokens,
                     step=self.step_count, loss=record["loss"], tokens_per_second=record["tokens_per_second"],
                 )  # fmt: skip
                 if stop and not last:
