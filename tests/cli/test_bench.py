@@ -33,3 +33,16 @@ def test_without_transformers_the_way_to_it_is_named(command, capsys, monkeypatc
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert run(["bench", command, "--preset", "debug"]) == 2
     assert "pip install 'dsv3[test]'" in capsys.readouterr().err
+
+
+def test_data_prints_tables_and_a_verdict(tmp_path, capsys):
+    out = tmp_path / "data.json"
+    arguments = ["--vocabularies", "300,400", "--megabytes", "0.1", "--rounds", "1", "--json", str(out)]
+    assert run(["bench", "data", *arguments]) == 0
+    said = capsys.readouterr().out
+    assert "1.5 MB/s a core, vocabulary 400" in said
+    assert "the same as those of tokenizers in all" in said
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["name"] for row in rows] == ["tokenizers", "dsv3 encoding", "dsv3 data build"] * 2
+    assert run(["bench", "data", "--vocabularies", "2k"]) == 2
+    assert "--vocabularies '2k': expected whole numbers" in capsys.readouterr().err

@@ -53,13 +53,36 @@ def decode(preset: str, batch: str, tokens: int, rounds: int, threads: int | Non
     from dsv3.bench.decode import bench_decode
     from dsv3.cli.ui import Progress
 
-    parts = batch.split(",")
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise UserError(f"--batch {batch!r}: expected whole numbers above 0, separated by commas, such as 1,8")
+    batches = whole_numbers("--batch", batch)
     use_threads(threads)
     with Progress() as progress:
-        result = bench_decode(preset, rounds, batches=[int(part) for part in parts], tokens=tokens, progress=progress)
+        result = bench_decode(preset, rounds, batches=batches, tokens=tokens, progress=progress)
     show(result, json_path)
+
+
+@bench.command()
+@click.option("--vocabularies", default="2048,32768", show_default=True, help="Entries; several by commas.")
+@click.option("--megabytes", type=click.FloatRange(0.1), default=4.0, show_default=True, help="Text a turn.")
+@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
+@json_option
+def data(vocabularies: str, megabytes: float, rounds: int, json_path: Path | None) -> None:
+    """Documents to shards on one core, against tokenizers alone."""
+    from dsv3.bench.data import bench_data
+    from dsv3.cli.ui import Progress
+
+    with Progress() as progress:
+        result = bench_data(
+            whole_numbers("--vocabularies", vocabularies), rounds, megabytes=megabytes, progress=progress
+        )
+    show(result, json_path)
+
+
+def whole_numbers(option: str, value: str) -> list[int]:
+    """An option's numbers."""
+    parts = value.split(",")
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise UserError(f"{option} {value!r}: expected whole numbers above 0, separated by commas, such as 1,8")
+    return [int(part) for part in parts]
 
 
 def use_threads(count: int | None) -> None:

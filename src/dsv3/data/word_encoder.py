@@ -59,21 +59,20 @@ class WordEncoder:
             return self._tokenizer.encode_batch(texts)
         parts = [list(parts_of(text, self._patterns)) for text in texts]
         others = iter(self._tokenizer.encode_batch([part for each in parts for known, part in each if not known]))
-        return [
-            list(chain.from_iterable(self._encode(part) if known else next(others) for known, part in each))
-            for each in parts
-        ]
+        words = [self._patterns.words.findall(part) for each in parts for known, part in each if known]
+        self._learn(set(chain.from_iterable(words)))
+        known_ids = (map(self._table.__getitem__, each) for each in words)
+        pieces = ((next(known_ids) if known else [next(others)] for known, _ in each) for each in parts)
+        return [list(chain.from_iterable(chain.from_iterable(each))) for each in pieces]
 
-    def _encode(self, text: str) -> Iterator[int]:
-        words = self._patterns.words.findall(text)
-        new = list(set(words).difference(self._table))
+    def _learn(self, words: set[str]) -> None:
+        """Sees to it that the table holds these words."""
+        new = list(words.difference(self._table))
         self._room -= sum(map(len, new)) + 64 * len(new)
         if self._room < 0:
-            self._table, self._room = {}, TABLE_CHARACTERS
-            new = list(set(words))
+            self._table, self._room, new = {}, TABLE_CHARACTERS, list(words)
         found = self._merges.encode_batch_fast(new, add_special_tokens=False)
         self._table.update((word, encoding.ids) for word, encoding in zip(new, found, strict=True))
-        return chain.from_iterable(map(self._table.__getitem__, words))
 
 
 def parts_of(text: str, patterns: Patterns) -> Iterator[tuple[bool, str]]:
