@@ -29,9 +29,19 @@ def recipe_beside(name: str) -> Path:
 
 
 def run_recipe(
-    recipe_path: Path, overrides: Sequence[str], data: list[str], out: Path, *, report: bool, replace: bool
+    recipe_path: Path,
+    overrides: Sequence[str],
+    data: list[str],
+    out: Path,
+    *,
+    report: bool,
+    replace: bool,
+    allow: Sequence[str] = (),
 ) -> None:
-    """Shows what was derived from the recipe, then runs its stages with live progress. `replace`: see `run_stages`."""
+    """Shows what was derived from the recipe, then runs its stages with live progress.
+
+    `replace`: see `run_stages`; `allow`: what may differ from the run that is continued.
+    """
     from dsv3.recipe.schema import Recipe
 
     recipe = Recipe.load(recipe_path, overrides)
@@ -49,5 +59,5 @@ def run_recipe(
     panel(console, str(recipe_path), derived(recipe))
     with Progress(console) as progress:
         make = quickstart_stages if report else pretraining_stages
-        stages = make(recipe, out, progress, progress.note)
-        run_stages(stages, out, lambda name, state: progress.note(f"{name}: {state}"), replace=replace)
+        stages = make(recipe, out, progress, progress.note, allow)
+        run_stages(stages, out, lambda name, state: progress.note(f"{name}: {state}"), replace=replace, allow=allow)

@@ -51,16 +51,20 @@ def check_changes(old: Recipe, new: Recipe, step: int, allow: Sequence[str]) -> 
 
     `allow` holds keys, or sections with all their keys. Raises `UserError` for a name that is none.
     """
-    contents = [flat(recipe.content()) for recipe in (old, new)]
-    legal = {name for content in contents for key in content for name in prefixes(key)}
-    for name in allow:
-        if name not in legal:
-            raise UserError(f"--allow {name}: no recipe has this key; {nearest(name, legal)}")
+    check_names(allow, old, new)
     found = changes(old, new, step)
     refused = [each.said for each in found if not each.safe and not within(each.key, allow)]
     accepted = [each.said for each in found if each.safe]
     accepted += [f"{each.said} (allowed)" for each in found if not each.safe and within(each.key, allow)]
     return accepted, refused
+
+
+def check_names(allow: Sequence[str], *recipes: Recipe) -> None:
+    """Raises `UserError` for a name that is neither a key nor a section of one of the recipes."""
+    legal = {name for recipe in recipes for key in flat(recipe.content()) for name in prefixes(key)}
+    for name in allow:
+        if name not in legal:
+            raise UserError(f"--allow {name}: no recipe has this key; {nearest(name, legal)}")
 
 
 def within(key: str, names: Sequence[str]) -> bool:

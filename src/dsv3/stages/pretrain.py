@@ -6,7 +6,7 @@ import platform
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,14 @@ from dsv3.data.tokenizer import Tokenizer, train_tokenizer
 from dsv3.errors import UserError
 from dsv3.planning.flops import training_flops_per_token
 from dsv3.planning.parameters import count_parameters
+from dsv3.recipe.changes import check_names
 from dsv3.recipe.schedule import Schedules
 from dsv3.recipe.schema import Recipe, Source
 from dsv3.stages.runner import Stage
 from dsv3.stages.scores import Scores
-from dsv3.training.trainer import Progress, Trainer, pick_device
+from dsv3.training.device import pick_device
+from dsv3.training.resume import find_continuation
+from dsv3.training.trainer import Progress, Trainer
 
 ENDLESS_DOCUMENTS = 4000
 """Of a source that never ends, read for the tokenizer: its words repeat long before."""
@@ -33,8 +36,14 @@ VALIDATION_TOKENS = 200_000
 """Of an endless source's held-out split."""
 
 
-def pretraining_stages(recipe: Recipe, out: Path, progress: Progress, note: Callable[[str], None]) -> list[Stage]:
-    """The stages up to a trained model in `out/pretrain`; each is keyed by what it reads of the recipe."""
+def pretraining_stages(
+    recipe: Recipe, out: Path, progress: Progress, note: Callable[[str], None], allow: Sequence[str] = ()
+) -> list[Stage]:
+    """The stages up to a trained model in `out/pretrain`; each is keyed by what it reads of the recipe.
+
+    `allow` names keys of the recipe that may differ from those of a run that is continued; see `recipe/changes.py`.
+    """
+    check_names(allow, recipe)
     content = recipe.content()
     data = content["data"]
     texts = {
@@ -55,8 +64,20 @@ def pretraining_stages(recipe: Recipe, out: Path, progress: Progress, note: Call
             lambda: make_tokenizer(recipe, out / "tokenizer", progress),
         ),
         Stage("shards", changes, out / "shards", lambda: make_shards(recipe, out, progress, note)),
-        Stage("pretrain", content, out / "pretrain", lambda: train(recipe, out, progress, note)),
+        Stage(
+            "pretrain",
+            content,
+            out / "pretrain",
+            lambda: train(recipe, out, progress, note, allow),
+            lambda: refused_changes(out / "pretrain", recipe, allow),
+        ),
     ]
+
+
+def refused_changes(directory: Path, recipe: Recipe, allow: Sequence[str]) -> list[str] | None:
+    """What keeps this recipe from going on with the run in a directory; None where that has no checkpoint yet."""
+    found = find_continuation(directory / "checkpoints", recipe, allow)
+    return None if found is None else found.refused
 
 
 def make_tokenizer(recipe: Recipe, directory: Path, progress: Progress) -> None:
@@ -115,7 +136,9 @@ def make_shards(recipe: Recipe, out: Path, progress: Progress, note: Callable[[s
     progress(stage="shards", done=done, total=total)
 
 
-def train(recipe: Recipe, out: Path, progress: Progress, note: Callable[[str], None]) -> None:
+def train(
+    recipe: Recipe, out: Path, progress: Progress, note: Callable[[str], None], allow: Sequence[str] = ()
+) -> None:
     """Trains in `out/pretrain`, from the newest checkpoint where there is one."""
     tokenizer = Tokenizer.load(out / "tokenizer")
     sets = [
@@ -128,8 +151,10 @@ def train(recipe: Recipe, out: Path, progress: Progress, note: Callable[[str], N
     files = {"tokenizer": out / "tokenizer"}
     scores = Scores(recipe, tokenizer)
     trainer = Trainer(recipe, loader, out / "pretrain", files=files, progress=progress, evaluate=scores)
-    if trainer.resume():
+    if trainer.resume(allow):
         note(f"pretrain: continuing after step {trainer.step_count}")
+        for change in trainer.changes:
+            note(f"pretrain: {change}")
     write_run(recipe, out / "pretrain", tokenizer, sets)
     trainer.run()
 
