@@ -9,6 +9,7 @@ from dsv3.errors import RunError, UserError
 from dsv3.planning.flops import training_flops_per_token
 from dsv3.training.interrupt import Interrupted
 from dsv3.weights.checkpoint import latest_checkpoint, read_state
+from dsv3.weights.convert import export_weights
 from dsv3.weights.opening import load_model
 
 
@@ -262,6 +263,23 @@ def test_the_checkpoint_is_a_model_that_others_load(tmp_path, make_trainer):
     for (name, a), b in zip(trainer.model.state_dict().items(), model.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
     assert read_state(latest_checkpoint(tmp_path / "checkpoints"))["recipe"]["training"]["tokens"] == 768
+
+
+def test_the_average_is_a_model_that_others_load_and_export(tmp_path, make_trainer):
+    trainer = make_trainer(tmp_path / "run", "training.ema_decay=0.9")
+    trainer.run()
+    expected = trainer.average.tensors()
+    assert not torch.equal(expected["lm_head.weight"], trainer.model.lm_head.weight)
+    export_weights(tmp_path / "run", tmp_path / "exported", ema=True)
+    for model in (load_model(tmp_path / "run", ema=True)[0], load_model(tmp_path / "exported")[0]):
+        for name, each in model.state_dict().items():
+            assert torch.equal(each, expected[name]), name
+    assert torch.equal(load_model(tmp_path / "run")[0].lm_head.weight, trainer.model.lm_head.weight)
+    with pytest.raises(UserError, match="only a training checkpoint has an average"):
+        load_model(tmp_path / "exported", ema=True)
+    make_trainer(tmp_path / "without", "training.tokens=128").run()
+    with pytest.raises(UserError, match=r"holds no average of the weights: its run had no training\.ema_decay"):
+        load_model(tmp_path / "without", ema=True)
 
 
 def test_schedules_are_read_before_each_step(tmp_path, make_trainer):

@@ -35,6 +35,7 @@ from dsv3.training.saver import Saver
 from dsv3.training.sinks import check_sinks, open_sinks
 from dsv3.training.transfer import Transfer
 from dsv3.weights.checkpoint import latest_checkpoint, load_checkpoint
+from dsv3.weights.released import EMA
 
 Progress = Callable[..., None]
 """Called as `progress(stage=..., done=..., total=..., **figures)` once a step."""
@@ -42,8 +43,6 @@ Evaluate = Callable[[DeepSeekV3], dict[str, Any]]
 """What `evaluations.jsonl` holds beside step, tokens and seconds."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-EMA = "ema."
-"""What the names of the averaged weights begin with in a checkpoint."""
 NAMED_DOCUMENTS = 50
 """Most documents that a message names."""
 
