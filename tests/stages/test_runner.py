@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from dsv3.errors import UserError
-from dsv3.stages.runner import Stage, run_stages
+from dsv3.stages.runner import Stage, finished, run_stages
 
 
 class Pipeline:
@@ -167,3 +167,22 @@ def test_an_unwritable_directory_is_refused(pipeline):
     with pytest.raises(UserError, match=r"cannot write to .*out: Not a directory; choose another output directory"):
         pipeline.run()
     assert pipeline.ran == []
+
+
+def test_finished_says_what_a_second_run_would_find(pipeline):
+    def is_finished():
+        return finished([pipeline.stage(name) for name in ("one", "two", "three")], pipeline.directory)
+
+    assert not is_finished()
+    pipeline.fail = True
+    with pytest.raises(ZeroDivisionError):
+        pipeline.run()
+    assert not is_finished()
+    pipeline.fail = False
+    pipeline.run()
+    assert is_finished()
+    pipeline.inputs["one"] = {"size": 2}
+    assert not is_finished()
+    pipeline.run()
+    (pipeline.directory / "three.html").unlink()
+    assert not is_finished()

@@ -52,7 +52,7 @@ def test_two_runs_with_one_seed_are_the_same_and_another_seed_is_not(tmp_path, m
     assert [each["loss"] for each in a] != [each["loss"] for each in c]
 
 
-@pytest.mark.parametrize("overrides", [[], ["data.document_mask=true"]])
+@pytest.mark.parametrize("overrides", [[], ["data.document_mask=true"], ["training.balance=batch"]])
 def test_micro_batches_give_the_whole_batchs_gradient_losses_and_loads(tmp_path, make_trainer, overrides):
     results = []
     for micro in (4, 2, 1):
@@ -69,6 +69,25 @@ def test_micro_batches_give_the_whole_batchs_gradient_losses_and_loads(tmp_path,
         assert all(torch.equal(other_load[name], load[name]) for name in load)
         for name, gradient in gradients.items():
             torch.testing.assert_close(gradient, whole[name], atol=2e-6, rtol=2e-4, msg=name)
+
+
+def test_an_auxiliary_loss_takes_the_biases_place(tmp_path, make_trainer):
+    """Each keeps the loads more even than nothing does, and only the report's own way moves a bias."""
+    uneven, moved = {}, {}
+    for balance, alpha in (("nothing", 0.0), ("sequence", 1.0), ("batch", 1.0), ("bias", 0.0)):
+        trainer = make_trainer(
+            tmp_path / balance, "training.tokens=2560", "schedule.bias_update_speed=0.05", f"training.balance_alpha={alpha}",
+            f"training.balance={'sequence' if balance == 'nothing' else balance}",
+        )  # fmt: skip
+        trainer.run()
+        rows = records(tmp_path / balance)
+        uneven[balance] = sum(sum(row["max_vio"].values()) for row in rows[-6:])
+        moved[balance] = rows[-1]["bias_magnitude"], {row["bias_update_speed"] for row in rows}
+    assert max(uneven[each] for each in ("sequence", "batch", "bias")) < 0.95 * uneven["nothing"]
+    assert min(moved["bias"][0].values()) > 0
+    for balance in ("sequence", "batch"):
+        assert set(moved[balance][0].values()) == {0.0}
+        assert moved[balance][1] == {0.0}
 
 
 @pytest.mark.parametrize("mask", ["true", "false"])

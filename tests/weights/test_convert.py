@@ -20,7 +20,7 @@ from dsv3.weights.convert import export_weights, import_weights, plan_import
 from dsv3.weights.huggingface import from_pretrained, save_pretrained
 from dsv3.weights.loading import published
 from dsv3.weights.opening import load_model
-from dsv3.weights.shards import ShardReader, read_headers
+from dsv3.weights.shards import read_headers, read_tensor
 from tests.weights.sparse import write_sparse
 
 E4M3 = torch.float8_e4m3fn
@@ -51,19 +51,18 @@ def random_model(seed=0, **changes):
 
 def tensors_of(directory):
     """All of a Hugging Face directory, as bytes."""
-    reader = ShardReader()
     return {
-        name: (stored.dtype, reader.read(stored).view(torch.uint8)) for name, stored in read_headers(directory).items()
+        name: (stored.dtype, read_tensor(stored).view(torch.uint8)) for name, stored in read_headers(directory).items()
     }
 
 
-def assert_same_files(a, b):
+def assert_same_files(a, b, configs=True):
     first, second = tensors_of(a), tensors_of(b)
     assert first.keys() == second.keys()
     for name, (dtype, values) in first.items():
         assert second[name][0] == dtype, name
         assert torch.equal(values, second[name][1]), name
-    assert (a / "config.json").read_text() == (b / "config.json").read_text()
+    assert not configs or (a / "config.json").read_text() == (b / "config.json").read_text()
 
 
 def same_state(a, b):
@@ -137,8 +136,7 @@ def test_scales_are_powers_of_two_where_the_config_asks(tmp_path):
         tmp_path / "run" / "step-1", {"model": random_model().state_dict()}, {"model": {**config, "quantization_config": quantization}}, {}
     )  # fmt: skip
     export_weights(tmp_path / "run", tmp_path / "fp8", E4M3)
-    reader = ShardReader()
-    scales = [reader.read(each) for name, each in read_headers(tmp_path / "fp8").items() if name.endswith("scale_inv")]
+    scales = [read_tensor(each) for name, each in read_headers(tmp_path / "fp8").items() if name.endswith("scale_inv")]
     assert len(scales) > 50
     for scale in scales:
         assert (torch.frexp(scale).mantissa == 0.5).all()

@@ -12,7 +12,7 @@ from dsv3.model.transformer import DeepSeekV3
 from dsv3.weights.deepseek import find_config, is_deepseek, read_config, read_headers
 from dsv3.weights.huggingface import save_pretrained
 from dsv3.weights.opening import load_model
-from dsv3.weights.shards import ShardReader
+from dsv3.weights.shards import read_tensor
 from tests.weights.inference_layout import split
 
 CONFIG = ModelConfig.preset(
@@ -76,7 +76,7 @@ def test_every_tensor_comes_back_bit_for_bit(ranks, stored, tmp_path):
     for name, tensor in expected.items():
         assert headers[name].shape == tensor.shape
         assert headers[name].dtype == {"float32": "F32", "float8_e4m3fn": "F8_E4M3"}[str(tensor.dtype)[6:]]
-    read = {name: ShardReader().read(stored) for name, stored in headers.items()}
+    read = {name: read_tensor(stored) for name, stored in headers.items()}
     assert read.keys() == expected.keys()
     assert [name for name in expected if not same(read[name], expected[name])] == []
 

@@ -1,7 +1,9 @@
+from dataclasses import replace
+
 import torch
 from safetensors.torch import load_file, save_file
 
-from dsv3.weights.shards import Piece, ShardReader, Stored, read_headers
+from dsv3.weights.shards import Stored, read_header, read_headers, read_tensor
 from tests.weights.sparse import write_sparse
 
 
@@ -22,14 +24,16 @@ def test_tensors_of_several_pieces_are_put_together(tmp_path):
     for k, file in enumerate(files):
         part = slice(2 * k, 2 * k + 2)
         save_file({"r": wanted["rows"][part], "c": wanted["columns"][:, part].contiguous(), "w": wanted["whole"]}, file)
+    parts = [slice(2 * k, 2 * k + 2) for k in range(3)]
+    held = [read_header(file) for file in files]
     stored = {
-        "rows": Stored("F32", (6, 4), tuple(Piece(file, "r", (slice(2 * k, 2 * k + 2),)) for k, file in enumerate(files))),
-        "whole": Stored("F32", (3,), (Piece(files[1], "w"),)),
+        "rows": Stored("F32", (6, 4), tuple(replace(h["r"].pieces[0], index=(part,)) for h, part in zip(held, parts, strict=True))),
+        "whole": held[1]["w"],
         "columns": Stored(
-            "F8_E4M3", (5, 6), tuple(Piece(file, "c", (slice(None), slice(2 * k, 2 * k + 2))) for k, file in enumerate(files))
+            "F8_E4M3", (5, 6), tuple(replace(h["c"].pieces[0], index=(slice(None), part)) for h, part in zip(held, parts, strict=True))
         ),
     }  # fmt: skip
-    found = {name: ShardReader().read(each) for name, each in stored.items()}
+    found = {name: read_tensor(each) for name, each in stored.items()}
     assert found.keys() == wanted.keys()
     for name, tensor in found.items():
         assert tensor.dtype == wanted[name].dtype

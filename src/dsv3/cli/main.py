@@ -23,6 +23,8 @@ COMMANDS = {
     "import": ("dsv3.cli.convert:import_command", "Published weights into a checkpoint."),
     "export": ("dsv3.cli.convert:export_command", "A checkpoint as a Hugging Face directory, FP8 if you like."),
     "report": ("dsv3.cli.report:report", "One HTML page about a run, finished or going."),
+    "compare": ("dsv3.cli.compare:compare", "Runs side by side, and the report's signs."),
+    "ablate": ("dsv3.cli.ablate:ablate", "Every recipe of a directory with several seeds, then `compare`."),
     "bench": ("dsv3.cli.bench:bench", "Speeds of this machine, each as a ratio to a peer's."),
     "info": ("dsv3.cli.info:info", "What a model is, or a directory of weights holds."),
 }

@@ -17,7 +17,7 @@ from dsv3.model.linear import Linear, fp8_storage
 from dsv3.ops.block_scaled import dequantize
 from dsv3.ops.grouped_linear import grouped_linear, segments
 from dsv3.ops.permute import permute, sort_by_expert, unpermute
-from dsv3.ops.router import add_loss, select_experts, sequence_balance
+from dsv3.ops.router import add_loss, balance_loss, expert_frequency, select_experts
 from dsv3.ops.swiglu import swiglu
 
 
@@ -46,6 +46,8 @@ EQUAL_GROUP = 64
 
 EVERY_EXPERT_ROWS = 128
 """See `every_expert`."""
+EVERY_EXPERT_HIDDEN = 256
+"""Hidden size up to which a lone token goes to all experts too: reading the weights of all takes less than choosing."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,9 @@ class Routing:
     num_experts: int
     """E."""
     balance: Tensor | None
-    """FP32 scalar: the sequence-wise balance loss without its factor; None when it is not asked for."""
+    """FP32 scalar: the balance loss without its factor; None when it is not asked for."""
+    frequency: Tensor | None
+    """FP32 [E]: f of equation (18) over all tokens of the pass; None when no balance loss is asked for."""
 
     @cached_property
     def load(self) -> Tensor:
@@ -77,13 +81,20 @@ class Gate(nn.Module):
         self.e_score_correction_bias: Tensor
         self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts, dtype=torch.float32))
 
-    def forward(self, x_TD: Tensor, num_sequences: int, balance_weight: float) -> Routing:
-        """Affinities and selection in FP32. With `balance_weight` > 0, backward adds that times the balance loss."""
+    def forward(
+        self, x_TD: Tensor, num_parts: int, balance_weight: float, frequency_E: Tensor | None = None
+    ) -> Routing:
+        """Affinities and selection in FP32. With `balance_weight` > 0, backward adds that times the balance loss.
+
+        The loss is taken over each of `num_parts` equal parts of the tokens; its f is counted there, or is `frequency_E`.
+        """
         config = self.config
         affinity = F.linear(x_TD.float(), self.weight.float()).sigmoid()
-        balance = None
+        balance = frequency = None
         if balance_weight > 0:
-            balance = sequence_balance(affinity, num_sequences, config.num_experts_per_tok)
+            frequency_PE = expert_frequency(affinity, num_parts, config.num_experts_per_tok)
+            frequency = frequency_PE.mean(0)
+            balance = balance_loss(affinity, frequency_PE if frequency_E is None else frequency_E.unsqueeze(0))
             affinity = add_loss(affinity, balance, balance_weight)
         weight, expert = select_experts(
             affinity,
@@ -94,7 +105,8 @@ class Gate(nn.Module):
             config.norm_topk_prob,
             config.routed_scaling_factor,
         )
-        return Routing(expert, weight, config.n_routed_experts, None if balance is None else balance.detach())
+        balance = None if balance is None else balance.detach()
+        return Routing(expert, weight, config.n_routed_experts, balance, frequency)
 
 
 class Dispatcher(Protocol):
@@ -121,11 +133,13 @@ class LocalDispatcher:
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Any]:
         """See `Dispatcher`."""
-        if len(x_TD) == 1 and not torch.is_grad_enabled():
-            return x_TD.expand(routing.expert.shape[1], -1), routing.load, Few.ONE_TOKEN
-        if every_expert(routing):
-            counts = torch.full((routing.num_experts,), len(x_TD), device=x_TD.device)
-            return x_TD.expand(routing.num_experts, -1, -1).flatten(0, 1), counts, Few.EVERY_EXPERT
+        (tokens, hidden), chosen, experts = x_TD.shape, routing.expert.shape[1], routing.num_experts
+        few = not torch.is_grad_enabled()
+        if few and x_TD.device.type == "cpu" and every_expert(tokens, hidden, experts, chosen):
+            counts = torch.full((experts,), tokens)
+            return x_TD.expand(experts, -1, -1).flatten(0, 1), counts, Few.EVERY_EXPERT
+        if few and tokens == 1:
+            return x_TD.expand(chosen, -1), routing.load, Few.ONE_TOKEN
         permutation = sort_by_expert(routing.expert, routing.num_experts, equal_groups(routing))
         return permute(x_TD, permutation), permutation.counts_E, permutation
 
@@ -135,17 +149,16 @@ class LocalDispatcher:
             return torch.mm(routing.weight.to(rows_RD.dtype), rows_RD)
         if handle is Few.EVERY_EXPERT:
             rows_TED = rows_RD.unflatten(0, (routing.num_experts, -1)).transpose(0, 1)
-            weight_TE = rows_RD.new_zeros(rows_TED.shape[:2])
+            weight_TE = torch.zeros(rows_TED.shape[:2], dtype=rows_RD.dtype, device=rows_RD.device)
             weight_TE.scatter_(1, routing.expert, routing.weight.to(rows_RD.dtype))
             return torch.bmm(weight_TE.unsqueeze(1), rows_TED).squeeze(1)
         return unpermute(rows_RD, routing.weight, handle)
 
 
-def every_expert(routing: Routing) -> bool:
-    """Whether `Few.EVERY_EXPERT` pays: on CPU, if it is at most four times the work."""
-    (tokens, chosen), experts = routing.expert.shape, routing.num_experts
+def every_expert(tokens: int, hidden: int, experts: int, chosen: int) -> bool:
+    """Whether `Few.EVERY_EXPERT` pays on the CPU: if it is at most four times the work."""
     few = tokens * experts <= EVERY_EXPERT_ROWS and experts <= 4 * chosen
-    return few and routing.expert.device.type == "cpu" and not torch.is_grad_enabled()
+    return few and (tokens > 1 or hidden <= EVERY_EXPERT_HIDDEN)
 
 
 def equal_groups(routing: Routing) -> int:

@@ -3,8 +3,8 @@
 Legend: B sequences, T tokens, D hidden, V vocabulary.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -52,6 +52,8 @@ class Losses:
     """The balance loss without alpha, summed over blocks; 0 when it is off."""
     load: dict[str, Tensor]
     """int64 [E] by MoE block: assignments to each expert."""
+    frequency: dict[str, Tensor]
+    """FP32 [E] by MoE block: f of equation (18) over all tokens; empty when the balance loss is off."""
 
 
 class DeepSeekV3(nn.Module):
@@ -147,6 +149,8 @@ class DeepSeekV3(nn.Module):
         segment_ids: Tensor | None = None,
         mtp_weight: float = 0.0,
         balance_alpha: float = 0.0,
+        batch_wise: bool = False,
+        frequency: Mapping[str, Tensor] | None = None,
         scale: float = 1.0,
         divisor: float | None = None,
     ) -> Losses:
@@ -157,7 +161,11 @@ class DeepSeekV3(nn.Module):
         divided by, this micro-batch's own by default; equation (24) divides every MTP loss by the same. `scale`
         multiplies all gradients, the balance loss's too: with gradient accumulation, one over the number of
         micro-batches, and `divisor` the whole batch's targets divided by that number. `mtp_weight` is lambda (0 leaves
-        the MTP modules out). Raises `UserError` for rows too short for the deepest MTP module.
+        the MTP modules out). `balance_alpha` is alpha, of the sequence-wise balance loss, or of the batch-wise one
+        (section 4.5.3), whose f and P are taken over all tokens together. Where these rows are one micro-batch of several,
+        `frequency` holds f of the whole batch (the mean of what `Losses.frequency` says of each): then the micro-batches'
+        gradients and losses are exactly the whole batch's. Raises `UserError` for rows too short for the deepest MTP
+        module.
         """
         inputs = tokens[:, :-1]
         if mtp_weight > 0 and inputs.shape[1] <= len(self.mtp):
@@ -167,7 +175,7 @@ class DeepSeekV3(nn.Module):
         positions = default_positions(inputs) if positions is None else positions[:, :-1]
         segments = None if segment_ids is None else segment_ids[:, :-1]
         rope = Rope.at(self.config, positions)
-        shared = Pass(rope, segments, None, balance_alpha * scale)
+        shared = Pass(rope, segments, None, balance_alpha * scale, batch_wise, frequency or {})
         output = self.run(inputs, shared)
         target = targets(tokens, 1, valid, segment_ids)
         count = float((target != IGNORE).sum().clamp(min=1)) if divisor is None else divisor
@@ -176,9 +184,8 @@ class DeepSeekV3(nn.Module):
         length = inputs.shape[1]
         for module in self.mtp if mtp_weight > 0 else []:
             k = module.depth + 1
-            part = Pass(
-                rope[: length - k], None if segments is None else segments[:, : length - k], None, shared.balance_weight
-            )
+            shorter = None if segments is None else segments[:, : length - k]
+            part = replace(shared, rope=rope[: length - k], segment_ids=shorter)
             hidden, routing = module(hidden[:, : length - k], self.embed(inputs[:, k:]), part)
             routings[module.block.name] = routing
             target = targets(tokens, k + 1, valid, segment_ids)
@@ -187,7 +194,9 @@ class DeepSeekV3(nn.Module):
             mtp.append(loss.detach())
         balances = [each.balance for each in routings.values() if each.balance is not None]
         balance = torch.stack(balances).sum() if balances else torch.zeros((), device=tokens.device)
-        return Losses(total * scale, main.detach(), mtp, balance, {name: each.load for name, each in routings.items()})
+        load = {name: each.load for name, each in routings.items()}
+        counted = {name: each.frequency for name, each in routings.items() if each.frequency is not None}
+        return Losses(total * scale, main.detach(), mtp, balance, load, counted)
 
 
 def module_list(modules: Iterable[nn.Module]) -> Any:

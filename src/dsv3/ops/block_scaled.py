@@ -26,7 +26,8 @@ def quantize(weight_OI: Tensor, power_of_two: bool = False) -> tuple[Tensor, Ten
     largest = blocks.abs().amax((-3, -1))
     if not bool(largest.isfinite().all()):
         raise UserError(f"a weight of shape {list(weight_OI.shape)} holds infinities or NaN, which FP8 blocks cannot")
-    scale = torch.where(largest > 0, largest / E4M3_MAX, 1.0)
+    # By a tensor: GPUs multiply by the inverse of a number, which rounds differently.
+    scale = torch.where(largest > 0, largest / torch.full_like(largest, E4M3_MAX), 1.0)
     # Below this, the quotient by a scale would overflow FP32.
     scale = scale.clamp_(min=torch.finfo(torch.float32).tiny)
     if power_of_two:

@@ -4,8 +4,6 @@ Where the report (arXiv 2412.19437) gives a value, it is the default and its sec
 gives one, the docstring says so, and the default is our choice.
 """
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -68,6 +66,9 @@ class DataSection(Section):
     4.1; the proportion is not published)."""
     validation_fraction: float = Field(default=0.02, gt=0, lt=1)
     """Share of the documents held out, chosen by a hash; ours."""
+    seed: int | None = Field(default=None, ge=0)
+    """Seed of what is drawn up to the shards (generated documents, fill-in-the-middle); by default `training.seed`. Runs
+    that share it have the same tokenizer, shards and held-out texts."""
     document_mask: bool = False
     """Whether a token sees only its own document; the report packs without it in pre-training (section 4.1)."""
 
@@ -116,7 +117,8 @@ class ScheduleSection(Section):
     mtp_weight: Scheduled = 0.3
     """Weight of the MTP loss, lambda (report, equation 25; 0.3, and 0.1 after 10T tokens)."""
     bias_update_speed: Scheduled = 0.001
-    """Change of an expert's bias a step, gamma (report, section 2.1.2; 0.001, and 0 after 14.3T tokens)."""
+    """Change of an expert's bias a step, gamma (report, section 2.1.2; 0.001, and 0 after 14.3T tokens). Used where
+    `training.balance` is `bias`."""
 
 
 class TrainingSection(Section):
@@ -132,8 +134,13 @@ class TrainingSection(Section):
     """Where to train: `cpu`, `cuda`, `cuda:1`, or `auto` for the first GPU if there is one."""
     micro_batch_size: Length | None = None
     """Sequences in one forward pass, a divisor of every batch size; by default the whole batch."""
+    balance: Literal["bias", "sequence", "batch"] = "bias"
+    """What keeps the experts' loads even: `bias` moves the routing biases (report, section 2.1.2) and adds a small
+    sequence-wise loss; `sequence` and `batch` leave the biases alone and rely on an auxiliary loss over each sequence, or
+    over the whole batch (section 4.5.3). `batch` with several micro-batches takes a forward pass more, to count the loads."""
     balance_alpha: float = Field(default=1e-4, ge=0)
-    """Weight of the sequence-wise balance loss, alpha (report, equation 17)."""
+    """Weight of the balance loss, alpha (report, equation 17: 1e-4 beside the biases). `sequence` and `batch` need one of
+    their own, which is not published; DeepSeek-V2 has 0.003."""
     initialization: Annotated[float | Literal["fan_in"], BeforeValidator(_deviation_or_rule)] = 0.006
     """Standard deviation of the initial weights (report, section 4.2), or `fan_in`: one over the root of the inputs."""
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
@@ -159,6 +166,15 @@ class TrainingSection(Section):
     def _keeps_some_of_several(self) -> Self:
         if self.keep_every_steps is not None and self.keep_last is None:
             raise ValueError("expected keep_last beside keep_every_steps: without it, all checkpoints are kept")
+        return self
+
+    @model_validator(mode="after")
+    def _auxiliary_loss_has_a_weight(self) -> Self:
+        if self.balance != "bias" and "balance_alpha" not in self.model_fields_set:
+            raise ValueError(
+                f"training.balance = '{self.balance}' needs training.balance_alpha: its default, 1e-4, is for the loss beside "
+                "the biases; DeepSeek-V2 has 0.003"
+            )
         return self
 
 
@@ -213,6 +229,11 @@ class Recipe(Section):
 
         return read_recipe(values, overrides)
 
+    @property
+    def data_seed(self) -> int:
+        """The seed of everything up to the shards."""
+        return self.training.seed if self.data.seed is None else self.data.seed
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-able, complete but for `model`, which holds the preset and what differs from it; `from_dict` reads it."""
         return self.model_dump(mode="json")
@@ -226,12 +247,6 @@ class Recipe(Section):
         content["model"] = self.model.config().to_hf()
         del content["notes"]
         return content
-
-    def hash(self, *sections: str) -> str:
-        """SHA-256 of the content, or of the named sections of it: 64 hex digits."""
-        content = self.content()
-        chosen = {name: content[name] for name in sections or content}
-        return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:

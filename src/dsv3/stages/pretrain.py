@@ -50,7 +50,7 @@ def pretraining_stages(
         "corpora": {source.name: fingerprint(source.uri) for source in recipe.data.sources},
         "sources": data["sources"],
         "validation_fraction": data["validation_fraction"],
-        "seed": recipe.training.seed,
+        "seed": recipe.data_seed,
     }
     vocabulary = {**content["tokenizer"], "vocab_size": content["model"]["vocab_size"]}
     if recipe.tokenizer.path is not None:
@@ -105,7 +105,7 @@ def make_tokenizer(recipe: Recipe, directory: Path, progress: Progress) -> None:
 def training_documents(recipe: Recipe, source: Source) -> Iterator[Document]:
     """A source's training split; of one that never ends, as many documents as the tokenizer can be trained on."""
     fraction = recipe.data.validation_fraction
-    found = documents(source.uri, "train", seed=recipe.training.seed, validation_fraction=fraction)
+    found = documents(source.uri, "train", seed=recipe.data_seed, validation_fraction=fraction)
     return islice(found, ENDLESS_DOCUMENTS) if (source.uri, "train") in ENDLESS else found
 
 
@@ -120,7 +120,7 @@ def make_shards(recipe: Recipe, out: Path, progress: Progress, note: Callable[[s
             progress(stage="shards", done=done, total=total, source=f"{source.name}/{split}")
             training = split == "train"
             manifest = build_shards(
-                source.uri, split, tokenizer, out / "shards" / source.name / split, seed=recipe.training.seed,
+                source.uri, split, tokenizer, out / "shards" / source.name / split, seed=recipe.data_seed,
                 fim_rate=recipe.data.fim_rate if training else 0.0,
                 split_joined_rate=recipe.data.split_joined_rate if training else 0.0,
                 validation_fraction=recipe.data.validation_fraction,

@@ -75,6 +75,16 @@ def run_stages(
     return ran
 
 
+def finished(stages: Sequence[Stage], directory: Path) -> bool:
+    """Whether `run_stages` would find every stage cached."""
+    before = ""
+    for stage in stages:
+        before, known = key_of(stage, before), read_record(directory / "stages" / f"{stage.name}.json")
+        if known is None or known["key"] != before or not known["done"] or not stage.output.exists():
+            return False
+    return True
+
+
 def check_replaceable(
     stage: Stage, record: Path, known: dict[str, Any] | None, replace: bool, allow: Sequence[str]
 ) -> None:

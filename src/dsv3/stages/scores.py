@@ -91,7 +91,7 @@ def held_out(recipe: Recipe, uri: str, limit: int) -> list[str]:
     """Whole documents of a source's validation split until `limit` bytes are reached."""
     texts, total = [], 0
     for document in documents(
-        uri, "validation", seed=recipe.training.seed, validation_fraction=recipe.data.validation_fraction
+        uri, "validation", seed=recipe.data_seed, validation_fraction=recipe.data.validation_fraction
     ):
         if total >= limit:
             break

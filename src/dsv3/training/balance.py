@@ -1,4 +1,7 @@
-"""Auxiliary-loss-free load balancing (report, section 2.1.2; Wang et al. 2024), and what one reads of it."""
+"""Auxiliary-loss-free load balancing (report, section 2.1.2; Wang et al. 2024), and what one reads of any balancing.
+
+The auxiliary losses that it replaces (`training.balance`) are in `ops/router.py`.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +37,11 @@ def routing_biases(model: DeepSeekV3, load: dict[str, Tensor]) -> dict[str, Tens
         for block in model.blocks()
         if block.moe is not None and block.name in load
     }
+
+
+def mean_by_block(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """f of a whole batch from those of its equal parts (FP32 [E] by MoE block)."""
+    return {name: torch.stack([part[name] for part in parts]).mean(0) for name in parts[0]}
 
 
 @dataclass(frozen=True)

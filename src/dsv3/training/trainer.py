@@ -128,7 +128,8 @@ class Trainer:
         started = time.perf_counter()
         at = (self.step_count, self.token_count)
         size = self.schedules.batch_size.at(*at)
-        learning_rate, speed = self.schedules.learning_rate.at(*at), self.schedules.bias_update_speed.at(*at)
+        learning_rate = self.schedules.learning_rate.at(*at)
+        speed = self.schedules.bias_update_speed.at(*at) if self.recipe.training.balance == "bias" else 0.0
         mtp_weight = self.schedules.mtp_weight.at(*at)
         with self.timed("data"):
             batch = self.loader.batch(self.row_count, size)
@@ -162,6 +163,7 @@ class Trainer:
         return batch_gradients(
             self.model, batch, training.micro_batch_size,
             document_mask=masked, mtp_weight=mtp_weight, balance_alpha=training.balance_alpha,
+            batch_wise=training.balance == "batch",
         )  # fmt: skip
 
     def record(self, metrics: Metrics, delay: int) -> None:

@@ -11,12 +11,13 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dsv3.errors import UserError, nearest
 from dsv3.model.config import ModelConfig, RopeScaling
-from dsv3.weights.shards import Piece, Stored, read_header
+from dsv3.weights.shards import Stored, read_header
 
 FILE = re.compile(r"model(0|[1-9]\d*)-mp([1-9]\d*)\.safetensors")
 MODULES: dict[str, tuple[str, int | None]] = {
@@ -164,7 +165,7 @@ def whole(at: Place, ranks: Mapping[int, Stored], files: list[Path]) -> Stored:
     pieces = []
     for other, stored in sorted(ranks.items()):
         part = slice(other * size, (other + 1) * size)
-        pieces.append(Piece(stored.file, stored.pieces[0].name, (part,) if at.dimension == 0 else (slice(None), part)))
+        pieces.append(replace(stored.pieces[0], index=(part,) if at.dimension == 0 else (slice(None), part)))
     return Stored(first.dtype, shape, tuple(pieces))
 
 

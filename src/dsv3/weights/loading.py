@@ -105,13 +105,14 @@ def refuse_other_blocks(source: Released) -> None:
     found = source.config.extra.get("quantization_config")
     if found is None:
         return
+    if not isinstance(found, Mapping):
+        raise UserError(f"{source.where}: quantization_config = {found!r}, expected an object of fields and values")
     legal = {"quant_method": ("fp8",), "fmt": ("e4m3", None), "weight_block_size": ([BLOCK, BLOCK], (BLOCK, BLOCK))}
     for key, values in legal.items():
-        if not isinstance(found, Mapping) or found.get(key) not in values:
-            value = found.get(key) if isinstance(found, Mapping) else found
+        if found.get(key) not in values:
             raise UserError(
-                f"{source.where}: quantization_config has {key} = {value!r}, expected {values[0]!r}: of quantised weights, "
-                "those in FP8 with 128 x 128 blocks are read"
+                f"{source.where}: quantization_config has {key} = {found.get(key)!r}, expected {values[0]!r}: of quantised "
+                "weights, those in FP8 with 128 x 128 blocks are read"
             )
 
 

@@ -18,7 +18,7 @@ from dsv3.model.config import ModelConfig
 from dsv3.model.transformer import DeepSeekV3
 from dsv3.ops.block_scaled import dequantize, quantize, scale_shape
 from dsv3.weights.names import KEPT_FLOAT32, SCALE, Part, is_block_scaled, released
-from dsv3.weights.shards import DTYPES, HEADER_NAMES, Layout, ShardReader, Stored
+from dsv3.weights.shards import DTYPES, HEADER_NAMES, Layout, Stored, read_tensor
 from dsv3.weights.tensor_directory import ChunkReader, Region
 
 FP8 = "F8_E4M3"
@@ -58,7 +58,6 @@ class ReleasedFiles:
 
     def __init__(self, directory: Path, config: ModelConfig, stored: Mapping[str, Stored]):
         self.where, self.config, self.layout = str(directory), config, stored
-        self.reader = ShardReader()
 
     @property
     def fingerprint(self) -> str:
@@ -69,7 +68,7 @@ class ReleasedFiles:
 
     def read(self, name: str) -> Tensor:
         """See `Released`."""
-        return self.reader.read(self.layout[name])
+        return read_tensor(self.layout[name])
 
 
 class ReleasedCheckpoint:

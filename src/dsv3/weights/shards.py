@@ -3,10 +3,8 @@
 import json
 import math
 import os
-import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,8 +23,6 @@ DTYPES = {
 }
 """Of the names that safetensors headers use, those of weights and of their scales."""
 HEADER_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-MAPPED_BYTES = 256 * 10**6
-"""What a reader may have read from a file before it is mapped anew, which gives its pages back."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +46,9 @@ class Piece:
     file: Path
     name: str
     """Its name in the file."""
+    shape: tuple[int, ...]
+    offset: int
+    """Of its first byte in the file."""
     index: tuple[slice, ...] = ()
     """`whole[index]`; () is the whole."""
 
@@ -137,17 +136,21 @@ def read_header(file: Path) -> dict[str, Stored]:
     """What one file holds; opening it also checks that the header is sound and the data complete."""
     refuse_escape(file)
     try:
-        with safe_open(file, framework="pt") as opened:
-            parts = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
-            return {
-                name: Stored(part.get_dtype(), tuple(part.get_shape()), (Piece(file, name),))
-                for name, part in parts.items()
-            }
+        with safe_open(file, framework="pt"), file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            entries = json.loads(opened.read(length))
     except SafetensorError as error:
         size = file.stat().st_size
         raise UserError(
             f"{file} ({size:,} bytes) is truncated or no safetensors file ({error}): fetch or write it again"
         ) from None
+    entries.pop("__metadata__", None)
+    found = {}
+    for name, each in entries.items():
+        shape = tuple(each["shape"])
+        piece = Piece(file, name, shape, 8 + length + each["data_offsets"][0])
+        found[name] = Stored(each["dtype"], shape, (piece,))
+    return found
 
 
 def no_weights(directory: Path) -> str:
@@ -163,33 +166,26 @@ def no_weights(directory: Path) -> str:
     return f"{directory} {found}: expected {SINGLE}, or shards with {INDEX}"
 
 
-class ShardReader:
-    """Reads tensors one at a time, from several threads if need be. What was read is given back to the system early: a
-    mapped file counts as memory of the process."""
-
-    def __init__(self) -> None:
-        self.local = threading.local()
-
-    def read(self, stored: Stored) -> Tensor:
-        """One tensor, copied from its file or files."""
-        pieces = [(piece, self.opened(piece.file, stored.bytes).get_tensor(piece.name)) for piece in stored.pieces]
-        return pieces[0][1].clone() if pieces[0][0].index == () else joined(stored.shape, pieces)
-
-    def opened(self, file: Path, size: int) -> Any:
-        """The file, mapped; this thread's last one again, unless it has been read from for long enough."""
-        last, handle, count = getattr(self.local, "last", (None, None, 0))
-        if last != file or count > MAPPED_BYTES:
-            handle, count = safe_open(file, framework="pt"), 0
-        self.local.last = (file, handle, count + size)
-        return handle
-
-
-def joined(shape: tuple[int, ...], pieces: list[tuple[Piece, Tensor]]) -> Tensor:
-    """The whole tensor that pieces cover."""
-    whole = torch.empty(shape, dtype=pieces[0][1].dtype)
-    for piece, part in pieces:
+def read_tensor(stored: Stored) -> Tensor:
+    """One tensor, copied from its file or files. Nothing is mapped: mapped files would count as memory of the process."""
+    parts = [read_piece(piece, DTYPES[stored.dtype]) for piece in stored.pieces]
+    if stored.pieces[0].index == ():
+        return parts[0]
+    whole = torch.empty(stored.shape, dtype=DTYPES[stored.dtype])
+    for piece, part in zip(stored.pieces, parts, strict=True):
         whole[piece.index] = part
     return whole
+
+
+def read_piece(piece: Piece, dtype: torch.dtype) -> Tensor:
+    """A tensor of a file."""
+    tensor = torch.empty(piece.shape, dtype=dtype)
+    with piece.file.open("rb") as file:
+        file.seek(piece.offset)
+        count = file.readinto(tensor.flatten().view(torch.uint8).numpy().data)
+    if count != tensor.nbytes:
+        raise UserError(f"{piece.file} ended within tensor {piece.name}: has it been changed since it was opened?")
+    return tensor
 
 
 def sync(path: Path) -> None:
