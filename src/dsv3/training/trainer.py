@@ -74,6 +74,7 @@ class Trainer:
         dtype = DTYPES[training.precision]
         model = DeepSeekV3(recipe.model.config(), compute_dtype=dtype)
         self.model = model.initialize(training.initialization, training.seed).to(self.device)
+        self.model.recompute(training.recompute)
         self.optimizer = Optimizer(self.model, recipe.optimizer, muon_dtype=dtype)
         self.average = None if training.ema_decay is None else Average(self.model, training.ema_decay)
         self.saver = Saver(training.keep_last, training.keep_every_steps)
