@@ -12,20 +12,29 @@ from dsv3.cli.schedule import dry_run, dry_run_options, refuse_without_dry_run
 @click.argument("recipe", type=click.Path(path_type=Path))
 @overrides_argument
 @click.option("--resume", is_flag=True, help="Continue the run in --out from its newest checkpoint.")
+@click.option(
+    "--allow",
+    default="",
+    metavar="KEY,...",
+    help="With --resume: keys of the recipe, or sections, that may differ although they change the result.",
+)
 @out_option(None)
 @dry_run_options
 def pretrain(
-    recipe: Path, overrides: tuple[str, ...], resume: bool, out: Path | None, dry: bool, at: tuple[str, ...], plot: Path | None,
+    recipe: Path, overrides: tuple[str, ...], resume: bool, allow: str, out: Path | None, dry: bool, at: tuple[str, ...], plot: Path | None,
 ) -> None:  # fmt: skip
     """Trains RECIPE (a TOML file), with any KEY=VALUE of it replaced, for instance optimizer.weight_decay=0.05.
 
-    Ctrl-C finishes the step and saves; --resume continues. Figures, checkpoints and TensorBoard files are in OUT/pretrain.
+    Ctrl-C finishes the step and saves; --resume continues, also with a longer training or other checkpoints. Figures, checkpoints and TensorBoard files are in OUT/pretrain.
     """
     if dry:
         dry_run(recipe, overrides, at, plot)
         return
     refuse_without_dry_run(at, plot)
     out = out or Path("runs") / recipe.resolve().parent.name
+    if allow and not resume:
+        raise UserError("--allow says what may differ from the run that is continued: add --resume, or leave it out")
     refuse_to_mix(out, "pretrain", resume)
-    run_recipe(recipe, overrides, [], out, stages="pretrain", replace=False)
+    allowed = [name.strip() for name in allow.split(",") if name.strip()]
+    run_recipe(recipe, overrides, [], out, stages="pretrain", replace=False, allow=allowed)
     click.echo(f"\nThe model is in {out / 'pretrain' / 'checkpoints'}; `dsv3 report {out}` makes a page of the run.")

@@ -45,9 +45,19 @@ def refuse_to_mix(out: Path, stage: str, resume: bool) -> None:
 
 
 def run_recipe(
-    recipe_path: Path, overrides: Sequence[str], data: list[str], out: Path, *, stages: Stages, replace: bool
+    recipe_path: Path,
+    overrides: Sequence[str],
+    data: list[str],
+    out: Path,
+    *,
+    stages: Stages,
+    replace: bool,
+    allow: Sequence[str] = (),
 ) -> None:
-    """Shows what was derived from the recipe, then runs its stages with live progress. `replace`: see `run_stages`."""
+    """Shows what was derived from the recipe, then runs its stages with live progress.
+
+    `replace`: see `run_stages`; `allow`: what may differ from the run that is continued.
+    """
     from dsv3.recipe.schema import Recipe
 
     recipe = Recipe.load(recipe_path, overrides)
@@ -66,9 +76,5 @@ def run_recipe(
     panel(console, str(recipe_path), derived(recipe))
     with Progress(console) as progress:
         make = {"quickstart": quickstart_stages, "pretrain": pretraining_stages, "extend": extension_stages}[stages]
-        run_stages(
-            make(recipe, out, progress, progress.note),
-            out,
-            lambda name, state: progress.note(f"{name}: {state}"),
-            replace=replace,
-        )
+        made = make(recipe, out, progress, progress.note, allow)
+        run_stages(made, out, lambda name, state: progress.note(f"{name}: {state}"), replace=replace, allow=allow)

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from dsv3.model.config import ModelConfig
 from dsv3.model.linear import Linear, fp8_storage
+from dsv3.model.recompute import Recomputation
 from dsv3.ops.block_scaled import dequantize
 from dsv3.ops.grouped_linear import grouped_linear, segments
-from dsv3.ops.permute import permute, sort_by_expert, unpermute
+from dsv3.ops.permute import count_by_expert, permute, sort_by_expert, unpermute
 from dsv3.ops.router import add_loss, balance_loss, expert_frequency, select_experts
 from dsv3.ops.swiglu import swiglu
 
@@ -29,13 +30,19 @@ class SwiGLU(nn.Module):
         self.gate_proj = Linear(hidden_size, intermediate_size)
         self.up_proj = Linear(hidden_size, intermediate_size)
         self.down_proj = Linear(intermediate_size, hidden_size)
+        self.recomputation: Recomputation | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]; gate and up in one product, unless copying their weights would cost more than it saves."""
         if x.numel() < FEW_ROWS * x.shape[-1]:
             return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
         gate_up = torch.cat((self.gate_proj.weight_in(x.dtype), self.up_proj.weight_in(x.dtype)))
-        return self.down_proj(swiglu(F.linear(x, gate_up)))
+        return self.down_proj(activated(F.linear(x, gate_up), self.recomputation))
+
+
+def activated(gate_up: Tensor, recomputation: Recomputation | None) -> Tensor:
+    """`swiglu`, made again in backward where that is asked for."""
+    return swiglu(gate_up) if recomputation is None else recomputation(swiglu, gate_up)
 
 
 FEW_ROWS = 64
@@ -68,7 +75,7 @@ class Routing:
     @cached_property
     def load(self) -> Tensor:
         """int64 [E]: assignments to each expert, for the bias update and the metrics."""
-        return torch.bincount(self.expert.flatten(), minlength=self.num_experts)
+        return count_by_expert(self.expert.flatten(), self.num_experts)
 
 
 class Gate(nn.Module):
@@ -78,6 +85,7 @@ class Gate(nn.Module):
         super().__init__()
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
+        self.recomputation: Recomputation | None = None
         self.e_score_correction_bias: Tensor
         self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts, dtype=torch.float32))
 
@@ -89,7 +97,10 @@ class Gate(nn.Module):
         The loss is taken over each of `num_parts` equal parts of the tokens; its f is counted there, or is `frequency_E`.
         """
         config = self.config
-        affinity = F.linear(x_TD.float(), self.weight.float()).sigmoid()
+        wide = x_TD.float()
+        if self.recomputation is not None and wide is not x_TD:
+            wide = self.recomputation(Tensor.float, x_TD)
+        affinity = F.linear(wide, self.weight.float()).sigmoid()
         balance = frequency = None
         if balance_weight > 0:
             frequency_PE = expert_frequency(affinity, num_parts, config.num_experts_per_tok)
@@ -183,6 +194,7 @@ class Experts(nn.Module):
         experts, hidden, inner = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * inner, hidden))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, inner))
+        self.recomputation: Recomputation | None = None
         self.register_buffer("gate_up_proj_scale_inv", None)
         self.register_buffer("down_proj_scale_inv", None)
 
@@ -197,7 +209,8 @@ class Experts(nn.Module):
         """Each expert's SwiGLU on its rows: [R, D] -> [R, D]."""
         if self.gate_up_proj_scale_inv is not None:
             return self.from_blocks(rows_RD, counts_E)
-        return grouped_linear(swiglu(grouped_linear(rows_RD, self.gate_up_proj, counts_E)), self.down_proj, counts_E)
+        gate_up = grouped_linear(rows_RD, self.gate_up_proj, counts_E)
+        return grouped_linear(activated(gate_up, self.recomputation), self.down_proj, counts_E)
 
     def from_blocks(self, rows_RD: Tensor, counts_E: Tensor) -> Tensor:
         """`forward` with weights in FP8: one expert after the other, so that only one is ever held in another dtype."""

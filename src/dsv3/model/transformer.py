@@ -3,7 +3,8 @@
 Legend: B sequences, T tokens, D hidden, V vocabulary.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -12,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from dsv3.errors import UserError
-from dsv3.model.attention import Cache
+from dsv3.model.attention import Cache, MultiHeadLatentAttention
 from dsv3.model.block import Block, Pass
 from dsv3.model.config import ModelConfig
-from dsv3.model.feed_forward import Dispatcher, LocalDispatcher, Routing
+from dsv3.model.feed_forward import Dispatcher, Experts, Gate, LocalDispatcher, Routing, SwiGLU
 from dsv3.model.linear import Linear, RMSNorm
 from dsv3.model.mtp import MultiTokenPrediction
+from dsv3.model.recompute import Recomputation
 from dsv3.model.rope import Rope
 from dsv3.ops.cross_entropy import IGNORE, linear_cross_entropy
 
@@ -68,6 +70,7 @@ class DeepSeekV3(nn.Module):
         super().__init__()
         self.config = config
         self.compute_dtype = compute_dtype
+        self.recomputation: Recomputation | None = None
         dispatcher = dispatcher or LocalDispatcher()
         self.embed_tokens = nn.Embedding(
             config.vocab_size, config.hidden_size, _weight=torch.empty(config.vocab_size, config.hidden_size)
@@ -107,6 +110,19 @@ class DeepSeekV3(nn.Module):
             if block.moe is not None:
                 block.moe.gate.e_score_correction_bias.zero_()
         return self
+
+    def recompute(self, kinds: Collection[str]) -> None:
+        """Has the backward pass of `loss` compute again what it would otherwise keep; the result stays the same to the bit.
+
+        `norms`: the outputs of RMSNorm (the router's FP32 copy of one among them), `mla_up`: queries, keys and values made
+        from MLA's latents (report, section 3.2.3), `swiglu`: the inputs of the feed-forward's last product (section 3.3.3).
+        """
+        self.recomputation = Recomputation() if kinds else None
+        parts = {"norms": (RMSNorm, Gate), "mla_up": (MultiHeadLatentAttention,), "swiglu": (SwiGLU, Experts)}
+        for kind, types in parts.items():
+            for module in self.modules():
+                if isinstance(module, types):
+                    module.recomputation = self.recomputation if kind in kinds else None
 
     def embed(self, tokens: Tensor) -> Tensor:
         """int [B, T] -> [B, T, D] in the compute dtype."""
@@ -176,6 +192,16 @@ class DeepSeekV3(nn.Module):
         segments = None if segment_ids is None else segment_ids[:, :-1]
         rope = Rope.at(self.config, positions)
         shared = Pass(rope, segments, None, balance_alpha * scale, batch_wise, frequency or {})
+        watching = nullcontext() if self.recomputation is None else self.recomputation.watching()
+        with watching:
+            return self.losses(tokens, inputs, shared, valid, segment_ids, mtp_weight, scale, divisor)
+
+    def losses(
+        self, tokens: Tensor, inputs: Tensor, shared: Pass, valid: Tensor | None, segment_ids: Tensor | None,
+        mtp_weight: float, scale: float, divisor: float | None,
+    ) -> Losses:  # fmt: skip
+        """`loss` of checked rows."""
+        rope, segments = shared.rope, shared.segment_ids
         output = self.run(inputs, shared)
         target = targets(tokens, 1, valid, segment_ids)
         count = float((target != IGNORE).sum().clamp(min=1)) if divisor is None else divisor

@@ -17,6 +17,8 @@ from dsv3.recipe.section import Section
 from dsv3.recipe.segment import Scheduled, ScheduledCount, Segment, as_segments
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Recomputable = Literal["norms", "mla_up", "swiglu"]
+Sink = Literal["wandb", "trackio"]
 
 
 def _deviation_or_rule(value: object) -> object:
@@ -148,12 +150,30 @@ class TrainingSection(Section):
     their own, which is not published; DeepSeek-V2 has 0.003."""
     initialization: Annotated[float | Literal["fan_in"], BeforeValidator(_deviation_or_rule)] = 0.006
     """Standard deviation of the initial weights (report, section 4.2), or `fan_in`: one over the root of the inputs."""
+    ema_decay: float | None = Field(default=None, gt=0, lt=1)
+    """Decay a step of an average of the weights, kept in CPU memory and evaluated beside them; none by default. The report
+    keeps one (section 3.2.3) and does not publish its decay."""
+    recompute: Annotated[tuple[Recomputable, ...], Field(strict=False)] = ()
+    """What backward computes again instead of keeping it: `norms`, `mla_up`, `swiglu` (report, sections 3.2.3 and 3.3.3); the
+    result is the same."""
+    max_skipped_steps: int = Field(default=3, ge=0)
+    """Steps in a row that may be skipped because loss or gradient is not finite; one more ends the run. Ours."""
     checkpoint_every_steps: Length | None = None
     """Steps between checkpoints; by default one at the end."""
+    keep_last: Length | None = None
+    """Newest checkpoints that are kept; by default all."""
+    keep_every_steps: Length | None = None
+    """Checkpoints of every so many steps that are kept beside those."""
     evaluate_every_steps: Length | None = None
     """Steps between evaluations; by default one before and one after."""
     load_every_steps: Length = 10
     """Steps between records of every expert's load."""
+
+    @model_validator(mode="after")
+    def _keeps_some_of_several(self) -> Self:
+        if self.keep_every_steps is not None and self.keep_last is None:
+            raise ValueError("expected keep_last beside keep_every_steps: without it, all checkpoints are kept")
+        return self
 
     @model_validator(mode="after")
     def _auxiliary_loss_has_a_weight(self) -> Self:
@@ -176,6 +196,15 @@ class ExtensionSection(Section):
     """The sequence length it was trained with: a start of another length is refused, so that phases keep their order."""
     optimizer_state: Literal["fresh", "kept"] = "fresh"
     """Whether the optimizer forgets the phase before; not published. `fresh` starts from published weights as well."""
+
+
+class LoggingSection(Section):
+    """`[logging]`: where figures go beside `metrics.jsonl` and TensorBoard, which are always written."""
+
+    sinks: Annotated[tuple[Sink, ...], Field(strict=False)] = ()
+    """`wandb`, `trackio`: services that are not part of dsv3 and must be installed."""
+    project: str = "dsv3"
+    """What the run belongs to there."""
 
 
 class EvaluationSection(Section):
@@ -214,6 +243,7 @@ class Recipe(Section):
     extension: ExtensionSection | None = None
     """Where `dsv3 extend` goes on from; a recipe of a training from the beginning has no such section."""
     evaluation: EvaluationSection = EvaluationSection()
+    logging: LoggingSection = LoggingSection()
     notes: dict[str, str] = Field(default_factory=dict)
     """Why the recipe is as it is, by topic: shown before the first step and in the report; changes nothing."""
 

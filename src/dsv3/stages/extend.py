@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from dsv3.model.config import ModelConfig
 from dsv3.recipe.differences import differences
 from dsv3.recipe.schema import ExtensionSection, Recipe
 from dsv3.stages.data import data_stages
-from dsv3.stages.pretrain import train
+from dsv3.stages.pretrain import refused_changes, train
 from dsv3.stages.runner import Stage
 from dsv3.training.trainer import Progress, Trainer
 from dsv3.weights.checkpoint import STATE, flatten, read_state
@@ -37,8 +37,10 @@ class Start:
     """Whether it is a training checkpoint, which holds the optimizer's state."""
 
 
-def extension_stages(recipe: Recipe, out: Path, progress: Progress, note: Callable[[str], None]) -> list[Stage]:
-    """The stages up to an extended model in `out/extend`. Raises `UserError` as `find_start` does."""
+def extension_stages(
+    recipe: Recipe, out: Path, progress: Progress, note: Callable[[str], None], allow: Sequence[str] = ()
+) -> list[Stage]:
+    """The stages up to an extended model in `out/extend`; `allow` as for `pretraining_stages`. Raises `UserError` as `find_start` does."""
     start = find_start(recipe)
     content = {**recipe.to_dict(), "tokenizer": {**recipe.to_dict()["tokenizer"], "path": str(start.tokenizer)}}
     # Its own tokenizer is a finished one to the stages, which the recipe itself may not name (it comes with the start).
@@ -48,8 +50,9 @@ def extension_stages(recipe: Recipe, out: Path, progress: Progress, note: Callab
         *data,
         Stage(
             "extend", inputs, out / "extend",
-            lambda: train(recipe, out, progress, note, "extend", lambda trainer: load_start(trainer, start)),
+            lambda: train(recipe, out, progress, note, "extend", lambda trainer: load_start(trainer, start), allow),
             tuple(stage.name for stage in data),
+            lambda: refused_changes(out / "extend", recipe, allow),
         ),
     ]  # fmt: skip
 
