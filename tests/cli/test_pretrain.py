@@ -74,7 +74,8 @@ def run(tmp_path_factory):
             "optimizer.weight_decay=0.3",
             "pretrain was made from other inputs: optimizer.weight_decay was 0.1 and is 0.3",
         ),
-        ("training.tokens=2048", "pretrain was made from other inputs: training.tokens was 1024 and is 2048"),
+        ("training.tokens=512", "pretrain was made from other inputs: training.tokens was 1024 and is 512"),
+        ("--allow=data.fim", "--allow data.fim: no recipe has this key; did you mean 'data.fim_rate'"),
         ("data.fim_rate=0.5", "train was made from other inputs: fim_rate was 0.1 and is 0.5"),
         ("model.vocab_size=600", "tokenizer was made from other inputs: tokenizer.vocab_size was 512 and is 600"),
     ],
@@ -85,6 +86,28 @@ def test_a_changed_recipe_is_refused_and_nothing_is_lost(run, capsys, override, 
     assert code == 2
     assert said in err
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_goes_on_with_what_is_safe_and_with_what_is_allowed(tmp_path, capsys):
+    level = [*SHORT, "schedule.learning_rate=1e-3"]
+    assert pretrain(capsys, tmp_path, *level)[0] == 0
+    code, _, err = pretrain(capsys, tmp_path, *level, "training.tokens=2048", "training.keep_last=1", "--resume")
+    assert code == 0
+    assert "pretrain: continuing after step 2" in err
+    assert "pretrain: training.tokens was 1024 and is 2048" in err
+    assert steps(tmp_path) == [1, 2, 3, 4]
+    changed = [*level, "training.tokens=3072", "data.fim_rate=0.5", "optimizer.weight_decay=0.2", "--resume"]
+    code, _, err = pretrain(capsys, tmp_path, *changed, "--allow", "data.fim_rate")
+    assert code == 2
+    assert "pretrain was made from other inputs: optimizer.weight_decay was 0.1 and is 0.2." in err
+    code, _, err = pretrain(capsys, tmp_path, *changed, "--allow", "data.fim_rate,optimizer")
+    assert code == 0
+    assert "pretrain: data.fim_rate was 0.1 and is 0.5 (allowed)" in err
+    assert steps(tmp_path) == [1, 2, 3, 4, 5, 6]
+    assert json.loads((tmp_path / "stages" / "shards.json").read_text())["inputs"]["fim_rate"] == 0.5
+    code, _, err = pretrain(capsys, tmp_path / "new", *SHORT, "--allow", "data")
+    assert code == 2
+    assert "add --resume" in err
 
 
 def test_a_checkpoint_of_another_config_is_refused(run, tmp_path, capsys):
@@ -99,15 +122,20 @@ def test_a_checkpoint_of_another_config_is_refused(run, tmp_path, capsys):
 
 def test_a_loss_that_is_not_finite_ends_with_exit_code_1(tmp_path, capsys):
     code, _, err = pretrain(
-        capsys, tmp_path, *SMALL, "schedule.learning_rate=1e30", "optimizer.kind=adamw", "training.precision=fp32"
+        capsys,
+        tmp_path,
+        *SMALL,
+        "training.tokens=5120",
+        "schedule.learning_rate=1e30",
+        "optimizer.kind=adamw",
+        "training.precision=fp32",
     )
     assert code == 1
     last = err.splitlines()[-1]
-    assert last.startswith("dsv3: the ")
-    assert "of step 2 is nan" in last
+    assert "of step 5 is not finite, as in every step since 2; these were skipped" in last
     assert "t:" in last  # the documents
     assert "The last good checkpoint is none" in last
-    assert steps(tmp_path) == [1]
+    assert steps(tmp_path) == [1, 2, 3, 4, 5]
 
 
 def test_nothing_to_resume(tmp_path, capsys):

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv3.data.files import Document, SkipReport
-from dsv3.data.sources import STDLIB, TINYPY, documents, fingerprint, hash_fraction, sample
+from dsv3.data.sources import NEEDLE, STDLIB, TINYPY, documents, fingerprint, hash_fraction, sample
 from dsv3.errors import RunError, UserError
 
 
@@ -240,4 +240,5 @@ def test_unreadable_files_are_reported(tmp_path):
 
 
 def test_every_builtin_is_known():
-    assert (STDLIB, TINYPY) == ("builtin:stdlib", "builtin:tinypy")
+    known = (STDLIB, TINYPY, NEEDLE)
+    assert known == ("builtin:stdlib", "builtin:tinypy", "builtin:needle")

@@ -78,10 +78,11 @@ def test_a_block_is_its_five_phases():
 
 @pytest.mark.parametrize("tokens", [1, 2, 9, 40])
 @pytest.mark.parametrize("training", [False, True])
-def test_moe_is_the_weighted_sum_of_its_experts(tokens, training):
+@pytest.mark.parametrize("chosen", [1, 2])
+def test_moe_is_the_weighted_sum_of_its_experts(tokens, training, chosen):
     """Equation (12), token by token: few tokens take other ways to their experts, in training all take one."""
     with torch.set_grad_enabled(training):
-        assert_weighted_sum(model_of().layers[1].mlp, torch.randn(tokens, 32))
+        assert_weighted_sum(model_of(DEBUG.replace(num_experts_per_tok=chosen)).layers[1].mlp, torch.randn(tokens, 32))
 
 
 def assert_weighted_sum(moe, x):
@@ -228,15 +229,17 @@ def affinities_of(model, tokens, **options):
     return affinities, losses
 
 
-def test_balance_loss_joins_the_gradients_and_leaves_the_values_alone():
+@pytest.mark.parametrize("batch_wise", [False, True])
+def test_balance_loss_joins_the_gradients_and_leaves_the_values_alone(batch_wise):
     model, tokens, alpha = model_of(), rows(2, 11), 0.7
     affinities, plain = affinities_of(model, tokens, mtp_weight=0.3)
-    balanced = model.loss(tokens, mtp_weight=0.3, balance_alpha=alpha)
+    balanced = model.loss(tokens, mtp_weight=0.3, balance_alpha=alpha, batch_wise=batch_wise)
     assert len(affinities) == 3  # MTP's block included
     assert torch.equal(balanced.total, plain.total)
     assert torch.equal(balanced.main, plain.main)
     assert plain.balance == 0
-    balance = sum(balance_by_the_equations(each, 2, DEBUG.num_experts_per_tok) for each in affinities)
+    parts = 1 if batch_wise else 2
+    balance = sum(balance_by_the_equations(each, parts, DEBUG.num_experts_per_tok) for each in affinities)
     torch.testing.assert_close(balanced.balance, balance.detach())
 
     explicit = gradients(plain.total + alpha * balance, model)

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv3.ops.router import add_loss, select_experts, sequence_balance
+from dsv3.ops.router import add_loss, balance_loss, expert_frequency, select_experts
 
 
 def by_the_loop(affinity, bias, k, n_group, topk_group, normalise, scaling):
@@ -91,19 +91,37 @@ def balance_by_the_loop(affinity, k):
 def test_sequence_balance_follows_the_equations(sequences, length, experts, k):
     affinity = torch.rand(sequences * length, experts)
     by_sequence = [balance_by_the_loop(part.tolist(), k) for part in affinity.chunk(sequences)]
-    found = sequence_balance(affinity, sequences, k)
-    assert float(found) == pytest.approx(sum(by_sequence) / sequences, rel=1e-5)
+    assert float(balance(affinity, sequences, k)) == pytest.approx(sum(by_sequence) / sequences, rel=1e-5)
 
 
-def test_sequence_balance_is_1_when_even_and_larger_when_skewed():
+def balance(affinity, parts, k):
+    return balance_loss(affinity, expert_frequency(affinity, parts, k))
+
+
+def test_batch_balance_of_parts_adds_up_to_that_of_the_whole():
+    """The same equations over a whole batch, of which three micro-batches each see a third and are told its f."""
+    affinity = torch.rand(12, 8, requires_grad=True)
+    whole = balance(affinity, 1, 3)
+    assert float(whole.detach()) == pytest.approx(balance_by_the_loop(affinity.tolist(), 3), rel=1e-5)
+    micro = affinity.chunk(3)
+    frequency = torch.stack([expert_frequency(part, 1, 3)[0] for part in micro]).mean(0, keepdim=True)
+    parts = sum(balance_loss(part, frequency) for part in micro) / 3
+    torch.testing.assert_close(parts, whole)
+    (expected,), (found,) = (torch.autograd.grad(loss, affinity) for loss in (whole, parts))
+    torch.testing.assert_close(found, expected)
+    own = sum(balance(part, 1, 3) for part in micro) / 3
+    assert float((own - whole).detach().abs()) > 1e-3  # what counting in each micro-batch alone would give
+
+
+def test_balance_is_1_when_even_and_larger_when_skewed():
     even = torch.eye(4).repeat(3, 1) + 0.01
-    assert float(sequence_balance(even, 1, 1)) == pytest.approx(1.0)
+    assert float(balance(even, 1, 1)) == pytest.approx(1.0)
     skewed = torch.full((12, 4), 0.1)
     skewed[:, 0] = 0.9
-    assert float(sequence_balance(skewed, 1, 1)) == pytest.approx(4 * 0.9 / 1.2)
+    assert float(balance(skewed, 1, 1)) == pytest.approx(4 * 0.9 / 1.2)
     # By sequence: each of these is skewed, though both together are not.
     halves = torch.full((2, 4), 0.1).scatter_(1, torch.tensor([[0], [1]]), 0.9)
-    assert float(sequence_balance(halves, 2, 1)) > float(sequence_balance(halves, 1, 1)) + 0.5
+    assert float(balance(halves, 2, 1)) > float(balance(halves, 1, 1)) + 0.5
 
 
 def test_add_loss_changes_gradients_alone():

@@ -103,6 +103,8 @@ def test_every_field_is_documented() -> None:
         ({"training": {"initialization": "fanin"}}, ["training.initialization = 'fanin'", "'fan_in'"]),
         ({"training": {"precision": "fp8"}}, ["training.precision = 'fp8'", "'fp32' or 'bf16'"]),
         ({"optimizer": {"clip_norm": float("nan")}}, ["optimizer.clip_norm", "finite"]),
+        ({"training": {"balance": "batch"}}, ["training.balance = 'batch'", "training.balance_alpha", "0.003"]),
+        ({"training": {"balance": "loss"}}, ["training.balance = 'loss'", "'bias', 'sequence' or 'batch'"]),
     ],
 )
 def test_refuses_what_does_not_fit_together(sections: dict[str, Any], words: list[str]) -> None:

@@ -8,6 +8,7 @@ from dsv3.errors import UserError
 from dsv3.recipe.schema import Recipe
 from dsv3.stages.data import make_tokenizer
 from dsv3.stages.pretrain import derived, pretraining_stages, with_user_data, write_run
+from dsv3.stages.scores import held_out
 
 REDUCED = Path(__file__).parents[1] / "recipes" / "quickstart-reduced.toml"
 
@@ -42,6 +43,7 @@ def changed(*overrides):
         ("data.sources.0.weight=2.0", {"tokenizer", "pretrain"}),
         ("data.validation_fraction=0.1", {"tokenizer", TRAIN, VALIDATION, "pretrain"}),
         ("training.seed=1", {"tokenizer", TRAIN, VALIDATION, "pretrain"}),
+        ("data.seed=1", {"tokenizer", TRAIN, VALIDATION, "pretrain"}),
         ("tokenizer.digits=3", {"tokenizer", "pretrain"}),
         ("notes.length=other words", set()),
     ],
@@ -49,6 +51,12 @@ def changed(*overrides):
 def test_a_stage_is_keyed_by_what_it_reads(override, stages):
     """A stage that runs again makes those after it run again as well."""
     assert changed(override) == stages
+
+
+def test_runs_of_other_seeds_share_what_is_made_of_one_data_seed():
+    runs = [keys("data.seed=7", f"training.seed={seed}") for seed in (0, 1)]
+    assert [name for name in runs[0] if runs[0][name] != runs[1][name]] == ["pretrain"]
+    assert keys("data.seed=0")["tokenizer"] == keys()["tokenizer"]  # training.seed, where there is none
 
 
 def test_the_texts_and_a_finished_tokenizer_count_by_their_content(tmp_path):
@@ -124,3 +132,11 @@ def test_run_json_is_whole_and_readable_by_others(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
     (tmp_path / "plain").write_text("")
     assert (tmp_path / "run.json").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_held_out_texts_follow_the_data_seed():
+    texts = [held_out(Recipe.load(REDUCED, overrides), "builtin:tinypy", 2_000) for overrides in (
+        ["training.seed=5"], ["training.seed=6", "data.seed=5"], ["training.seed=6"],
+    )]  # fmt: skip
+    assert texts[0] == texts[1]
+    assert texts[0] != texts[2]

@@ -49,8 +49,9 @@ def lines(path):
 
 def trained(out):
     """What training recorded, but for the clock."""
+    left_out = ("seconds", "tokens_per_second", "flops_per_second", "peak_memory", "mfu")
     return [
-        {key: value for key, value in row.items() if key not in ("seconds", "tokens_per_second")}
+        {key: value for key, value in row.items() if key not in left_out}
         for row in lines(out / "pretrain" / "metrics.jsonl")
     ]
 

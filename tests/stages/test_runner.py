@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from dsv3.errors import UserError
-from dsv3.stages.runner import Stage, run_stages
+from dsv3.stages.runner import Stage, finished, run_stages
 
 
 class Pipeline:
@@ -14,6 +14,7 @@ class Pipeline:
         self.directory, self.fail = directory, False
         self.inputs = {"one": {"size": 1}, "two": {"seed": 0, "nested": {"rate": 0.5}}, "three": {}}
         self.ran, self.said = [], []
+        self.refused = lambda: None
 
     def stage(self, name):
         output = self.directory / (name if name != "three" else "three.html")
@@ -29,7 +30,7 @@ class Pipeline:
                 raise ZeroDivisionError
             (output / "whole").write_text(json.dumps(self.inputs[name]))
 
-        return Stage(name, self.inputs[name], output, run)
+        return Stage(name, self.inputs[name], output, run, (lambda: self.refused()) if name == "two" else lambda: None)
 
     def run(self, **options):
         """(the stages that ran, what was said of each)"""
@@ -97,13 +98,51 @@ def test_nothing_is_replaced_where_that_is_not_wanted(pipeline):
     assert pipeline.run(replace=False) == NOTHING
 
 
+def test_a_stage_that_may_goes_on_with_its_output(pipeline):
+    pipeline.run()
+    (pipeline.directory / "two" / "old").write_text("")
+    pipeline.inputs["two"] = {"seed": 0, "nested": {"rate": 0.7}}
+    pipeline.refused = lambda: ["rate was 0.5 and is 0.7"]
+    with pytest.raises(UserError, match=r"other inputs: rate was 0.5 and is 0.7\. .*name with --allow"):
+        pipeline.run(replace=False, allow=["nested.rate"])
+    pipeline.refused = list
+    assert pipeline.run(replace=False) == (["two", "three"], ["cached", "resumed", "started"])
+    assert (pipeline.directory / "two" / "old").exists()
+
+
+def test_what_was_made_of_other_things_is_not_gone_on_with(pipeline):
+    """Its own inputs are the same, those of the stage before it are not."""
+    pipeline.run()
+    (pipeline.directory / "two" / "old").write_text("")
+    pipeline.refused = list
+    pipeline.inputs["one"] = {"size": 2}
+    assert pipeline.run() == ALL
+    assert not (pipeline.directory / "two" / "old").exists()
+
+
+def test_what_is_allowed_by_name_is_made_again(pipeline):
+    pipeline.run()
+    (pipeline.directory / "two" / "old").write_text("")
+    pipeline.inputs["one"] = {"size": 2}
+    with pytest.raises(UserError, match="one was made from other inputs: size was 1 and is 2"):
+        pipeline.run(replace=False, allow=["data.other"])
+    pipeline.refused = list
+    pipeline.fail = True
+    with pytest.raises(ZeroDivisionError):
+        pipeline.run(replace=False, allow=["data.size"])
+    assert pipeline.said == ["started", "resumed"]
+    assert (pipeline.directory / "two" / "old").exists()
+
+
 def test_a_removed_output_is_made_again(pipeline):
     pipeline.run()
     (pipeline.directory / "three.html").unlink()
     assert pipeline.run() == (["three"], ["cached", "cached", "started"])
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"key": "x"}', '{"key": "x", "inputs": {}, "done": true}'])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"key": "x"}', '{"key": "x", "before": "", "inputs": {}, "done": true}']
+)
 def test_a_damaged_record_starts_its_stage_afresh(pipeline, content):
     pipeline.run()
     (pipeline.directory / "stages" / "two.json").write_text(content)
@@ -128,6 +167,25 @@ def test_an_unwritable_directory_is_refused(pipeline):
     with pytest.raises(UserError, match=r"cannot write to .*out: Not a directory; choose another output directory"):
         pipeline.run()
     assert pipeline.ran == []
+
+
+def test_finished_says_what_a_second_run_would_find(pipeline):
+    def is_finished():
+        return finished([pipeline.stage(name) for name in ("one", "two", "three")], pipeline.directory)
+
+    assert not is_finished()
+    pipeline.fail = True
+    with pytest.raises(ZeroDivisionError):
+        pipeline.run()
+    assert not is_finished()
+    pipeline.fail = False
+    pipeline.run()
+    assert is_finished()
+    pipeline.inputs["one"] = {"size": 2}
+    assert not is_finished()
+    pipeline.run()
+    (pipeline.directory / "three.html").unlink()
+    assert not is_finished()
 
 
 def test_a_stage_depends_on_those_it_needs_and_on_no_other(tmp_path):

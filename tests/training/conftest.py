@@ -26,7 +26,7 @@ CONTENT: dict[str, Any] = {
 
 
 @pytest.fixture(scope="session")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
+def shard_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Documents that count in steps of 1 to 3, modulo 60."""
     directory = tmp_path_factory.mktemp("shards")
     rng = Random(0)
@@ -36,7 +36,12 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
             ids = [0, *(3 + (start + step * i) % 60 for i in range(rng.randint(4, 50))), 1]
             writer.add(f"counts/{number}.txt", ids, len(ids))
         writer.finish({}, SkipReport())
-    return ShardSet.open(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def shards(shard_directory: Path) -> ShardSet:
+    return ShardSet.open(shard_directory)
 
 
 @pytest.fixture

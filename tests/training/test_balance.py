@@ -3,7 +3,7 @@ import torch
 
 from dsv3.model.config import ModelConfig
 from dsv3.model.transformer import DeepSeekV3
-from dsv3.training.balance import balance_figures, update_biases
+from dsv3.training.balance import balance_figures, routing_biases, shares, update_biases
 
 CONFIG = ModelConfig.preset("debug", num_nextn_predict_layers=2, n_group=1, topk_group=1)
 BLOCKS = ["1", "2", "mtp.0", "mtp.1"]
@@ -30,6 +30,10 @@ def mean_input(model, gate):
     return seen[0]
 
 
+def figures_of(model, load):
+    return balance_figures(load, routing_biases(model, load))
+
+
 def loads(model, seed):
     tokens = torch.randint(3, 320, (8, 33), generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
@@ -38,17 +42,18 @@ def loads(model, seed):
 
 def test_a_skewed_router_comes_towards_the_mean_in_every_block_mtps_included():
     model = skewed_model()
-    before = balance_figures(model, loads(model, 0))
-    assert list(before) == BLOCKS
-    violation = {name: [each.max_vio] for name, each in before.items()}
+    least = {name: min(shares(each)) for name, each in loads(model, 0).items()}
+    before = figures_of(model, loads(model, 0))
+    assert list(before.max_vio) == BLOCKS
     for step in range(40):
         update_biases(model, loads(model, step), 0.02)
-    after = balance_figures(model, loads(model, 99))
+    after = figures_of(model, loads(model, 99))
     for name in BLOCKS:
-        assert violation[name][0] > 1.5
-        assert after[name].max_vio < 0.5 * violation[name][0], name
-        assert after[name].dead_experts <= before[name].dead_experts
-        assert min(after[name].load) > min(before[name].load)
+        assert before.max_vio[name] > 1.5
+        assert after.max_vio[name] < 0.5 * before.max_vio[name], name
+        assert after.dead_experts[name] <= before.dead_experts[name]
+        assert after.overloaded_experts[name] < before.overloaded_experts[name]
+        assert min(shares(loads(model, 99)[name])) > least[name]
 
 
 def test_update_equals_the_reports_loop():
@@ -76,14 +81,28 @@ def test_blocks_without_a_load_are_left_alone():
     update_biases(model, {"1": torch.arange(8)}, 0.1)
     moved = [b.name for b in model.blocks() if b.moe is not None and b.moe.gate.e_score_correction_bias.any()]
     assert moved == ["1"]
-    assert list(balance_figures(model, {"1": torch.arange(8)})) == ["1"]
+    assert list(figures_of(model, {"1": torch.arange(8)}).max_vio) == ["1"]
+    assert figures_of(model, {}).max_vio == {}
+
+
+def test_a_skipped_step_moves_no_bias():
+    model = DeepSeekV3(CONFIG).initialize(seed=0)
+    update_biases(model, {"1": torch.arange(8)}, 0.1, torch.tensor(True))
+    moved = model.layers[1].moe.gate.e_score_correction_bias.clone()
+    assert moved.tolist() == pytest.approx([0.1] * 4 + [-0.1] * 4)
+    update_biases(model, {"1": torch.arange(8)}, 0.1, torch.tensor(False))
+    assert torch.equal(model.layers[1].moe.gate.e_score_correction_bias, moved)
 
 
 def test_figures_are_as_defined():
     model = DeepSeekV3(CONFIG).initialize(seed=0)
     model.layers[1].moe.gate.e_score_correction_bias[3] = -0.75
-    figures = balance_figures(model, {"1": torch.tensor([6, 0, 2, 0, 4, 4, 0, 0])})["1"]
-    assert figures.max_vio == pytest.approx((6 - 2) / 2)
-    assert figures.bias_magnitude == 0.75
-    assert figures.dead_experts == 4
-    assert figures.load == pytest.approx([6 / 16, 0, 2 / 16, 0, 4 / 16, 4 / 16, 0, 0])
+    model.layers[2].moe.gate.e_score_correction_bias.fill_(0.25)
+    counts = torch.tensor([6, 0, 2, 0, 4, 4, 0, 0])
+    figures = figures_of(model, {"1": counts, "2": torch.full((8,), 7)})
+    assert figures.max_vio == {"1": pytest.approx((6 - 2) / 2), "2": 0}
+    assert figures.bias_magnitude == {"1": 0.75, "2": 0.25}
+    assert figures.bias_drift == {"1": pytest.approx(-0.75 / 8), "2": 0.25}
+    assert figures.dead_experts == {"1": 4, "2": 0}
+    assert figures.overloaded_experts == {"1": 1, "2": 0}  # 4 is twice the mean, and not more
+    assert shares(counts) == pytest.approx([6 / 16, 0, 2 / 16, 0, 4 / 16, 4 / 16, 0, 0])

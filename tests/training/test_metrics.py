@@ -1,5 +1,6 @@
 import errno
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,7 @@ def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path):
     with Metrics(tmp_path) as metrics:
         for step in (1, 2, 3):
             metrics.step(record(step))
+    time.sleep(1)  # files are told apart by the second
     with Metrics(tmp_path, 1) as metrics:
         metrics.step(record(2, loss=9.0))
     board = EventAccumulator(str(tmp_path / "tensorboard"), purge_orphaned_data=True)

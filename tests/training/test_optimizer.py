@@ -66,10 +66,13 @@ def test_muon_equals_a_loop_over_matrices():
         torch.testing.assert_close(parameter.data, weight, atol=1e-5, rtol=1e-5)
 
 
-def test_adamw_equals_the_papers_loop_and_decay_spares_gains():
+@pytest.mark.parametrize("decay_norms", [False, True])
+def test_adamw_equals_the_papers_loop_and_decay_spares_gains(decay_norms):
     """Loshchilov & Hutter 2019, algorithm 2, with the schedule's rate in front of the decay as well."""
     model = small_model()
-    section = OptimizerSection(kind="adamw", clip_norm=1e9, weight_decay=0.1, eps=1e-8, betas=(0.9, 0.95))
+    section = OptimizerSection(
+        kind="adamw", clip_norm=1e9, weight_decay=0.1, eps=1e-8, betas=(0.9, 0.95), decay_norms=decay_norms
+    )
     optimizer = Optimizer(model, section)
     weights = {name: p.detach().clone().double() for name, p in model.named_parameters()}
     first = {name: torch.zeros_like(w) for name, w in weights.items()}
@@ -84,7 +87,7 @@ def test_adamw_equals_the_papers_loop_and_decay_spares_gains():
             first[name] = 0.9 * first[name] + 0.1 * g
             second[name] = 0.95 * second[name] + 0.05 * g * g
             corrected = (first[name] / (1 - 0.9**t)) / ((second[name] / (1 - 0.95**t)).sqrt() + 1e-8)
-            decay = 0.0 if weight.dim() == 1 else 0.1
+            decay = 0.0 if weight.dim() == 1 and not decay_norms else 0.1
             weights[name] = weight - rate * (corrected + decay * weight)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.double(), weights[name], atol=2e-6, rtol=1e-5, msg=name)
@@ -150,7 +153,71 @@ def test_clipping_is_by_the_norm_of_all_gradients_together(scale):
     fill_gradients(model, 1, scale)
     norm = math.sqrt(sum(float(p.grad.double().square().sum()) for p in model.parameters()))
     before = {name: p.grad.clone() for name, p in model.named_parameters()}
-    assert optimizer.clip() == pytest.approx(norm, rel=1e-5)
+    assert float(optimizer.clip()["all"]) == pytest.approx(norm, rel=1e-5)
     factor = min(1.0, 1.5 / norm)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, before[name] * factor, rtol=1e-4, atol=0)
+
+
+def test_norms_are_told_apart_by_module():
+    model = small_model()
+    optimizer = Optimizer(model, OptimizerSection(clip_norm=1e9))
+    for number, parameter in enumerate(model.parameters()):
+        parameter.grad = torch.full_like(parameter, number + 1.0)
+    expected = dict.fromkeys(
+        ["embedding", "head", "attention", "router", "experts", "shared", "dense", "norms", "mtp"], 0.0
+    )
+    for number, (name, parameter) in enumerate(model.named_parameters()):
+        if name.startswith("mtp."):
+            group = "mtp"
+        elif name.endswith("norm.weight"):
+            group = "norms"
+        elif "self_attn" in name:
+            group = "attention"
+        elif "shared_experts" in name:
+            group = "shared"
+        elif "experts" in name:
+            group = "experts"
+        elif name.endswith("gate.weight"):
+            group = "router"
+        else:
+            group = {"embed_tokens.weight": "embedding", "lm_head.weight": "head"}.get(name, "dense")
+        expected[group] += parameter.numel() * (number + 1.0) ** 2
+    norms = optimizer.clip()
+    assert norms.keys() == {*expected, "all"}
+    for group, squares in expected.items():
+        assert float(norms[group]) == pytest.approx(squares**0.5, rel=1e-5), group
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_skipped_step_leaves_weights_and_moments_to_the_bit(kind, bad):
+    model = small_model()
+    optimizer = Optimizer(model, OptimizerSection(kind=kind))
+    fill_gradients(model, 1)
+    optimizer.clip()
+    optimizer.step(0.01, torch.tensor(False))
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    state = {name: each.clone() for name, each in optimizer.tensors().items()}
+    fill_gradients(model, 2)
+    model.lm_head.weight.grad[3, 2] = bad
+    norms = optimizer.clip()
+    assert not norms["all"].isfinite()
+    optimizer.step(0.01, ~norms["all"].isfinite())
+    assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
+    assert all(torch.equal(each, state[name]) for name, each in optimizer.tensors().items())
+    fill_gradients(model, 3)
+    optimizer.step(0.01, torch.tensor(False))
+    assert not any(torch.equal(p, weights[name]) for name, p in model.named_parameters())
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_a_step_that_may_be_skipped_and_is_not_is_the_step_itself():
+    for kind in ("adamw", "muon"):
+        model, other = small_model(), small_model()
+        for each, skip in ((model, None), (other, torch.tensor(False))):
+            optimizer = Optimizer(each, OptimizerSection(kind=kind))
+            for seed in (1, 2):
+                fill_gradients(each, seed)
+                optimizer.step(0.01, skip)
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))

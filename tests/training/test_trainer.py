@@ -1,18 +1,27 @@
 import json
+import random
 
+import numpy
 import pytest
 import torch
 
 from dsv3.errors import RunError, UserError
-from dsv3.training.trainer import Interrupted, pick_device
+from dsv3.planning.flops import training_flops_per_token
+from dsv3.training.interrupt import Interrupted
 from dsv3.weights.checkpoint import latest_checkpoint, read_state
+from dsv3.weights.convert import export_weights
 from dsv3.weights.opening import load_model
 
 
 def records(directory, *without):
-    without = {"seconds", "tokens_per_second", *without}
+    without = {"seconds", "tokens_per_second", "flops_per_second", "peak_memory", "mfu", *without}
     lines = (directory / "metrics.jsonl").read_text().splitlines()
     return [{key: value for key, value in json.loads(line).items() if key not in without} for line in lines]
+
+
+def evaluations(directory):
+    lines = (directory / "evaluations.jsonl").read_text().splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]
 
 
 def assert_equal_tensors(a, b):
@@ -43,7 +52,7 @@ def test_two_runs_with_one_seed_are_the_same_and_another_seed_is_not(tmp_path, m
     assert [each["loss"] for each in a] != [each["loss"] for each in c]
 
 
-@pytest.mark.parametrize("overrides", [[], ["data.document_mask=true"]])
+@pytest.mark.parametrize("overrides", [[], ["data.document_mask=true"], ["training.balance=batch"]])
 def test_micro_batches_give_the_whole_batchs_gradient_losses_and_loads(tmp_path, make_trainer, overrides):
     results = []
     for micro in (4, 2, 1):
@@ -53,13 +62,32 @@ def test_micro_batches_give_the_whole_batchs_gradient_losses_and_loads(tmp_path,
         figures = trainer.gradients(trainer.loader.batch(0, 4), 0.3)
         gradients = {name: p.grad for name, p in trainer.model.named_parameters()}
         results.append((figures, gradients))
-    (loss, mtp, balance, load), whole = results[0]
-    for (other_loss, other_mtp, other_balance, other_load), gradients in results[1:]:
-        assert (other_loss, other_balance) == (pytest.approx(loss), pytest.approx(balance))
-        assert other_mtp == pytest.approx(mtp)
+    (losses, load), whole = results[0]
+    assert len(losses) == 3  # main, balance, one MTP module
+    for (other_losses, other_load), gradients in results[1:]:
+        assert other_losses.tolist() == pytest.approx(losses.tolist())
         assert all(torch.equal(other_load[name], load[name]) for name in load)
         for name, gradient in gradients.items():
             torch.testing.assert_close(gradient, whole[name], atol=2e-6, rtol=2e-4, msg=name)
+
+
+def test_an_auxiliary_loss_takes_the_biases_place(tmp_path, make_trainer):
+    """Each keeps the loads more even than nothing does, and only the report's own way moves a bias."""
+    uneven, moved = {}, {}
+    for balance, alpha in (("nothing", 0.0), ("sequence", 1.0), ("batch", 1.0), ("bias", 0.0)):
+        trainer = make_trainer(
+            tmp_path / balance, "training.tokens=2560", "schedule.bias_update_speed=0.05", f"training.balance_alpha={alpha}",
+            f"training.balance={'sequence' if balance == 'nothing' else balance}",
+        )  # fmt: skip
+        trainer.run()
+        rows = records(tmp_path / balance)
+        uneven[balance] = sum(sum(row["max_vio"].values()) for row in rows[-6:])
+        moved[balance] = rows[-1]["bias_magnitude"], {row["bias_update_speed"] for row in rows}
+    assert max(uneven[each] for each in ("sequence", "batch", "bias")) < 0.95 * uneven["nothing"]
+    assert min(moved["bias"][0].values()) > 0
+    for balance in ("sequence", "batch"):
+        assert set(moved[balance][0].values()) == {0.0}
+        assert moved[balance][1] == {0.0}
 
 
 @pytest.mark.parametrize("mask", ["true", "false"])
@@ -67,7 +95,7 @@ def test_the_loss_is_the_mean_over_all_targets_of_the_batch(tmp_path, make_train
     """Against a loop over rows and positions; with a document mask the first token of a document is no target."""
     trainer = make_trainer(tmp_path, f"data.document_mask={mask}", "training.micro_batch_size=2")
     batch = trainer.loader.batch(3, 4)
-    loss, *_ = trainer.gradients(batch, 0.0)
+    loss = float(trainer.gradients(batch, 0.0)[0][0])
     nats = []
     for row in range(4):
         spans = [(0, 33)]
@@ -86,26 +114,76 @@ def test_the_loss_is_the_mean_over_all_targets_of_the_batch(tmp_path, make_train
     assert loss == pytest.approx(sum(nats) / len(nats), rel=1e-4)
 
 
+def draws():
+    """The next numbers of every generator that code may draw from."""
+    return random.random(), float(numpy.random.random()), torch.rand(3).tolist()
+
+
 @pytest.mark.parametrize(
-    "overrides", [["optimizer.kind=adamw"], ["optimizer.kind=muon", "training.precision=bf16", "schedule.mtp_weight=0"]]
+    "overrides",
+    [
+        ["optimizer.kind=adamw", "training.ema_decay=0.9"],
+        ["optimizer.kind=muon", "training.precision=bf16", "schedule.mtp_weight=0"],
+    ],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, make_trainer, overrides):
-    whole = make_trainer(tmp_path / "whole", *overrides)
-    whole.run()
-    halted = make_trainer(tmp_path / "halted", *overrides)
+    """Losses, weights, optimizer, average, order of the data, and what random generators give."""
+    overrides = [*overrides, "training.evaluate_every_steps=1"]
+
+    def evaluate(model):
+        return {"drawn": draws(), "norm": float(model.lm_head.weight.detach().norm())}
+
+    def run(trainer):
+        rows, batch = [], trainer.loader.batch
+
+        def recorded(first, size):
+            rows.append((first, size))
+            return batch(first, size)
+
+        trainer.loader.batch = recorded
+        trainer.run()
+        return rows
+
+    torch.manual_seed(5), random.seed(5), numpy.random.seed(5)
+    whole = make_trainer(tmp_path / "whole", *overrides, evaluate=evaluate)
+    read = run(whole)
+    torch.manual_seed(5), random.seed(5), numpy.random.seed(5)
+    halted = make_trainer(tmp_path / "halted", *overrides, evaluate=evaluate)
     stop_after(halted, 3)
     with pytest.raises(Interrupted, match=r"stopped after step 3; saved in .*step-00000003"):
         halted.run()
-    resumed = make_trainer(tmp_path / "halted", *overrides)
+    torch.manual_seed(6), random.seed(6), numpy.random.seed(6)
+    resumed = make_trainer(tmp_path / "halted", *overrides, evaluate=evaluate)
     assert resumed.resume()
     assert (resumed.step_count, resumed.token_count, resumed.row_count) == (3, 3 * 4 * 32, 12)
     assert_equal_tensors(halted, resumed)
-    resumed.run()
+    assert run(resumed) == read[3:] == [(12, 4), (16, 4), (20, 4)]
     assert records(tmp_path / "halted") == records(tmp_path / "whole")
+    scored = [evaluations(tmp_path / name) for name in ("halted", "whole")]
+    assert scored[0] == scored[1]
     assert_equal_tensors(whole, resumed)
     moved = [b.moe.gate.e_score_correction_bias.abs().max() for b in resumed.model.layers if b.moe is not None]
     assert min(moved) > 0  # the biases are among what came back
     assert not make_trainer(tmp_path / "nothing").resume()
+
+
+def test_both_the_weights_and_their_average_are_evaluated(tmp_path, make_trainer):
+    seen = []
+
+    def evaluate(model):
+        seen.append({name: each.clone() for name, each in model.state_dict().items()})
+        return {"norm": float(model.lm_head.weight.detach().norm())}
+
+    trainer = make_trainer(tmp_path, "training.ema_decay=0.5", evaluate=evaluate)
+    trainer.run()
+    rows = evaluations(tmp_path)
+    assert [("ema" in row, row["step"]) for row in rows] == [(False, 0), (True, 6)]
+    assert rows[1]["norm"] != rows[1]["ema"]["norm"]
+    _, weights, average = seen
+    for name, each in trainer.model.state_dict().items():
+        assert torch.equal(each, weights[name]), name  # its own again
+    for name, each in trainer.average.tensors().items():
+        assert torch.equal(each, average[name]), name
 
 
 def test_ctrl_c_while_saving_counts_for_the_next_step(tmp_path, make_trainer, monkeypatch):
@@ -182,8 +260,15 @@ def test_a_line_of_metrics_has_every_figure(tmp_path, make_trainer):
     row = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[1])
     assert row.keys() == {
         "step", "tokens", "seconds", "loss", "mtp_losses", "balance_loss", "grad_norm", "learning_rate", "mtp_weight",
-        "bias_update_speed", "batch_size", "tokens_per_second", "max_vio", "bias_magnitude", "dead_experts", "load",
+        "bias_update_speed", "batch_size", "tokens_per_second", "max_vio", "bias_magnitude", "bias_drift", "dead_experts",
+        "overloaded_experts", "load", "grad_norms", "loss_deviation", "grad_norm_deviation", "spike_score", "skipped_steps",
+        "flops_per_second", "peak_memory",
     }  # fmt: skip
+    flops = training_flops_per_token(trainer.model.config, 32)
+    assert row["flops_per_second"] == pytest.approx(row["tokens_per_second"] * flops)
+    groups = row["grad_norms"]
+    assert groups.keys() == {"embedding", "head", "attention", "router", "experts", "shared", "dense", "norms", "mtp"}
+    assert row["grad_norm"] == pytest.approx(sum(each**2 for each in groups.values()) ** 0.5)
     assert (row["step"], row["tokens"], row["batch_size"]) == (2, 256, 4)
     assert row["max_vio"].keys() == row["load"].keys() == {"1", "2", "mtp.0"}
     assert sum(row["load"]["mtp.0"]) == pytest.approx(1, abs=1e-3)
@@ -197,6 +282,23 @@ def test_the_checkpoint_is_a_model_that_others_load(tmp_path, make_trainer):
     for (name, a), b in zip(trainer.model.state_dict().items(), model.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
     assert read_state(latest_checkpoint(tmp_path / "checkpoints"))["recipe"]["training"]["tokens"] == 768
+
+
+def test_the_average_is_a_model_that_others_load_and_export(tmp_path, make_trainer):
+    trainer = make_trainer(tmp_path / "run", "training.ema_decay=0.9")
+    trainer.run()
+    expected = trainer.average.tensors()
+    assert not torch.equal(expected["lm_head.weight"], trainer.model.lm_head.weight)
+    export_weights(tmp_path / "run", tmp_path / "exported", ema=True)
+    for model in (load_model(tmp_path / "run", ema=True)[0], load_model(tmp_path / "exported")[0]):
+        for name, each in model.state_dict().items():
+            assert torch.equal(each, expected[name]), name
+    assert torch.equal(load_model(tmp_path / "run")[0].lm_head.weight, trainer.model.lm_head.weight)
+    with pytest.raises(UserError, match="only a training checkpoint has an average"):
+        load_model(tmp_path / "exported", ema=True)
+    make_trainer(tmp_path / "without", "training.tokens=128").run()
+    with pytest.raises(UserError, match=r"holds no average of the weights: its run had no training\.ema_decay"):
+        load_model(tmp_path / "without", ema=True)
 
 
 def test_schedules_are_read_before_each_step(tmp_path, make_trainer):
@@ -224,35 +326,75 @@ def poison_after(trainer, step, poison):
     trainer.progress = progress
 
 
-def test_a_loss_that_is_not_finite_stops_with_step_documents_and_checkpoint(tmp_path, make_trainer):
-    trainer = make_trainer(tmp_path, "training.checkpoint_every_steps=2")
+def test_too_many_skipped_steps_end_the_run_with_step_documents_and_checkpoint(tmp_path, make_trainer):
+    trainer = make_trainer(tmp_path, "training.checkpoint_every_steps=2", "training.max_skipped_steps=1")
 
     def poison():
         with torch.no_grad():
             trainer.model.norm.weight.fill_(float("nan"))
 
-    poison_after(trainer, 3, poison)
+    poison_after(trainer, 2, poison)
     with pytest.raises(RunError) as caught:
         trainer.run()
     message = str(caught.value)
-    assert "the loss of step 4 is nan" in message
+    assert "the loss of step 4 is not finite, as in every step since 3; these were skipped" in message
     assert "rows 12 to 15" in message
     for document in trainer.loader.describe(trainer.loader.batch(12, 4)):
         assert document in message
     assert str(tmp_path / "checkpoints" / "step-00000002") in message
-    assert [each["step"] for each in records(tmp_path)] == [1, 2, 3]
+    rows = records(tmp_path)
+    assert [(row["step"], row["loss"] is None, row["skipped_steps"]) for row in rows] == [
+        (1, False, 0), (2, False, 0), (3, True, 1), (4, True, 2),
+    ]  # fmt: skip
 
 
-def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_weights(tmp_path, make_trainer):
-    trainer = make_trainer(tmp_path)
+def test_without_leave_to_skip_the_first_gradient_that_is_not_finite_ends_the_run(tmp_path, make_trainer):
+    trainer = make_trainer(tmp_path, "training.max_skipped_steps=0")
     poison_after(trainer, 2, lambda: trainer.model.lm_head.weight.register_hook(lambda g: g * float("inf")))
-    with pytest.raises(RunError, match=r"the gradient's norm of step 3 is (inf|nan).*none was written yet"):
+    with pytest.raises(RunError, match=r"the gradient of step 3 is not finite\..*none was written yet"):
         trainer.run()
     assert all(p.isfinite().all() for p in trainer.model.parameters())
 
 
+@pytest.mark.parametrize("delay", [0, 1])
+def test_a_bad_step_is_skipped_counted_and_the_run_goes_on(tmp_path, make_trainer, delay):
+    """Weights, moments and biases stay; data and schedules move on; whenever the figures are read."""
+    trainer = make_trainer(tmp_path, "training.ema_decay=0.5")
+    trainer.delay = delay
+    hooks, seen = [], {}
+
+    def watch(**figures):
+        seen[figures["step"]] = {
+            f"{a}.{b}": x.clone() for a, part in trainer.tensors().items() for b, x in part.items()
+        }
+        if figures["step"] == 2:
+            hooks.append(trainer.model.lm_head.weight.register_hook(lambda g: g * float("nan")))
+        if figures["step"] == 3:
+            hooks.pop().remove()
+
+    trainer.progress = watch
+    trainer.run()
+    trained = [name for name in seen[2] if not name.startswith("ema.")]
+    assert all(torch.equal(seen[2][name], seen[3][name]) for name in trained)
+    assert not torch.equal(seen[3]["model.lm_head.weight"], seen[4]["model.lm_head.weight"])
+    rows = records(tmp_path)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert [row["grad_norm"] is None for row in rows] == [False, False, True, False, False, False]
+    assert [row["skipped_steps"] for row in rows] == [0, 0, 1, 1, 1, 1]
+    assert rows[3]["tokens"] == 4 * 128
+    assert all(value.isfinite().all() for value in seen[6].values() if value.is_floating_point())
+
+
+def test_figures_read_late_are_the_same_figures(tmp_path, make_trainer):
+    late = make_trainer(tmp_path / "late", "training.checkpoint_every_steps=4")
+    late.delay = 2
+    late.run()
+    make_trainer(tmp_path / "soon", "training.checkpoint_every_steps=4").run()
+    assert records(tmp_path / "late") == records(tmp_path / "soon")
+
+
 def test_a_full_disk_while_saving_leaves_the_earlier_checkpoint(tmp_path, make_trainer, monkeypatch):
-    trainer = make_trainer(tmp_path, "training.checkpoint_every_steps=2")
+    trainer = make_trainer(tmp_path, "training.checkpoint_every_steps=2", "training.tokens=1024")
 
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -264,6 +406,7 @@ def test_a_full_disk_while_saving_leaves_the_earlier_checkpoint(tmp_path, make_t
     assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == ["latest", "step-00000002"]
     resumed = make_trainer(tmp_path, "training.checkpoint_every_steps=2")
     assert resumed.resume()
+    assert resumed.step_count == 2
     resumed.run()
     assert [each["step"] for each in records(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
@@ -292,6 +435,40 @@ def test_what_changes_no_result_may_change(tmp_path, make_trainer):
     assert make_trainer(tmp_path, "training.tokens=128", "notes.b=new", "model.hidden_size=32").resume()
 
 
+def test_a_longer_training_goes_on_where_the_shorter_one_ended(tmp_path, make_trainer):
+    make_trainer(tmp_path / "short", "training.tokens=384").run()
+    longer = make_trainer(tmp_path / "short", "training.checkpoint_every_steps=2")
+    assert longer.resume()
+    assert longer.changes == [
+        "training.checkpoint_every_steps was None and is 2", "training.tokens was 384 and is 768",
+    ]  # fmt: skip
+    longer.run()
+    whole = make_trainer(tmp_path / "whole")
+    whole.run()
+    assert records(tmp_path / "short") == records(tmp_path / "whole")
+    assert_equal_tensors(longer, whole)
+
+
+def test_a_schedule_that_would_have_begun_otherwise_is_refused(tmp_path, make_trainer):
+    ramp = 'schedule.learning_rate=[{kind="linear", from=1e-3, to=0.0}]'
+    make_trainer(tmp_path, "training.tokens=384", ramp).run()
+    with pytest.raises(UserError, match=r"training.tokens was 384 and is 768\..*--allow training.tokens"):
+        make_trainer(tmp_path, ramp).resume()
+
+
+def test_what_is_allowed_by_name_may_change(tmp_path, make_trainer):
+    make_trainer(tmp_path, "training.tokens=384").run()
+    other = make_trainer(tmp_path, "optimizer.weight_decay=0.2", "training.ema_decay=0.9")
+    assert other.resume(["optimizer.weight_decay", "training.ema_decay"])
+    assert "optimizer.weight_decay was 0.1 and is 0.2 (allowed)" in other.changes
+    for name, each in other.average.tensors().items():
+        assert torch.equal(each, other.model.state_dict()[name]), name  # it begins here
+    other.run()
+    without = make_trainer(tmp_path, "optimizer.weight_decay=0.2")
+    assert without.resume(["training"])
+    assert without.average is None
+
+
 def test_tensors_of_another_config_are_refused(tmp_path, make_trainer):
     """A state.json that was edited, or belongs to another checkpoint."""
     make_trainer(tmp_path / "small", "training.tokens=128").run()
@@ -316,13 +493,3 @@ def test_an_evaluation_before_and_after_and_the_model_trains_on(tmp_path, make_t
     assert trainer.model.training
     rows = [json.loads(line) for line in (tmp_path / "evaluations.jsonl").read_text().splitlines()]
     assert [(row["step"], row["tokens"], row["score"]) for row in rows] == [(0, 0, 0.5), (6, 768, 0.5)]
-
-
-def test_devices():
-    assert pick_device("cpu") == torch.device("cpu")
-    with pytest.raises(UserError, match="expected 'auto', 'cpu', 'cuda' or 'cuda:0'"):
-        pick_device("gpu")
-    if not torch.cuda.is_available():
-        assert pick_device("auto") == torch.device("cpu")
-        with pytest.raises(UserError, match="torch finds no GPU here"):
-            pick_device("cuda")

@@ -12,9 +12,6 @@ from dsv3.errors import UserError
 if TYPE_CHECKING:
     from dsv3.bench.measure import Result, Spread
 
-WIDTH = 120
-"""Columns of a table that is written to a file or a pipe."""
-
 json_option = click.option(
     "--json", "json_path", type=click.Path(path_type=Path), help="Also write everything measured to this file."
 )
@@ -99,12 +96,11 @@ def use_threads(count: int | None) -> None:
 def show(result: Result, json_path: Path | None) -> None:
     """Prints the tables, and writes the file that was asked for."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
-    if not console.is_terminal:
-        console.width = WIDTH
+    from dsv3.cli.ui import table_console
+
+    console = table_console()
     where = f"{result.machine['processor']}, {result.machine['threads']} threads"
     shapes = ", ".join(f"{name} {value}" for name, value in result.shapes.items())
     console.print(f"{where}\n{shapes}", highlight=False, soft_wrap=True)

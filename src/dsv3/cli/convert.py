@@ -52,10 +52,11 @@ def import_command(
 @click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
 @click.option("--dtype", help="bf16 or fp32; without it, weights stay what they are.")
 @click.option("--fp8", is_flag=True, help="Weights in FP8 blocks, as the released checkpoints have them.")
+@click.option("--ema", is_flag=True, help="The average of the weights that the run kept, instead of the weights.")
 @click.option("--shard-size", type=float, default=5.0, help="GB of a file at most; 5.")
 @WORKERS
 def export_command(
-    checkpoint: Path, directory: Path, dtype: str | None, fp8: bool, shard_size: float, workers: int
+    checkpoint: Path, directory: Path, dtype: str | None, fp8: bool, ema: bool, shard_size: float, workers: int
 ) -> None:
     """Write CHECKPOINT, or a run's newest one, as the Hugging Face directory DIR.
 
@@ -73,7 +74,7 @@ def export_command(
     wanted = torch.float8_e4m3fn if fp8 else named_dtype(dtype or "auto")
     with Progress() as progress:
         advance = partial(show, progress, "export")
-        export_weights(checkpoint, directory, wanted, int(shard_size * GB), workers, advance)
+        export_weights(checkpoint, directory, wanted, int(shard_size * GB), workers, advance, ema)
     click.echo(f"weights: {directory}")
 
 

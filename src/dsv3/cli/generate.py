@@ -26,9 +26,10 @@ def sampling_options(command: click.decorators.FC) -> click.decorators.FC:
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("--prompt", required=True, help="The text to continue; \\n and \\t are read as in Python.")
 @click.option("--suffix", help="What follows the gap: the model fills in the middle.")
+@click.option("--ema", is_flag=True, help="With the average of the weights that the run kept.")
 @sampling_options
 def generate(
-    checkpoint: Path, prompt: str, suffix: str | None, temperature: float, top_p: float, max_tokens: int,
+    checkpoint: Path, prompt: str, suffix: str | None, ema: bool, temperature: float, top_p: float, max_tokens: int,
     stop: tuple[str, ...], seed: int | None, device: str,
 ) -> None:  # fmt: skip
     """Streams a continuation of PROMPT by the model in CHECKPOINT: a run, a checkpoint or a Hugging Face directory."""
@@ -37,7 +38,7 @@ def generate(
     from dsv3.inference.sampling import SamplingParams
 
     params = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=max_tokens, stop=stop, seed=seed)
-    llm = LLM(checkpoint, device=device)
+    llm = LLM(checkpoint, device=device, ema=ema)
     prompt = unescape(prompt)
     ids: str | list[int] = prompt
     if suffix is not None:

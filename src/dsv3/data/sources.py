@@ -11,15 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from dsv3.data import hub, tinypy
+from dsv3.data import hub, needle, tinypy
 from dsv3.data.files import LONGEST_DOCUMENT, READERS, Document, File, SkipReport, read, suffix_of
 from dsv3.data.remote import is_url, remote_files
 from dsv3.errors import UserError, nearest
 
 Split = Literal["train", "validation"]
 
-STDLIB, TINYPY = "builtin:stdlib", "builtin:tinypy"
-ENDLESS = ((TINYPY, "train"),)
+STDLIB, TINYPY, NEEDLE = "builtin:stdlib", "builtin:tinypy", "builtin:needle"
+GENERATORS = {TINYPY: tinypy, NEEDLE: needle}
+"""Sources that are made from a seed, each with splits of its own."""
+ENDLESS = ((TINYPY, "train"), (NEEDLE, "train"))
 """Sources and splits that never end: whoever reads one sets a limit."""
 
 TEXT = (".txt", ".md", ".py")
@@ -43,7 +45,7 @@ class Found:
 def documents(
     uri: str, split: Split, *, seed: int, validation_fraction: float = 0.05, report: SkipReport | None = None
 ) -> Iterator[Document]:
-    """The documents of one split of a source, always in the same order; `train` of `builtin:tinypy` never ends.
+    """The documents of one split of a source, always in the same order; `train` of a generated one never ends.
 
     `uri` is a builtin; a file, a directory or a glob, here or at a URL that fsspec opens, of `.txt`, `.md`, `.py`, `.jsonl`
     (`.gz`, `.zst`) or `.parquet` (field `text`); or `hf:NAME` (`hub.py`). A directory is walked in sorted order, hidden
@@ -51,16 +53,16 @@ def documents(
     are cut finer, at a 200th of the corpus but not below 16 KiB. Empty documents are left out and counted.
     A document belongs to `validation` when the sha256 of its id, as a fraction, is below `validation_fraction`. Where that
     leaves a split of a small source empty, its longest document is cut in two instead, at a line break if there is one:
-    the end goes to `validation`. The split of `builtin:tinypy`, the only source that uses `seed`, is its own
-    (held-out combinations).
+    the end goes to `validation`. The splits of the generated sources, which alone use `seed`, are
+    their own (held-out combinations).
     What cannot be read is skipped and added to `report`. Raises `UserError` at once for an unknown source or missing
     path, and at the end when nothing came; `RunError` when a file disappears.
     """
     if not 0 <= validation_fraction < 1:
         raise UserError(f"validation_fraction = {validation_fraction}: expected 0 or more and less than 1")
     report = SkipReport() if report is None else report
-    if uri == TINYPY:
-        return (Document(name, text) for name, text in tinypy.documents(split, seed))
+    if uri in GENERATORS:
+        return (Document(name, text) for name, text in GENERATORS[uri].documents(split, seed))
     return choose(reader(uri), uri, split, validation_fraction, report)
 
 
@@ -69,7 +71,7 @@ def reader(uri: str) -> Callable[[SkipReport], Iterator[Document]]:
     if uri == STDLIB:
         return stdlib
     if uri.startswith("builtin:"):
-        raise UserError(f"unknown source {uri!r}: {nearest(uri, [STDLIB, TINYPY])}")
+        raise UserError(f"unknown source {uri!r}: {nearest(uri, [STDLIB, *GENERATORS])}")
     if uri.startswith(hub.PREFIX):
         return hub.reader(uri)
     found = find(uri)
@@ -86,8 +88,10 @@ def reader(uri: str) -> Callable[[SkipReport], Iterator[Document]]:
 
 def fingerprint(uri: str) -> str:
     """Changes when a source's content does (hex): of files their names, sizes and times; of a builtin its own source."""
-    if uri == TINYPY:
-        return hashlib.sha256(Path(tinypy.__file__).read_bytes()).hexdigest()
+    if uri in GENERATORS:
+        # Needles are hidden among tasks.
+        made_by = ("tinypy.py",) if uri == TINYPY else ("tinypy.py", "needle.py")
+        return hashlib.sha256(b"".join((Path(__file__).parent / name).read_bytes() for name in made_by)).hexdigest()
     if uri.startswith(hub.PREFIX):
         return hub.fingerprint(uri)
     found = local(stdlib_root(), walk(stdlib_root(), NOT_LIBRARY)) if uri == STDLIB else find(uri)

@@ -26,11 +26,12 @@ class Completion:
 class LLM:
     """`LLM(path).generate(prompts, SamplingParams(...))`, as vLLM's users know it.
 
-    `path` is a training checkpoint, the directory of a run, or a Hugging Face directory.
+    `path` is a training checkpoint, the directory of a run, or a Hugging Face directory. `ema`: the average of the weights that
+    a run kept, instead of its weights.
     """
 
-    def __init__(self, path: str | Path, dtype: str | None = None, device: str = "auto"):
-        model, tokenizer = load_model(path, dtype=dtype, device=device)
+    def __init__(self, path: str | Path, dtype: str | None = None, device: str = "auto", ema: bool = False):
+        model, tokenizer = load_model(path, dtype=dtype, device=device, ema=ema)
         self.attach(model, Tokenizer.load(tokenizer))
 
     @classmethod

@@ -10,12 +10,15 @@ V elements of a value head, C elements of the latent, L = C + R elements of a ca
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsv3.model.config import ModelConfig
 from dsv3.model.linear import Linear, RMSNorm
+from dsv3.model.recompute import Recomputation
 from dsv3.model.rope import Rope
 from dsv3.ops.attention import attention
+from dsv3.ops.cast import cast
 from dsv3.ops.latent_attention import latent_attention
 
 
@@ -50,9 +53,12 @@ class MultiHeadLatentAttention(nn.Module):
         self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, eps)
         self.kv_b_proj = Linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim))
         self.o_proj = Linear(heads * config.v_head_dim, config.hidden_size)
+        self.recomputation: Recomputation | None = None
 
     def forward(self, x: Tensor, rope: Rope, segment_ids: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """Causal attention; with `segment_ids` (int [B, T]) within documents; with a cache, over what it holds as well."""
+        if self.recomputation is not None and cache is None:
+            return self.o_proj(self.recomputed(x, rope, segment_ids, self.recomputation).flatten(2))
         q_nope, q_rope = self.queries(x, rope)
         latent, key = self.latents(x, rope)
         cached = None
@@ -67,8 +73,12 @@ class MultiHeadLatentAttention(nn.Module):
 
     def queries(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
         """(content part [B, T, H, N], rotated part [B, T, H, R])."""
+        q = self.q_proj(x) if self.config.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        return self.parts_of_queries(q, rope)
+
+    def parts_of_queries(self, q: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+        """As `queries`, from the projection's output [B, T, H (N + R)]."""
         config = self.config
-        q = self.q_proj(x) if config.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
         q = q.unflatten(-1, (config.num_attention_heads, config.qk_head_dim))
         q_nope, q_rope = q.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
         return q_nope, rope.rotate(q_rope)
@@ -81,12 +91,30 @@ class MultiHeadLatentAttention(nn.Module):
 
     def expanded(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, key: Tensor, segments: Tensor | None) -> Tensor:
         """Equations (5) to (10): keys and values per head, ordinary attention. [B, T, H, V]"""
-        config = self.config
-        kv = self.kv_b_proj(latent).unflatten(-1, (config.num_attention_heads, -1))
-        k_nope, v = kv.split([config.qk_nope_head_dim, config.v_head_dim], dim=-1)
         q = torch.cat((q_nope, q_rope), dim=-1)
-        k = torch.cat((k_nope, key.unsqueeze(2).expand(-1, -1, config.num_attention_heads, -1)), dim=-1)
-        return attention(q, k, v, config.softmax_scale, segments)
+        k, v = self.keys_and_values(self.kv_b_proj(latent), key)
+        return attention(q, k, v, self.config.softmax_scale, segments)
+
+    def keys_and_values(self, kv: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """(keys [B, T, H, N + R], values [B, T, H, V]) from the up-projection's output and the rotated key."""
+        config = self.config
+        kv = kv.unflatten(-1, (config.num_attention_heads, -1))
+        k_nope, v = kv.split([config.qk_nope_head_dim, config.v_head_dim], dim=-1)
+        return torch.cat((k_nope, key.unsqueeze(2).expand(-1, -1, config.num_attention_heads, -1)), dim=-1), v
+
+    def recomputed(self, x: Tensor, rope: Rope, segments: Tensor | None, recomputation: Recomputation) -> Tensor:
+        """`expanded` of an input [B, T, D], its queries, keys and values made again from the latents in backward."""
+        low, up = x, self.q_proj if self.config.q_lora_rank is None else self.q_b_proj
+        if self.config.q_lora_rank is not None:
+            low = self.q_a_layernorm(self.q_a_proj(x))
+        latent, key = self.latents(x, rope)
+
+        def heads(low: Tensor, latent: Tensor, key: Tensor, up_q: Tensor, up_kv: Tensor) -> tuple[Tensor, ...]:
+            q = torch.cat(self.parts_of_queries(F.linear(low, cast(up_q, low.dtype)), rope), dim=-1)
+            return q, *self.keys_and_values(F.linear(latent, cast(up_kv, latent.dtype)), key)
+
+        q, k, v = recomputation(heads, low, latent, key, up.weight, self.kv_b_proj.weight)
+        return attention(q, k, v, self.config.softmax_scale, segments)
 
     def absorbed(self, q_nope: Tensor, q_rope: Tensor, entries_BSL: Tensor, bias_BTS: Tensor | None) -> Tensor:
         """The same with `W_UK` moved to the queries and `W_UV` behind the weighted sum of latents. [B, T, H, V]

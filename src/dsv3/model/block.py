@@ -3,7 +3,8 @@
 attend (compute) -> dispatch (communication) -> experts (compute) -> combine (communication) -> merge (compute)
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,6 +26,10 @@ class Pass:
     cache: Cache | None = None
     balance_weight: float = 0.0
     """What backward multiplies the balance loss by: alpha times the share of this micro-batch in its batch."""
+    batch_wise: bool = False
+    """Whether the balance loss is taken over all tokens together; else over each sequence."""
+    frequency: Mapping[str, Tensor] = field(default_factory=dict)
+    """For the batch-wise loss: f of the whole batch by MoE block (FP32 [E]), where this pass is but a part of it."""
 
 
 @dataclass
@@ -72,7 +77,9 @@ class Block(nn.Module):
         x = x + self.self_attn(self.input_layernorm(x), shared.rope, shared.segment_ids, shared.cache)
         carry = Carry(x, self.post_attention_layernorm(x))
         if self.moe is not None:
-            carry.routing = self.moe.gate(carry.normed.flatten(0, 1), x.shape[0], shared.balance_weight)
+            parts = 1 if shared.batch_wise else x.shape[0]
+            frequency = shared.frequency.get(self.name)
+            carry.routing = self.moe.gate(carry.normed.flatten(0, 1), parts, shared.balance_weight, frequency)
         return carry
 
     def dispatch(self, carry: Carry) -> None:

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from dsv3.model.config import ModelConfig
 from dsv3.model.linear import Linear, fp8_storage
+from dsv3.model.recompute import Recomputation
 from dsv3.ops.block_scaled import dequantize
 from dsv3.ops.grouped_linear import grouped_linear, segments
-from dsv3.ops.permute import permute, sort_by_expert, unpermute
-from dsv3.ops.router import add_loss, select_experts, sequence_balance
+from dsv3.ops.permute import count_by_expert, permute, sort_by_expert, unpermute
+from dsv3.ops.router import add_loss, balance_loss, expert_frequency, select_experts
 from dsv3.ops.swiglu import swiglu
 
 
@@ -29,13 +30,19 @@ class SwiGLU(nn.Module):
         self.gate_proj = Linear(hidden_size, intermediate_size)
         self.up_proj = Linear(hidden_size, intermediate_size)
         self.down_proj = Linear(intermediate_size, hidden_size)
+        self.recomputation: Recomputation | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]; gate and up in one product, unless copying their weights would cost more than it saves."""
         if x.numel() < FEW_ROWS * x.shape[-1]:
             return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
         gate_up = torch.cat((self.gate_proj.weight_in(x.dtype), self.up_proj.weight_in(x.dtype)))
-        return self.down_proj(swiglu(F.linear(x, gate_up)))
+        return self.down_proj(activated(F.linear(x, gate_up), self.recomputation))
+
+
+def activated(gate_up: Tensor, recomputation: Recomputation | None) -> Tensor:
+    """`swiglu`, made again in backward where that is asked for."""
+    return swiglu(gate_up) if recomputation is None else recomputation(swiglu, gate_up)
 
 
 FEW_ROWS = 64
@@ -46,6 +53,8 @@ EQUAL_GROUP = 64
 
 EVERY_EXPERT_ROWS = 128
 """See `every_expert`."""
+EVERY_EXPERT_HIDDEN = 256
+"""Hidden size up to which a lone token goes to all experts too: reading the weights of all takes less than choosing."""
 
 
 @dataclass(frozen=True)
@@ -59,12 +68,14 @@ class Routing:
     num_experts: int
     """E."""
     balance: Tensor | None
-    """FP32 scalar: the sequence-wise balance loss without its factor; None when it is not asked for."""
+    """FP32 scalar: the balance loss without its factor; None when it is not asked for."""
+    frequency: Tensor | None
+    """FP32 [E]: f of equation (18) over all tokens of the pass; None when no balance loss is asked for."""
 
     @cached_property
     def load(self) -> Tensor:
         """int64 [E]: assignments to each expert, for the bias update and the metrics."""
-        return torch.bincount(self.expert.flatten(), minlength=self.num_experts)
+        return count_by_expert(self.expert.flatten(), self.num_experts)
 
 
 class Gate(nn.Module):
@@ -74,16 +85,27 @@ class Gate(nn.Module):
         super().__init__()
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
+        self.recomputation: Recomputation | None = None
         self.e_score_correction_bias: Tensor
         self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts, dtype=torch.float32))
 
-    def forward(self, x_TD: Tensor, num_sequences: int, balance_weight: float) -> Routing:
-        """Affinities and selection in FP32. With `balance_weight` > 0, backward adds that times the balance loss."""
+    def forward(
+        self, x_TD: Tensor, num_parts: int, balance_weight: float, frequency_E: Tensor | None = None
+    ) -> Routing:
+        """Affinities and selection in FP32. With `balance_weight` > 0, backward adds that times the balance loss.
+
+        The loss is taken over each of `num_parts` equal parts of the tokens; its f is counted there, or is `frequency_E`.
+        """
         config = self.config
-        affinity = F.linear(x_TD.float(), self.weight.float()).sigmoid()
-        balance = None
+        wide = x_TD.float()
+        if self.recomputation is not None and wide is not x_TD:
+            wide = self.recomputation(Tensor.float, x_TD)
+        affinity = F.linear(wide, self.weight.float()).sigmoid()
+        balance = frequency = None
         if balance_weight > 0:
-            balance = sequence_balance(affinity, num_sequences, config.num_experts_per_tok)
+            frequency_PE = expert_frequency(affinity, num_parts, config.num_experts_per_tok)
+            frequency = frequency_PE.mean(0)
+            balance = balance_loss(affinity, frequency_PE if frequency_E is None else frequency_E.unsqueeze(0))
             affinity = add_loss(affinity, balance, balance_weight)
         weight, expert = select_experts(
             affinity,
@@ -94,7 +116,8 @@ class Gate(nn.Module):
             config.norm_topk_prob,
             config.routed_scaling_factor,
         )
-        return Routing(expert, weight, config.n_routed_experts, None if balance is None else balance.detach())
+        balance = None if balance is None else balance.detach()
+        return Routing(expert, weight, config.n_routed_experts, balance, frequency)
 
 
 class Dispatcher(Protocol):
@@ -121,11 +144,13 @@ class LocalDispatcher:
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Any]:
         """See `Dispatcher`."""
-        if len(x_TD) == 1 and not torch.is_grad_enabled():
-            return x_TD.expand(routing.expert.shape[1], -1), routing.load, Few.ONE_TOKEN
-        if every_expert(routing):
-            counts = torch.full((routing.num_experts,), len(x_TD), device=x_TD.device)
-            return x_TD.expand(routing.num_experts, -1, -1).flatten(0, 1), counts, Few.EVERY_EXPERT
+        (tokens, hidden), chosen, experts = x_TD.shape, routing.expert.shape[1], routing.num_experts
+        few = not torch.is_grad_enabled()
+        if few and x_TD.device.type == "cpu" and every_expert(tokens, hidden, experts, chosen):
+            counts = torch.full((experts,), tokens)
+            return x_TD.expand(experts, -1, -1).flatten(0, 1), counts, Few.EVERY_EXPERT
+        if few and tokens == 1:
+            return x_TD.expand(chosen, -1), routing.load, Few.ONE_TOKEN
         permutation = sort_by_expert(routing.expert, routing.num_experts, equal_groups(routing))
         return permute(x_TD, permutation), permutation.counts_E, permutation
 
@@ -135,17 +160,16 @@ class LocalDispatcher:
             return torch.mm(routing.weight.to(rows_RD.dtype), rows_RD)
         if handle is Few.EVERY_EXPERT:
             rows_TED = rows_RD.unflatten(0, (routing.num_experts, -1)).transpose(0, 1)
-            weight_TE = rows_RD.new_zeros(rows_TED.shape[:2])
+            weight_TE = torch.zeros(rows_TED.shape[:2], dtype=rows_RD.dtype, device=rows_RD.device)
             weight_TE.scatter_(1, routing.expert, routing.weight.to(rows_RD.dtype))
             return torch.bmm(weight_TE.unsqueeze(1), rows_TED).squeeze(1)
         return unpermute(rows_RD, routing.weight, handle)
 
 
-def every_expert(routing: Routing) -> bool:
-    """Whether `Few.EVERY_EXPERT` pays: on CPU, if it is at most four times the work."""
-    (tokens, chosen), experts = routing.expert.shape, routing.num_experts
+def every_expert(tokens: int, hidden: int, experts: int, chosen: int) -> bool:
+    """Whether `Few.EVERY_EXPERT` pays on the CPU: if it is at most four times the work."""
     few = tokens * experts <= EVERY_EXPERT_ROWS and experts <= 4 * chosen
-    return few and routing.expert.device.type == "cpu" and not torch.is_grad_enabled()
+    return few and (tokens > 1 or hidden <= EVERY_EXPERT_HIDDEN)
 
 
 def equal_groups(routing: Routing) -> int:
@@ -170,6 +194,7 @@ class Experts(nn.Module):
         experts, hidden, inner = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * inner, hidden))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, inner))
+        self.recomputation: Recomputation | None = None
         self.register_buffer("gate_up_proj_scale_inv", None)
         self.register_buffer("down_proj_scale_inv", None)
 
@@ -184,7 +209,8 @@ class Experts(nn.Module):
         """Each expert's SwiGLU on its rows: [R, D] -> [R, D]."""
         if self.gate_up_proj_scale_inv is not None:
             return self.from_blocks(rows_RD, counts_E)
-        return grouped_linear(swiglu(grouped_linear(rows_RD, self.gate_up_proj, counts_E)), self.down_proj, counts_E)
+        gate_up = grouped_linear(rows_RD, self.gate_up_proj, counts_E)
+        return grouped_linear(activated(gate_up, self.recomputation), self.down_proj, counts_E)
 
     def from_blocks(self, rows_RD: Tensor, counts_E: Tensor) -> Tensor:
         """`forward` with weights in FP8: one expert after the other, so that only one is ever held in another dtype."""

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dsv3.model.recompute import Recomputation
 from dsv3.ops.block_scaled import dequantize, scale_shape
 from dsv3.ops.cast import cast
 from dsv3.ops.rms_norm import rms_norm
@@ -47,7 +48,14 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
         self.eps = eps
+        self.recomputation: Recomputation | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., dim] -> [..., dim] in x's dtype."""
+        if self.recomputation is not None:
+            return self.recomputation(self.norm, x, self.weight)
         return rms_norm(x, self.weight, self.eps)
+
+    def norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        """`forward` as a function of all that it reads."""
+        return rms_norm(x, weight, self.eps)

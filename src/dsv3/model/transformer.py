@@ -3,8 +3,9 @@
 Legend: B sequences, T tokens, D hidden, V vocabulary.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -12,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from dsv3.errors import UserError
-from dsv3.model.attention import Cache
+from dsv3.model.attention import Cache, MultiHeadLatentAttention
 from dsv3.model.block import Block, Pass
 from dsv3.model.config import ModelConfig
-from dsv3.model.feed_forward import Dispatcher, LocalDispatcher, Routing
+from dsv3.model.feed_forward import Dispatcher, Experts, Gate, LocalDispatcher, Routing, SwiGLU
 from dsv3.model.linear import Linear, RMSNorm
 from dsv3.model.mtp import MultiTokenPrediction
+from dsv3.model.recompute import Recomputation
 from dsv3.model.rope import Rope
 from dsv3.ops.cross_entropy import IGNORE, linear_cross_entropy
 
@@ -52,6 +54,8 @@ class Losses:
     """The balance loss without alpha, summed over blocks; 0 when it is off."""
     load: dict[str, Tensor]
     """int64 [E] by MoE block: assignments to each expert."""
+    frequency: dict[str, Tensor]
+    """FP32 [E] by MoE block: f of equation (18) over all tokens; empty when the balance loss is off."""
 
 
 class DeepSeekV3(nn.Module):
@@ -66,6 +70,7 @@ class DeepSeekV3(nn.Module):
         super().__init__()
         self.config = config
         self.compute_dtype = compute_dtype
+        self.recomputation: Recomputation | None = None
         dispatcher = dispatcher or LocalDispatcher()
         self.embed_tokens = nn.Embedding(
             config.vocab_size, config.hidden_size, _weight=torch.empty(config.vocab_size, config.hidden_size)
@@ -105,6 +110,19 @@ class DeepSeekV3(nn.Module):
             if block.moe is not None:
                 block.moe.gate.e_score_correction_bias.zero_()
         return self
+
+    def recompute(self, kinds: Collection[str]) -> None:
+        """Has the backward pass of `loss` compute again what it would otherwise keep; the result stays the same to the bit.
+
+        `norms`: the outputs of RMSNorm (the router's FP32 copy of one among them), `mla_up`: queries, keys and values made
+        from MLA's latents (report, section 3.2.3), `swiglu`: the inputs of the feed-forward's last product (section 3.3.3).
+        """
+        self.recomputation = Recomputation() if kinds else None
+        parts = {"norms": (RMSNorm, Gate), "mla_up": (MultiHeadLatentAttention,), "swiglu": (SwiGLU, Experts)}
+        for kind, types in parts.items():
+            for module in self.modules():
+                if isinstance(module, types):
+                    module.recomputation = self.recomputation if kind in kinds else None
 
     def embed(self, tokens: Tensor) -> Tensor:
         """int [B, T] -> [B, T, D] in the compute dtype."""
@@ -147,6 +165,8 @@ class DeepSeekV3(nn.Module):
         segment_ids: Tensor | None = None,
         mtp_weight: float = 0.0,
         balance_alpha: float = 0.0,
+        batch_wise: bool = False,
+        frequency: Mapping[str, Tensor] | None = None,
         scale: float = 1.0,
         divisor: float | None = None,
     ) -> Losses:
@@ -157,7 +177,11 @@ class DeepSeekV3(nn.Module):
         divided by, this micro-batch's own by default; equation (24) divides every MTP loss by the same. `scale`
         multiplies all gradients, the balance loss's too: with gradient accumulation, one over the number of
         micro-batches, and `divisor` the whole batch's targets divided by that number. `mtp_weight` is lambda (0 leaves
-        the MTP modules out). Raises `UserError` for rows too short for the deepest MTP module.
+        the MTP modules out). `balance_alpha` is alpha, of the sequence-wise balance loss, or of the batch-wise one
+        (section 4.5.3), whose f and P are taken over all tokens together. Where these rows are one micro-batch of several,
+        `frequency` holds f of the whole batch (the mean of what `Losses.frequency` says of each): then the micro-batches'
+        gradients and losses are exactly the whole batch's. Raises `UserError` for rows too short for the deepest MTP
+        module.
         """
         inputs = tokens[:, :-1]
         if mtp_weight > 0 and inputs.shape[1] <= len(self.mtp):
@@ -167,7 +191,17 @@ class DeepSeekV3(nn.Module):
         positions = default_positions(inputs) if positions is None else positions[:, :-1]
         segments = None if segment_ids is None else segment_ids[:, :-1]
         rope = Rope.at(self.config, positions)
-        shared = Pass(rope, segments, None, balance_alpha * scale)
+        shared = Pass(rope, segments, None, balance_alpha * scale, batch_wise, frequency or {})
+        watching = nullcontext() if self.recomputation is None else self.recomputation.watching()
+        with watching:
+            return self.losses(tokens, inputs, shared, valid, segment_ids, mtp_weight, scale, divisor)
+
+    def losses(
+        self, tokens: Tensor, inputs: Tensor, shared: Pass, valid: Tensor | None, segment_ids: Tensor | None,
+        mtp_weight: float, scale: float, divisor: float | None,
+    ) -> Losses:  # fmt: skip
+        """`loss` of checked rows."""
+        rope, segments = shared.rope, shared.segment_ids
         output = self.run(inputs, shared)
         target = targets(tokens, 1, valid, segment_ids)
         count = float((target != IGNORE).sum().clamp(min=1)) if divisor is None else divisor
@@ -176,9 +210,8 @@ class DeepSeekV3(nn.Module):
         length = inputs.shape[1]
         for module in self.mtp if mtp_weight > 0 else []:
             k = module.depth + 1
-            part = Pass(
-                rope[: length - k], None if segments is None else segments[:, : length - k], None, shared.balance_weight
-            )
+            shorter = None if segments is None else segments[:, : length - k]
+            part = replace(shared, rope=rope[: length - k], segment_ids=shorter)
             hidden, routing = module(hidden[:, : length - k], self.embed(inputs[:, k:]), part)
             routings[module.block.name] = routing
             target = targets(tokens, k + 1, valid, segment_ids)
@@ -187,7 +220,9 @@ class DeepSeekV3(nn.Module):
             mtp.append(loss.detach())
         balances = [each.balance for each in routings.values() if each.balance is not None]
         balance = torch.stack(balances).sum() if balances else torch.zeros((), device=tokens.device)
-        return Losses(total * scale, main.detach(), mtp, balance, {name: each.load for name, each in routings.items()})
+        load = {name: each.load for name, each in routings.items()}
+        counted = {name: each.frequency for name, each in routings.items() if each.frequency is not None}
+        return Losses(total * scale, main.detach(), mtp, balance, load, counted)
 
 
 def module_list(modules: Iterable[nn.Module]) -> Any:

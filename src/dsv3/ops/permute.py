@@ -31,6 +31,14 @@ class Permutation:
         return self.assignment_R // self.row_TK.shape[1]
 
 
+def count_by_expert(expert_A: Tensor, num_experts: int) -> Tensor:
+    """int64 [E]: how many of the assignments (int64 [A]) go to each expert."""
+    if expert_A.device.type == "cpu":
+        return torch.bincount(expert_A, minlength=num_experts)
+    # On a GPU, bincount waits for it, to learn the largest number.
+    return expert_A.new_zeros(num_experts).scatter_add_(0, expert_A, torch.ones_like(expert_A))
+
+
 def sort_by_expert(expert_TK: Tensor, num_experts: int, equal_groups: int = 0) -> Permutation:
     """The permutation that brings the rows of one expert together, tokens in order within it (a stable sort).
 
@@ -38,7 +46,7 @@ def sort_by_expert(expert_TK: Tensor, num_experts: int, equal_groups: int = 0) -
     product serves all experts.
     """
     expert_A = expert_TK.flatten()
-    counts = torch.bincount(expert_A, minlength=num_experts)
+    counts = count_by_expert(expert_A, num_experts)
     assignment_R = torch.argsort(expert_A, stable=True)
     numbers = torch.arange(len(assignment_R), device=assignment_R.device)
     row_A = torch.empty_like(assignment_R)

@@ -45,19 +45,28 @@ select_experts = Operation("select_experts", [Implementation("reference", select
 expert [T, K] int64, ascending)`."""
 
 
-def sequence_balance(affinity_TE: Tensor, num_sequences: int, num_experts: int) -> Tensor:
-    """The complementary sequence-wise balance loss without its factor alpha: `sum_i f_i P_i`, equations (17) to (20).
+def expert_frequency(affinity_TE: Tensor, num_parts: int, num_experts: int) -> Tensor:
+    """f of equation (18) for `num_parts` equal parts of the tokens, one after the other: [parts, E], without a gradient.
 
-    Tokens are `num_sequences` sequences of equal length, one after the other; the mean over sequences is returned (the
-    report leaves the aggregation open). f counts the un-biased top K, as printed, and carries no gradient.
+    It counts the un-biased top K, as printed; 1 is an expert's even share. A part is one sequence for the sequence-wise
+    balance loss, and all tokens for the batch-wise one.
     """
-    affinity = affinity_TE.unflatten(0, (num_sequences, -1))
-    chosen = affinity.detach().topk(num_experts, dim=-1).indices
+    affinity = affinity_TE.detach().unflatten(0, (num_parts, -1))
+    chosen = affinity.topk(num_experts, dim=-1).indices
     num_routed, length = affinity.shape[2], affinity.shape[1]
     hits = torch.zeros_like(affinity).scatter_(2, chosen, 1.0).sum(1)
-    frequency = hits * (num_routed / (num_experts * length))
+    return hits * (num_routed / (num_experts * length))
+
+
+def balance_loss(affinity_TE: Tensor, frequency_PE: Tensor) -> Tensor:
+    """A balance loss without its factor alpha: `sum_i f_i P_i`, equations (17), (19) and (20), with the f that is given.
+
+    Tokens are as many equal parts as f has rows; the mean over parts is returned (the report leaves it open how sequences
+    are put together).
+    """
+    affinity = affinity_TE.unflatten(0, (len(frequency_PE), -1))
     probability = (affinity / affinity.sum(-1, keepdim=True)).mean(1)
-    return (frequency * probability).sum(-1).mean()
+    return (frequency_PE * probability).sum(-1).mean()
 
 
 class AddLoss(torch.autograd.Function):

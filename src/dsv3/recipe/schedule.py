@@ -107,6 +107,14 @@ class Timeline:
         run = bisect_right(self._first_steps, step) - 1
         return self._first_tokens[run] + (step - self._first_steps[run]) * self._tokens_a_step[run]
 
+    def runs(self, step: int) -> list[tuple[int, int]]:
+        """(first step, tokens a step) of the runs before `step`, with neighbours of one batch size as one."""
+        runs: list[tuple[int, int]] = []
+        for first, tokens in zip(self._first_steps, self._tokens_a_step, strict=True):
+            if first < step and (not runs or runs[-1][1] != tokens):
+                runs.append((first, tokens))
+        return runs
+
     def steps_until(self, tokens: int) -> int:
         """The fewest steps that consume at least `tokens` tokens."""
         run = bisect_right(self._first_tokens, tokens) - 1

@@ -17,6 +17,8 @@ from dsv3.recipe.section import Section
 from dsv3.recipe.segment import Scheduled, ScheduledCount, Segment, as_segments
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Recomputable = Literal["norms", "mla_up", "swiglu"]
+Sink = Literal["wandb", "trackio"]
 
 
 def _deviation_or_rule(value: object) -> object:
@@ -44,7 +46,8 @@ class Source(Section):
     """What logs, shards and scores call it; also the name of its directory."""
     uri: str
     """A file, a directory or a glob of text, here or at a URL that fsspec opens; `hf:NAME`, a data set of Hugging Face or a
-    directory of one; or a corpus that comes with dsv3: `builtin:stdlib`, `builtin:tinypy`."""
+    directory of one; or a corpus that comes with dsv3: `builtin:stdlib`, `builtin:tinypy`,
+    `builtin:needle`."""
     weight: float = Field(default=1.0, gt=0)
     """Its share of the training tokens, relative to the other sources' weights."""
     tokens: Quantity | None = None
@@ -65,6 +68,9 @@ class DataSection(Section):
     4.1; the proportion is not published)."""
     validation_fraction: float = Field(default=0.02, gt=0, lt=1)
     """Share of the documents held out, chosen by a hash; ours."""
+    seed: int | None = Field(default=None, ge=0)
+    """Seed of what is drawn up to the shards (generated documents, fill-in-the-middle); by default `training.seed`. Runs
+    that share it have the same tokenizer, shards and held-out texts."""
     deduplicate: bool = False
     """Whether a document whose text came before, in any source or split, is left out; what the report does is not
     published in detail."""
@@ -90,6 +96,8 @@ class OptimizerSection(Section):
     """Adam's addend to the denominator; not published."""
     weight_decay: float = Field(default=0.1, ge=0)
     """Decoupled decay a unit of learning rate (report, section 4.2)."""
+    decay_norms: bool = False
+    """Whether the gains of norms decay too; not published."""
     clip_norm: float = Field(default=1.0, gt=0)
     """Largest global norm of the gradient (report, section 4.2)."""
     muon_momentum: float = Field(default=0.95, ge=0, lt=1)
@@ -116,7 +124,8 @@ class ScheduleSection(Section):
     mtp_weight: Scheduled = 0.3
     """Weight of the MTP loss, lambda (report, equation 25; 0.3, and 0.1 after 10T tokens)."""
     bias_update_speed: Scheduled = 0.001
-    """Change of an expert's bias a step, gamma (report, section 2.1.2; 0.001, and 0 after 14.3T tokens)."""
+    """Change of an expert's bias a step, gamma (report, section 2.1.2; 0.001, and 0 after 14.3T tokens). Used where
+    `training.balance` is `bias`."""
 
 
 class TrainingSection(Section):
@@ -132,27 +141,92 @@ class TrainingSection(Section):
     """Where to train: `cpu`, `cuda`, `cuda:1`, or `auto` for the first GPU if there is one."""
     micro_batch_size: Length | None = None
     """Sequences in one forward pass, a divisor of every batch size; by default the whole batch."""
+    balance: Literal["bias", "sequence", "batch"] = "bias"
+    """What keeps the experts' loads even: `bias` moves the routing biases (report, section 2.1.2) and adds a small
+    sequence-wise loss; `sequence` and `batch` leave the biases alone and rely on an auxiliary loss over each sequence, or
+    over the whole batch (section 4.5.3). `batch` with several micro-batches takes a forward pass more, to count the loads."""
     balance_alpha: float = Field(default=1e-4, ge=0)
-    """Weight of the sequence-wise balance loss, alpha (report, equation 17)."""
+    """Weight of the balance loss, alpha (report, equation 17: 1e-4 beside the biases). `sequence` and `batch` need one of
+    their own, which is not published; DeepSeek-V2 has 0.003."""
     initialization: Annotated[float | Literal["fan_in"], BeforeValidator(_deviation_or_rule)] = 0.006
     """Standard deviation of the initial weights (report, section 4.2), or `fan_in`: one over the root of the inputs."""
+    ema_decay: float | None = Field(default=None, gt=0, lt=1)
+    """Decay a step of an average of the weights, kept in CPU memory and evaluated beside them; none by default. The report
+    keeps one (section 3.2.3) and does not publish its decay."""
+    recompute: Annotated[tuple[Recomputable, ...], Field(strict=False)] = ()
+    """What backward computes again instead of keeping it: `norms`, `mla_up`, `swiglu` (report, sections 3.2.3 and 3.3.3); the
+    result is the same."""
+    max_skipped_steps: int = Field(default=3, ge=0)
+    """Steps in a row that may be skipped because loss or gradient is not finite; one more ends the run. Ours."""
     checkpoint_every_steps: Length | None = None
     """Steps between checkpoints; by default one at the end."""
+    keep_last: Length | None = None
+    """Newest checkpoints that are kept; by default all."""
+    keep_every_steps: Length | None = None
+    """Checkpoints of every so many steps that are kept beside those."""
     evaluate_every_steps: Length | None = None
     """Steps between evaluations; by default one before and one after."""
     load_every_steps: Length = 10
     """Steps between records of every expert's load."""
 
+    @model_validator(mode="after")
+    def _keeps_some_of_several(self) -> Self:
+        if self.keep_every_steps is not None and self.keep_last is None:
+            raise ValueError("expected keep_last beside keep_every_steps: without it, all checkpoints are kept")
+        return self
+
+    @model_validator(mode="after")
+    def _auxiliary_loss_has_a_weight(self) -> Self:
+        if self.balance != "bias" and "balance_alpha" not in self.model_fields_set:
+            raise ValueError(
+                f"training.balance = '{self.balance}' needs training.balance_alpha: its default, 1e-4, is for the loss beside "
+                "the biases; DeepSeek-V2 has 0.003"
+            )
+        return self
+
+
+class ExtensionSection(Section):
+    """`[extension]`: for `dsv3 extend`, a training that goes on from the weights of another at a greater length (report,
+    section 4.3). Where it goes to is `data.sequence_length`, how positions are scaled `model.rope_scaling`.
+    """
+
+    initial_from: str
+    """The run, checkpoint or Hugging Face directory to start from; its tokenizer is used as well."""
+    from_length: Length
+    """The sequence length it was trained with: a start of another length is refused, so that phases keep their order."""
+    optimizer_state: Literal["fresh", "kept"] = "fresh"
+    """Whether the optimizer forgets the phase before; not published. `fresh` starts from published weights as well."""
+
+
+class LoggingSection(Section):
+    """`[logging]`: where figures go beside `metrics.jsonl` and TensorBoard, which are always written."""
+
+    sinks: Annotated[tuple[Sink, ...], Field(strict=False)] = ()
+    """`wandb`, `trackio`: services that are not part of dsv3 and must be installed."""
+    project: str = "dsv3"
+    """What the run belongs to there."""
+
 
 class EvaluationSection(Section):
     """`[evaluation]`: what is measured while training; ours."""
 
+    tasks: Annotated[tuple[Literal["bpb", "tinypy", "needle", "position"], ...], Field(strict=False)] = (
+        "bpb",
+        "tinypy",
+    )
+    """What is measured: bits per byte, tasks (where a source is `builtin:tinypy`), needles in haystacks, loss by position."""
     bits_per_byte_bytes: Quantity = 200_000
-    """Held-out bytes scored, a source."""
+    """Held-out bytes scored, a source; also those that loss by position is taken over."""
     validation_tokens: Quantity = 50_000
     """Held-out tokens of a source, packed as in training, that the validation loss is taken over."""
     tinypy_tasks: int = Field(default=0, ge=0)
     """Held-out function-writing tasks tried."""
+    needle_lengths: Annotated[tuple[Length, ...], Field(strict=False)] = ()
+    """Tokens of the haystacks; by default a quarter, a half, three quarters and the whole of `data.sequence_length`."""
+    needle_depths: int = Field(default=5, ge=2)
+    """Places of the needle, evenly from the beginning to the end."""
+    needle_samples: int = Field(default=4, ge=1)
+    """Haystacks of each length and place."""
     sample_prompts: Annotated[tuple[str, ...], Field(strict=False)] = ()
     """Prompts that are continued for the reader."""
 
@@ -166,7 +240,10 @@ class Recipe(Section):
     optimizer: OptimizerSection = OptimizerSection()
     schedule: ScheduleSection
     training: TrainingSection
+    extension: ExtensionSection | None = None
+    """Where `dsv3 extend` goes on from; a recipe of a training from the beginning has no such section."""
     evaluation: EvaluationSection = EvaluationSection()
+    logging: LoggingSection = LoggingSection()
     notes: dict[str, str] = Field(default_factory=dict)
     """Why the recipe is as it is, by topic: shown before the first step and in the report; changes nothing."""
 
@@ -186,6 +263,11 @@ class Recipe(Section):
         from dsv3.recipe.load import read_recipe
 
         return read_recipe(values, overrides)
+
+    @property
+    def data_seed(self) -> int:
+        """The seed of everything up to the shards."""
+        return self.training.seed if self.data.seed is None else self.data.seed
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able, complete but for `model`, which holds the preset and what differs from it; `from_dict` reads it."""
@@ -208,6 +290,16 @@ class Recipe(Section):
             raise ValueError(
                 f"data.sequence_length = {self.data.sequence_length}: expected at most "
                 f"model.max_position_embeddings = {longest}; shorten the one or raise the other"
+            )
+        if self.extension is not None and self.extension.from_length >= self.data.sequence_length:
+            raise ValueError(
+                f"extension.from_length = {self.extension.from_length}: expected less than data.sequence_length = "
+                f"{self.data.sequence_length}, which it is extended to"
+            )
+        if self.extension is not None and self.tokenizer.path is not None:
+            raise ValueError(
+                "tokenizer.path and extension.initial_from are both there: an extension keeps the tokenizer of its start; "
+                "leave tokenizer.path out"
             )
         segments = as_segments(self.schedule.batch_size)
         if (micro := self.training.micro_batch_size) is not None:

@@ -80,7 +80,7 @@ def tokenizer_stage(recipe: Recipe, out: Path, prints: dict[str, str], progress:
             "corpora": prints,
             "sources": content["data"]["sources"],
             "validation_fraction": recipe.data.validation_fraction,
-            "seed": recipe.training.seed,
+            "seed": recipe.data_seed,
         }
     return Stage(
         "tokenizer", inputs, out / "tokenizer", lambda: make_tokenizer(recipe, out / "tokenizer", progress), ()
@@ -93,7 +93,7 @@ def what_is_built(recipe: Recipe, source: Source, split: Split) -> dict[str, Any
     return {
         "uri": source.uri,
         "split": split,
-        "seed": recipe.training.seed,
+        "seed": recipe.data_seed,
         "fim_rate": recipe.data.fim_rate if training else 0.0,
         "split_joined_rate": recipe.data.split_joined_rate if training else 0.0,
         "validation_fraction": recipe.data.validation_fraction,
@@ -126,7 +126,7 @@ def make_tokenizer(recipe: Recipe, directory: Path, progress: Progress) -> None:
 def training_documents(recipe: Recipe, source: Source) -> Iterator[Document]:
     """A source's training split; of one that never ends, as many documents as the tokenizer can be trained on."""
     fraction = recipe.data.validation_fraction
-    found = documents(source.uri, "train", seed=recipe.training.seed, validation_fraction=fraction)
+    found = documents(source.uri, "train", seed=recipe.data_seed, validation_fraction=fraction)
     return islice(found, ENDLESS_DOCUMENTS) if (source.uri, "train") in ENDLESS else found
 
 

@@ -6,6 +6,7 @@ Text stays text and colours are CSS variables of the page, so one drawing serves
 import io
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from dsv3.errors import UserError
 from dsv3.stages.run_directory import Row
 
 COLOURS = {
@@ -74,6 +76,24 @@ def svg(figure: Figure, name: str, label: str) -> str:
     for variable, (light, _) in COLOURS.items():
         body = body.replace(light, f"var(--{variable})")
     return f'<svg {view[0]} role="img" aria-label="{label}">{body}'
+
+
+def check_drawable(path: Path) -> None:
+    """Refuses a name that no drawing can have."""
+    if path.suffix.lower() not in (".svg", ".png"):
+        raise UserError(f"cannot draw {path}: expected a name that ends in .svg or .png")
+
+
+def save(figure: Figure, path: Path) -> None:
+    """The drawing as a file of its own: `.svg` or `.png`. Raises `UserError` for another ending or an unwritable path."""
+    check_drawable(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(
+            path, dpi=144, facecolor="white", metadata={"Date": None} if path.suffix.lower() == ".svg" else None
+        )
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}); name another file") from None
 
 
 def trace(axes: Axes, rows: Sequence[Row], values: np.ndarray, colour: str, label: str | None = None) -> None:

@@ -6,7 +6,7 @@ import platform
 import re
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +19,51 @@ from dsv3.errors import UserError
 from dsv3.evaluation.validation_loss import ValidationLoss
 from dsv3.planning.flops import training_flops_per_token
 from dsv3.planning.parameters import count_parameters
+from dsv3.recipe.changes import check_names
 from dsv3.recipe.schedule import Schedules
 from dsv3.recipe.schema import Recipe
 from dsv3.stages.data import data_stages, open_sets
 from dsv3.stages.runner import Stage
 from dsv3.stages.scores import Scores
-from dsv3.training.trainer import Progress, Trainer, pick_device
+from dsv3.training.device import pick_device
+from dsv3.training.resume import find_continuation
+from dsv3.training.trainer import Progress, Trainer
 
 
-def pretraining_stages(recipe: Recipe, out: Path, progress: Progress, note: Callable[[str], None]) -> list[Stage]:
-    """The stages up to a trained model in `out/pretrain`; each is keyed by what it reads of the recipe."""
+def pretraining_stages(
+    recipe: Recipe, out: Path, progress: Progress, note: Callable[[str], None], allow: Sequence[str] = ()
+) -> list[Stage]:
+    """The stages up to a trained model in `out/pretrain`; each is keyed by what it reads of the recipe.
+
+    `allow` names keys of the recipe that may differ from those of a run that is continued; see `recipe/changes.py`.
+    Raises `UserError` for a recipe that goes on from another run.
+    """
+    check_names(allow, recipe)
+    if recipe.extension is not None:
+        raise UserError(
+            f"this recipe starts from {recipe.extension.initial_from} ([extension]): use dsv3 extend, or leave the section "
+            "out to train from the beginning"
+        )
     data = data_stages(recipe, out, progress, note)
     names = tuple(stage.name for stage in data)
-    training = Stage("pretrain", recipe.content(), out / "pretrain", lambda: train(recipe, out, progress, note), names)
+    training = Stage(
+        "pretrain", recipe.content(), out / "pretrain", lambda: train(recipe, out, progress, note, allow=allow), names,
+        lambda: refused_changes(out / "pretrain", recipe, allow),
+    )  # fmt: skip
     return [*data, training]
 
 
-def train(recipe: Recipe, out: Path, progress: Progress, note: Callable[[str], None]) -> None:
-    """Trains in `out/pretrain`, from the newest checkpoint where there is one."""
+def refused_changes(directory: Path, recipe: Recipe, allow: Sequence[str]) -> list[str] | None:
+    """What keeps this recipe from going on with the run in a directory; None where that has no checkpoint yet."""
+    found = find_continuation(directory / "checkpoints", recipe, allow)
+    return None if found is None else found.refused
+
+
+def train(
+    recipe: Recipe, out: Path, progress: Progress, note: Callable[[str], None],
+    stage: str = "pretrain", start: Callable[[Trainer], None] | None = None, allow: Sequence[str] = (),
+) -> None:  # fmt: skip
+    """Trains in `out/stage`, from the newest checkpoint where there is one, or else from where `start` sets the trainer."""
     tokenizer = Tokenizer.load(out / "tokenizer")
     shards = open_sets(recipe, out, "train")
     sets = [(source.name, shards[source.name], source.weight) for source in recipe.data.sources]
@@ -49,12 +76,16 @@ def train(recipe: Recipe, out: Path, progress: Progress, note: Callable[[str], N
         recipe.data.document_mask,
     )  # fmt: skip
     trainer = Trainer(
-        recipe, loader, out / "pretrain", files=files, progress=progress,
+        recipe, loader, out / stage, files=files, progress=progress,
         evaluate=lambda model: {**scores(model), "validation_loss": validation(model)},
     )  # fmt: skip
-    if trainer.resume():
-        note(f"pretrain: continuing after step {trainer.step_count}")
-    write_run(recipe, out / "pretrain", tokenizer, sets)
+    if trainer.resume(allow):
+        note(f"{stage}: continuing after step {trainer.step_count}")
+        for change in trainer.changes:
+            note(f"{stage}: {change}")
+    elif start is not None:
+        start(trainer)
+    write_run(recipe, out / stage, tokenizer, sets)
     trainer.run()
 
 

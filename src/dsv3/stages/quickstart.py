@@ -1,6 +1,6 @@
 """Everything, small, on this machine: the stages of pre-training, then a page that shows what came of it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dsv3.recipe.schema import Recipe
@@ -10,8 +10,10 @@ from dsv3.stages.runner import Stage
 from dsv3.training.trainer import Progress
 
 
-def quickstart_stages(recipe: Recipe, out: Path, progress: Progress, note: Callable[[str], None]) -> list[Stage]:
-    """From text to `out/report.html`."""
+def quickstart_stages(
+    recipe: Recipe, out: Path, progress: Progress, note: Callable[[str], None], allow: Sequence[str] = ()
+) -> list[Stage]:
+    """From text to `out/report.html`; `allow` as for `pretraining_stages`."""
     page = out / "report.html"
     report = Stage("report", {}, page, lambda: write_report(out, page))
-    return [*pretraining_stages(recipe, out, progress, note), report]
+    return [*pretraining_stages(recipe, out, progress, note, allow), report]

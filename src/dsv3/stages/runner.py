@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,57 +30,96 @@ class Stage:
     run: Callable[[], None]
     needs: tuple[str, ...] | None = None
     """Names of the stages it depends on; by default the one before it."""
+    refused: Callable[[], list[str] | None] = lambda: None
+    """Asked when the output was made from other inputs: what keeps `run` from going on with it, a sentence each, none if
+    nothing does; None where nothing of it can be gone on with."""
 
 
 def run_stages(
-    stages: Sequence[Stage], directory: Path, say: Callable[[str, str], None], *, replace: bool = True
+    stages: Sequence[Stage],
+    directory: Path,
+    say: Callable[[str, str], None],
+    *,
+    replace: bool = True,
+    allow: Sequence[str] = (),
 ) -> list[str]:
     """Runs the stages in order; returns the names of those that ran. `say(name, state)` hears of each: "cached", "resumed"
     or "started".
 
-    Where an input changed, the stage's output is deleted and made again; without `replace` that is refused. Raises
-    `UserError` then, naming what changed, and when the directory cannot be written or holds what no stage here made.
+    Where an input changed, a stage that can goes on with its output. That of any other is deleted and made again; without
+    `replace` this is refused, unless all that changed are inputs named in `allow`. Raises `UserError` then, naming what
+    changed, and when the directory cannot be written or holds what no stage here made.
     """
     try:
         (directory / "stages").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to {directory}: {error.strerror}; choose another output directory") from None
-    keys: dict[str, str] = {}
     ran = []
-    for stage in stages:
+    for stage, before, key in chained(stages):
         record = directory / "stages" / f"{stage.name}.json"
-        needs = list(keys)[-1:] if stage.needs is None else stage.needs
-        key = keys[stage.name] = key_of(stage, " ".join(keys[name] for name in needs))
         known = read_record(record)
         same = known is not None and known["key"] == key
         if known is not None and same and known["done"] and stage.output.exists():
             say(stage.name, "cached")
             continue
         if not same:
-            if stage.output.exists():
-                check_replaceable(stage, record, known, replace)
+            # Where nothing is replaced unasked, stages before this one changed in what is allowed, if at all.
+            fitting = known is not None and (known["before"] == before or not replace)
+            if stage.output.exists() and not (fitting and stage.refused() == []):
+                check_replaceable(stage, record, known, replace, allow)
                 remove(stage.output)
-            write_record(record, key, stage.inputs, done=False)
+            write_record(record, key, before, stage.inputs, done=False)
         say(stage.name, "resumed" if stage.output.exists() else "started")
         stage.run()
-        write_record(record, key, stage.inputs, done=True)
+        write_record(record, key, before, stage.inputs, done=True)
         ran.append(stage.name)
     return ran
 
 
-def check_replaceable(stage: Stage, record: Path, known: dict[str, Any] | None, replace: bool) -> None:
+def finished(stages: Sequence[Stage], directory: Path) -> bool:
+    """Whether `run_stages` would find nothing to do."""
+    for stage, _, key in chained(stages):
+        known = read_record(directory / "stages" / f"{stage.name}.json")
+        if known is None or known["key"] != key or not known["done"] or not stage.output.exists():
+            return False
+    return True
+
+
+def chained(stages: Sequence[Stage]) -> Iterator[tuple[Stage, str, str]]:
+    """Each stage with the keys of those it needs and with its own."""
+    keys: dict[str, str] = {}
+    for stage in stages:
+        needs = list(keys)[-1:] if stage.needs is None else stage.needs
+        before = " ".join(keys[name] for name in needs)
+        keys[stage.name] = key_of(stage, before)
+        yield stage, before, keys[stage.name]
+
+
+def check_replaceable(
+    stage: Stage, record: Path, known: dict[str, Any] | None, replace: bool, allow: Sequence[str]
+) -> None:
     """Refuses to delete an output that nothing here made, or that the caller wants to keep."""
     if not record.exists() and stage.output.is_dir():
         raise UserError(
             f"{stage.output} is there already and was not made by a run in this directory; move it away, or choose "
             "another output directory"
         )
-    if not replace:
-        changed = differences(known["inputs"], json.loads(json.dumps(stage.inputs))) if known else []
-        raise UserError(
-            f"{stage.output} was made from other inputs: {'; '.join(changed) or 'its record is unreadable'}. Continue "
-            "with what it was made from, or choose another output directory"
-        )
+    if replace:
+        return
+    refused = stage.refused()
+    changed = differences(known["inputs"], json.loads(json.dumps(stage.inputs))) if known else []
+    if refused is None and known is not None and all(is_allowed(each.partition(" ")[0], allow) for each in changed):
+        return
+    said = "; ".join(refused or changed) or "its record is unreadable"
+    raise UserError(
+        f"{stage.output} was made from other inputs: {said}. Continue with what it was made from, choose another output "
+        "directory, or name with --allow what may differ"
+    )
+
+
+def is_allowed(key: str, allow: Sequence[str]) -> bool:
+    """Whether one of the names means an input: a stage may know a recipe's `data.fim_rate` by its last word."""
+    return any(name == key or name.endswith(f".{key}") for name in allow)
 
 
 def key_of(stage: Stage, before: str) -> str:
@@ -95,13 +134,13 @@ def read_record(path: Path) -> dict[str, Any] | None:
         content = json.loads(path.read_text())
     except (OSError, json.JSONDecodeError):
         return None
-    return content if isinstance(content, dict) and content.keys() == {"key", "inputs", "done"} else None
+    return content if isinstance(content, dict) and content.keys() == {"key", "before", "inputs", "done"} else None
 
 
-def write_record(path: Path, key: str, inputs: dict[str, Any], done: bool) -> None:
-    """Replaces a stage's record as a whole."""
+def write_record(path: Path, key: str, before: str, inputs: dict[str, Any], done: bool) -> None:
+    """Replaces a stage's record as a whole; `before` is the key of the stage before it."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"key": key, "inputs": inputs, "done": done}))
+    temporary.write_text(json.dumps({"key": key, "before": before, "inputs": inputs, "done": done}))
     os.replace(temporary, path)
 
 

@@ -1,52 +1,84 @@
-"""Auxiliary-loss-free load balancing (report, section 2.1.2; Wang et al. 2024), and what one reads of it."""
+"""Auxiliary-loss-free load balancing (report, section 2.1.2; Wang et al. 2024), and what one reads of any balancing.
+
+The auxiliary losses that it replaces (`training.balance`) are in `ops/router.py`.
+"""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dsv3.model.transformer import DeepSeekV3
 
+OVERLOADED = 2.0
+"""Times the mean load, from which on an expert counts as overloaded."""
+
 
 @torch.no_grad()
-def update_biases(model: DeepSeekV3, load: dict[str, Tensor], speed: float) -> None:
+def update_biases(model: DeepSeekV3, load: dict[str, Tensor], speed: float, keep: Tensor | None = None) -> None:
     """Overloaded experts lose `speed` from their routing bias, underloaded ones gain it: `b += speed sign(mean - load)`.
 
     `load` (int [E] by block) is that of the whole batch: summed over micro-batches and data-parallel ranks. Every MoE
-    block is updated, those of the MTP modules included.
+    block is updated, those of the MTP modules included; none where `keep`, a bool scalar of the device, is False.
     """
     for block in model.blocks():
         if block.moe is not None and block.name in load:
             counts = load[block.name].float()
-            block.moe.gate.e_score_correction_bias.add_((counts.mean() - counts).sign(), alpha=speed)
+            direction = (counts.mean() - counts).sign()
+            direction = direction if keep is None else direction * keep
+            block.moe.gate.e_score_correction_bias.add_(direction, alpha=speed)
+
+
+def routing_biases(model: DeepSeekV3, load: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The bias (FP32 [E]) of every block that has a load."""
+    return {
+        block.name: block.moe.gate.e_score_correction_bias
+        for block in model.blocks()
+        if block.moe is not None and block.name in load
+    }
+
+
+def mean_by_block(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """f of a whole batch from those of its equal parts (FP32 [E] by MoE block)."""
+    return {name: torch.stack([part[name] for part in parts]).mean(0) for name in parts[0]}
 
 
 @dataclass(frozen=True)
 class BalanceFigures:
-    """How one block's experts shared one batch."""
+    """How the experts of every block shared one batch; by block name."""
 
-    max_vio: float
+    max_vio: dict[str, float]
     """(maximum load - mean load) / mean load (Wang et al. 2024, section 4); 0 is perfect balance."""
-    bias_magnitude: float
+    bias_magnitude: dict[str, float]
     """The largest absolute routing bias."""
-    dead_experts: int
+    bias_drift: dict[str, float]
+    """The mean routing bias: where all move together, which selects nothing."""
+    dead_experts: dict[str, int]
     """Experts without a token."""
-    load: list[float]
-    """Each expert's share of the assignments."""
+    overloaded_experts: dict[str, int]
+    """Experts with more than `OVERLOADED` times the mean load."""
 
 
-def balance_figures(model: DeepSeekV3, load: dict[str, Tensor]) -> dict[str, BalanceFigures]:
-    """The figures of every MoE block that has a load, by block name."""
-    figures = {}
-    for block in model.blocks():
-        if block.moe is None or block.name not in load:
-            continue
-        counts = load[block.name].float()
-        mean = counts.mean().clamp(min=1e-9)
-        figures[block.name] = BalanceFigures(
-            max_vio=float(counts.max() / mean - 1),
-            bias_magnitude=float(block.moe.gate.e_score_correction_bias.abs().max()),
-            dead_experts=int((counts == 0).sum()),
-            load=(counts / counts.sum().clamp(min=1e-9)).tolist(),
-        )
-    return figures
+def balance_figures(load: dict[str, Tensor], bias: dict[str, Tensor]) -> BalanceFigures:
+    """The figures of every block, from its load and its bias (both [E], on the CPU)."""
+    if not load:
+        return BalanceFigures({}, {}, {}, {}, {})
+    counts, biases = torch.stack([load[name].double() for name in load]), torch.stack([bias[name] for name in load])
+    mean = counts.mean(1, keepdim=True).clamp(min=1e-9)
+
+    def by_block(values: Tensor) -> dict[str, Any]:
+        return dict(zip(load, values.tolist(), strict=True))
+
+    return BalanceFigures(
+        max_vio=by_block((counts / mean).amax(1) - 1),
+        bias_magnitude=by_block(biases.abs().amax(1)),
+        bias_drift=by_block(biases.mean(1)),
+        dead_experts=by_block((counts == 0).sum(1)),
+        overloaded_experts=by_block((counts > OVERLOADED * mean).sum(1)),
+    )
+
+
+def shares(counts: Tensor) -> list[float]:
+    """Each expert's share of the assignments, to five digits."""
+    return [round(each, 5) for each in (counts / counts.sum().clamp(min=1e-9)).tolist()]

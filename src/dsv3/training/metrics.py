@@ -1,24 +1,27 @@
 """Where a run's figures go: one JSON line a step, and TensorBoard."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 
 from dsv3.errors import RunError
+from dsv3.training.sinks import Sink
 
 
 class Metrics:
     """Writes `metrics.jsonl`, `evaluations.jsonl` and `tensorboard/` in a run's directory; a context manager.
 
     `last_step` is the step the run continues after, None where it begins. What was recorded of later steps is dropped, so
-    that every step stands once.
+    that every step stands once. `sinks` hear of everything as well.
     """
 
-    def __init__(self, directory: Path, last_step: int | None = None):
-        self.directory = directory
+    def __init__(self, directory: Path, last_step: int | None = None, sinks: Sequence[Sink] = ()):
+        self.directory, self.sinks = directory, sinks
         first = 0 if last_step is None else last_step + 1
         for name in ("metrics.jsonl", "evaluations.jsonl"):
             keep_before(directory / name, first)
@@ -26,15 +29,21 @@ class Metrics:
 
     def step(self, record: dict[str, Any]) -> None:
         """One training step."""
-        self.append("metrics.jsonl", record)
-        for name, value in flatten(record):
-            self.board.add_scalar(f"train/{name}", value, record["step"])
+        self.write("metrics.jsonl", "train", record)
 
     def evaluation(self, record: dict[str, Any]) -> None:
         """One evaluation."""
-        self.append("evaluations.jsonl", record)
-        for name, value in flatten(record):
-            self.board.add_scalar(f"evaluation/{name}", value, record["step"])
+        self.write("evaluations.jsonl", "evaluation", record)
+
+    def write(self, file: str, group: str, record: dict[str, Any]) -> None:
+        """One record, everywhere."""
+        self.append(file, record)
+        figures = {f"{group}/{name}": value for name, value in flatten(record)}
+        # One event for all of them: by `add_scalar`, one by one, they would take as long as the rest of a record twice over.
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in figures.items()]
+        self.board._get_file_writer().add_summary(Summary(value=values), record["step"])
+        for sink in self.sinks:
+            sink.log(figures, record["step"])
 
     def append(self, name: str, record: dict[str, Any]) -> None:
         """One line of a `.jsonl` file, on disk when this returns. Raises `RunError` when it cannot be written."""
@@ -51,6 +60,8 @@ class Metrics:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.board.close()
+        for sink in self.sinks:
+            sink.close()
 
 
 def flatten(record: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:

@@ -14,6 +14,12 @@ NEWTON_SCHULZ = ((4.0848, -6.8946, 2.9270), (3.9505, -6.3029, 2.6377), (3.7418, 
 """Coefficients of the five iterations that bring singular values to about 1 (You Jiacheng's schedule, as published for the
 modded-nanogpt speed run)."""
 
+MODULE_GROUPS = {
+    "embed_tokens": "embedding", "lm_head": "head", "self_attn": "attention", "mlp.gate.": "router",
+    "mlp.experts.": "experts", "mlp.shared_experts.": "shared", "mlp.": "dense",
+}  # fmt: skip
+"""By a part of the parameter's name, the first that fits; gains of norms and MTP modules are groups of their own."""
+
 
 def orthogonalise(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     """The nearest semi-orthogonal matrix of each [out, in] matrix of a batch, to within the iteration's tolerance.
@@ -44,13 +50,14 @@ class Muon(torch.optim.Optimizer):
     ):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
         self.dtype = dtype
+        self.found_inf: Tensor | None = None
         for group in self.param_groups:
             for parameter in group["params"]:
                 self.state[parameter]["momentum"] = torch.zeros_like(parameter)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One update; `closure` is not used."""
+        """One update; `closure` is not used. Nothing changes where `found_inf`, as for torch's own optimizers, is 1."""
         for group in self.param_groups:
             by_shape: dict[tuple[int, int], list[nn.Parameter]] = defaultdict(list)
             for parameter in group["params"]:
@@ -62,21 +69,23 @@ class Muon(torch.optim.Optimizer):
     def update(self, parameters: list[nn.Parameter], shape: tuple[int, int], group: dict[str, Any]) -> None:
         """One update of all parameters whose matrices have one shape."""
         directions = []
+        keep = parameters[0].new_ones(()) if self.found_inf is None else 1 - self.found_inf
         for parameter in parameters:
             assert parameter.grad is not None
-            momentum = self.state[parameter]["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
+            parameter.grad.nan_to_num_(0.0, 0.0, 0.0)
+            momentum = self.state[parameter]["momentum"].lerp_(parameter.grad, keep * (1 - group["momentum"]))
             directions.append(parameter.grad.lerp(momentum, group["momentum"]).view(-1, *shape))
         steps = orthogonalise(torch.cat(directions), self.dtype).split([len(each) for each in directions])
         size = 0.2 * max(shape) ** 0.5
         for parameter, step in zip(parameters, steps, strict=True):
-            parameter.mul_(1 - group["lr"] * group["weight_decay"])
-            parameter.add_(step.to(parameter.dtype).view_as(parameter), alpha=-group["lr"] * size)
+            parameter.mul_(1 - keep * (group["lr"] * group["weight_decay"]))
+            parameter.addcmul_(step.to(parameter.dtype).view_as(parameter), keep, value=-group["lr"] * size)
 
 
 class Optimizer:
     """The optimizers of one model, stepped together; `learning_rate` is set before each step.
 
-    Weight decay spares norm gains (one-dimensional parameters), which the report leaves open. Muon, where the recipe
+    Weight decay spares norm gains (one-dimensional parameters) unless the recipe says otherwise: the report leaves it open. Muon, where the recipe
     chooses it, takes the matrices of all blocks and of `eh_proj`; embedding, head, routers and gains stay with AdamW.
     """
 
@@ -89,7 +98,10 @@ class Optimizer:
             (muon if section.kind == "muon" and is_hidden_matrix(parameter, name) else rest).append(parameter)
         groups = [
             dict(params=[p for p in rest if p.dim() > 1], weight_decay=section.weight_decay),
-            dict(params=[p for p in rest if p.dim() == 1], weight_decay=0.0),
+            dict(
+                params=[p for p in rest if p.dim() == 1],
+                weight_decay=section.weight_decay if section.decay_norms else 0.0,
+            ),
         ]
         adamw = torch.optim.AdamW(groups, lr=0.0, betas=section.betas, eps=section.eps, fused=True)
         # What the first step would make, here and now: a checkpoint holds the same tensors whenever it is written, those of
@@ -105,13 +117,28 @@ class Optimizer:
             part = Muon(muon, 0.0, section.muon_momentum, section.weight_decay, muon_dtype)
             self.parts.append((part, section.muon_scale))
 
-    def clip(self) -> float:
-        """Shortens the gradient to the recipe's global norm where it is longer; returns the norm it had."""
-        return float(nn.utils.clip_grad_norm_(self.names, self.section.clip_norm))
+    def clip(self) -> dict[str, Tensor]:
+        """Shortens the gradient to the recipe's global norm where it is longer; the norms it had, FP32 scalars.
 
-    def step(self, learning_rate: float) -> None:
-        """Updates the parameters from their gradients and clears those."""
+        One for each group of modules that has a gradient, and that of them all as "all".
+        """
+        gradients: dict[str, list[Tensor]] = defaultdict(list)
+        for parameter, name in self.names.items():
+            if parameter.grad is not None:
+                gradients[module_group(name, parameter.dim())].append(parameter.grad)
+        norms = {group: nn.utils.get_total_norm(each) for group, each in gradients.items()}
+        norms["all"] = torch.linalg.vector_norm(torch.stack(list(norms.values())))
+        nn.utils.clip_grads_with_norm_(self.names, self.section.clip_norm, norms["all"])
+        return norms
+
+    def step(self, learning_rate: float, skip: Tensor | None = None) -> None:
+        """Updates the parameters from their gradients and clears those.
+
+        Where `skip`, a bool scalar of the device, is True, weights and moments stay to the bit what they were; nobody waits
+        to learn which it was.
+        """
         for part, scale in self.parts:
+            part.found_inf = None if skip is None else skip.float()  # type: ignore[attr-defined]  # GradScaler's protocol
             for group in part.param_groups:
                 group["lr"] = learning_rate * scale
             part.step()
@@ -125,6 +152,15 @@ class Optimizer:
             for parameter, words in part.state.items()
             for word, value in words.items()
         }
+
+
+def module_group(name: str, dimensions: int) -> str:
+    """Where a parameter belongs when gradients are told apart."""
+    if name.startswith("mtp."):
+        return "mtp"
+    if dimensions == 1:
+        return "norms"
+    return next(group for part, group in MODULE_GROUPS.items() if part in name)
 
 
 def is_hidden_matrix(parameter: Tensor, name: str) -> bool:

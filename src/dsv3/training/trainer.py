@@ -1,33 +1,41 @@
 """The training loop on one device: batches in, weights out.
 
 A step: gradients of the batch's micro-batches, one optimizer step, the routing biases moved by the whole batch's loads,
-one line of figures. Everything that the next step depends on is in the checkpoint.
+one line of figures. Everything that the next step depends on is in the checkpoint. The host never waits for the step under
+way: its figures are read while the next one computes.
 """
 
-import math
-import signal
 import time
-from collections.abc import Callable, Iterator
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dsv3.data.loader import Batch, Loader
-from dsv3.errors import RunError, UserError
-from dsv3.model.transformer import DeepSeekV3, targets
-from dsv3.ops.cross_entropy import IGNORE
-from dsv3.recipe.differences import differences
+from dsv3.errors import RunError
+from dsv3.model.transformer import DeepSeekV3
 from dsv3.recipe.schedule import Schedules
 from dsv3.recipe.schema import Recipe
-from dsv3.training.balance import balance_figures, update_biases
+from dsv3.training.balance import routing_biases, update_biases
+from dsv3.training.device import pick_device
+from dsv3.training.ema import Average
+from dsv3.training.gradients import batch_gradients
+from dsv3.training.health import Health
+from dsv3.training.interrupt import Interrupted, stopping_on_interrupt
 from dsv3.training.metrics import Metrics
 from dsv3.training.optimizer import Optimizer
-from dsv3.weights.checkpoint import latest_checkpoint, load_checkpoint, read_state, save_checkpoint
+from dsv3.training.records import Recorder, Step
+from dsv3.training.resume import find_continuation, refuse
+from dsv3.training.rng import random_state, restore_random_state
+from dsv3.training.saver import Saver
+from dsv3.training.sinks import check_sinks, open_sinks
+from dsv3.training.transfer import Transfer
+from dsv3.weights.checkpoint import latest_checkpoint, load_checkpoint
+from dsv3.weights.released import EMA
 
 Progress = Callable[..., None]
 """Called as `progress(stage=..., done=..., total=..., **figures)` once a step."""
@@ -35,10 +43,8 @@ Evaluate = Callable[[DeepSeekV3], dict[str, Any]]
 """What `evaluations.jsonl` holds beside step, tokens and seconds."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C, after the step was finished and a checkpoint written; the message names it."""
+NAMED_DOCUMENTS = 50
+"""Most documents that a message names."""
 
 
 class Trainer:
@@ -59,14 +65,33 @@ class Trainer:
     ):
         self.recipe, self.loader, self.directory, self.files = recipe, loader, directory, files
         self.progress, self.evaluate = progress, evaluate
+        training = recipe.training
+        check_sinks(recipe.logging)
         self.schedules = Schedules.resolve(recipe)
-        self.device = pick_device(recipe.training.device)
-        dtype = DTYPES[recipe.training.precision]
+        self.device = pick_device(training.device)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        dtype = DTYPES[training.precision]
         model = DeepSeekV3(recipe.model.config(), compute_dtype=dtype)
-        self.model = model.initialize(recipe.training.initialization, recipe.training.seed).to(self.device)
+        self.model = model.initialize(training.initialization, training.seed).to(self.device)
+        self.model.recompute(training.recompute)
         self.optimizer = Optimizer(self.model, recipe.optimizer, muon_dtype=dtype)
+        self.average = None if training.ema_decay is None else Average(self.model, training.ema_decay)
+        self.saver = Saver(training.keep_last, training.keep_every_steps)
+        self.health = Health()
+        self.recorder = Recorder(recipe, self.device)
         self.step_count, self.token_count, self.row_count, self.seconds = 0, 0, 0, 0.0
+        self.pending: deque[Step] = deque()
+        """Steps whose figures are not read yet."""
+        self.delay = 1 if self.device.type == "cuda" else 0
+        """How many steps their reading lags behind."""
+        self.last: dict[str, Any] = {}
+        """The newest record."""
+        self.changes: list[str] = []
+        """What the recipe of the checkpoint that this run continues from had otherwise."""
         self.stop = False
+        self.spent: dict[str, float] = defaultdict(float)
+        """Seconds of the loop in what is not the step itself, by name; see `dsv3 bench train --overhead`."""
 
     def run(self) -> None:
         """Trains to the recipe's last token. Ctrl-C finishes the step, saves and raises `Interrupted`."""
@@ -74,90 +99,111 @@ class Trainer:
         self.directory.mkdir(parents=True, exist_ok=True)
         self.model.train()
         fresh = self.step_count == 0
-        with Metrics(self.directory, None if fresh else self.step_count) as metrics, self.stopping_on_interrupt():
+        sinks = open_sinks(self.recipe.logging, self.directory.resolve().parent.name, self.recipe.to_dict())
+        last_step = None if fresh else self.step_count
+        with Metrics(self.directory, last_step, sinks) as metrics, self.saver, stopping_on_interrupt(self.request_stop):
             if fresh:
                 self.run_evaluation(metrics)
             while self.token_count < training.tokens:
-                record = self.step()
-                metrics.step(record)
-                last = self.token_count >= training.tokens
-                if last or due(self.step_count, training.evaluate_every_steps):
+                self.saver.check()
+                self.step()
+                last, stop = self.token_count >= training.tokens, self.stop  # read once: Ctrl-C may come while we save
+                score = last or due(self.step_count, training.evaluate_every_steps)
+                save = last or stop or due(self.step_count, training.checkpoint_every_steps)
+                self.record(metrics, 0 if score or save else self.delay)
+                if score:
                     self.run_evaluation(metrics)
-                stop = self.stop  # read once: Ctrl-C may come while we save
-                if last or stop or due(self.step_count, training.checkpoint_every_steps):
+                if save:
                     self.save()
-                self.progress(
-                    stage="pretrain", done=self.token_count, total=training.tokens,
-                    step=self.step_count, loss=record["loss"], tokens_per_second=record["tokens_per_second"],
-                )  # fmt: skip
+                self.show()
                 if stop and not last:
+                    self.saver.finish()
                     raise Interrupted(f"stopped after step {self.step_count}; saved in {self.checkpoint_directory}")
 
-    def step(self) -> dict[str, Any]:
-        """One optimizer step; its figures, as `metrics.jsonl` holds them."""
+    def request_stop(self) -> None:
+        """Has the run stop after this step, as Ctrl-C does."""
+        self.stop = True
+
+    def step(self) -> None:
+        """One optimizer step; what it measured joins `pending`."""
         started = time.perf_counter()
         at = (self.step_count, self.token_count)
         size = self.schedules.batch_size.at(*at)
-        learning_rate, speed = self.schedules.learning_rate.at(*at), self.schedules.bias_update_speed.at(*at)
+        learning_rate = self.schedules.learning_rate.at(*at)
+        speed = self.schedules.bias_update_speed.at(*at) if self.recipe.training.balance == "bias" else 0.0
         mtp_weight = self.schedules.mtp_weight.at(*at)
-        batch = self.loader.batch(self.row_count, size)
-        loss, mtp, balance, load = self.gradients(batch, mtp_weight)
-        grad_norm = self.optimizer.clip()
-        for what, value in (("loss", loss), ("gradient's norm", grad_norm)):
-            if not math.isfinite(value):
-                raise RunError(self.not_finite(what, value, batch))
-        self.optimizer.step(learning_rate)
-        update_biases(self.model, load, speed)
+        with self.timed("data"):
+            batch = self.loader.batch(self.row_count, size)
+        losses, load = self.gradients(batch, mtp_weight)
+        norms = self.optimizer.clip()
+        keep = losses[0].isfinite() & norms["all"].isfinite()
+        if self.average is not None:
+            self.average.before_change()
+        self.optimizer.step(learning_rate, ~keep)
+        update_biases(self.model, load, speed, keep)
+        if self.average is not None:
+            with self.timed("average"):
+                self.average.update()
+        first_row = self.row_count
         self.step_count, self.row_count = self.step_count + 1, self.row_count + size
         self.token_count += size * self.recipe.data.sequence_length
-        elapsed = time.perf_counter() - started
-        self.seconds += elapsed
-        figures = {name: asdict(each) for name, each in balance_figures(self.model, load).items()}
-        record = {
-            "step": self.step_count, "tokens": self.token_count, "seconds": round(self.seconds, 3),
-            "loss": loss, "mtp_losses": mtp, "balance_loss": balance, "grad_norm": grad_norm,
-            "learning_rate": learning_rate, "mtp_weight": mtp_weight, "bias_update_speed": speed, "batch_size": size,
-            "tokens_per_second": size * self.recipe.data.sequence_length / elapsed,
-        }  # fmt: skip
-        for key in ("max_vio", "bias_magnitude", "dead_experts"):
-            record[key] = {name: each[key] for name, each in figures.items()}
-        if due(self.step_count, self.recipe.training.load_every_steps):
-            record["load"] = {name: [round(x, 5) for x in each["load"]] for name, each in figures.items()}
-        return record
+        with self.timed("metrics"):
+            measured = {"losses": losses, "skipped": ~keep}
+            measured |= {f"norm {group}": norm for group, norm in norms.items()}
+            measured |= {f"load {name}": each for name, each in load.items()}
+            measured |= {f"bias {name}": each for name, each in routing_biases(self.model, load).items()}
+            scheduled = {
+                "learning_rate": learning_rate, "mtp_weight": mtp_weight, "bias_update_speed": speed, "batch_size": size,
+            }  # fmt: skip
+            self.pending.append(Step(self.step_count, self.token_count, first_row, scheduled, Transfer(measured)))
+        self.seconds += time.perf_counter() - started
 
-    def gradients(self, batch: Batch, mtp_weight: float) -> tuple[float, list[float], float, dict[str, Tensor]]:
-        """Accumulates the batch's gradients; (loss, MTP losses, balance loss, load by block) of the whole batch."""
-        rows = len(batch.tokens)
-        micro = self.recipe.training.micro_batch_size or rows
-        count = rows // micro
-        segments = batch.segment_ids if self.recipe.data.document_mask else None
-        divisor = float((targets(batch.tokens, 1, batch.valid, segments) != IGNORE).sum()) / count
-        figures, load = [], dict[str, Tensor]()
-        for start in range(0, rows, micro):
-            part = slice(start, start + micro)
-            losses = self.model.loss(
-                batch.tokens[part].to(self.device),
-                valid=batch.valid[part].to(self.device),
-                positions=batch.positions[part].to(self.device),
-                segment_ids=None if segments is None else segments[part].to(self.device),
-                mtp_weight=mtp_weight,
-                balance_alpha=self.recipe.training.balance_alpha,
-                scale=1 / count,
-                divisor=divisor,
+    def gradients(self, batch: Batch, mtp_weight: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """`batch_gradients` as the recipe has it."""
+        training, masked = self.recipe.training, self.recipe.data.document_mask
+        return batch_gradients(
+            self.model, batch, training.micro_batch_size,
+            document_mask=masked, mtp_weight=mtp_weight, balance_alpha=training.balance_alpha,
+            batch_wise=training.balance == "batch",
+        )  # fmt: skip
+
+    def record(self, metrics: Metrics, delay: int) -> None:
+        """Writes the figures of all steps but the `delay` newest; `RunError` where too many in a row were skipped."""
+        while len(self.pending) > delay:
+            step, started = self.pending.popleft(), time.perf_counter()
+            values = step.transfer.read()
+            self.seconds += time.perf_counter() - started
+            with self.timed("metrics"):
+                self.last = self.recorder.record(step, values, self.health, self.seconds)
+            with self.timed("logging"):
+                metrics.step(self.last)
+            first = self.health.skipped_from
+            if first is not None and step.number - first >= self.recipe.training.max_skipped_steps:
+                raise RunError(self.not_finite(step, first))
+
+    def show(self) -> None:
+        """Tells whoever watches."""
+        figures = {key: self.last[key] for key in ("loss", "tokens_per_second") if self.last.get(key) is not None}
+        if self.health.skipped:
+            figures["skipped"] = self.health.skipped
+        with self.timed("logging"):
+            self.progress(
+                stage=self.directory.name,
+                done=self.token_count,
+                total=self.recipe.training.tokens,
+                step=self.step_count,
+                **figures,
             )
-            losses.total.backward()
-            figures.append(torch.stack([losses.main, losses.balance, *losses.mtp]))
-            for name, each in losses.load.items():
-                load[name] = load[name] + each if name in load else each
-        main, balance, *mtp = torch.stack(figures).mean(0).tolist()
-        return main, mtp, balance, load
 
     def run_evaluation(self, metrics: Metrics) -> None:
-        """Calls the evaluation that was handed in and writes what it found."""
+        """Calls the evaluation that was handed in, on the weights and on their average, and writes what it found."""
         if self.evaluate is None:
             return
         self.model.eval()
         found = self.evaluate(self.model)
+        if self.average is not None and self.step_count:
+            with self.average.in_place():
+                found = {**found, "ema": self.evaluate(self.model)}
         self.model.train()
         at = {"step": self.step_count, "tokens": self.token_count, "seconds": round(self.seconds, 3)}
         metrics.evaluation({**at, **found})
@@ -168,79 +214,71 @@ class Trainer:
         return self.directory / "checkpoints" / f"step-{self.step_count:08d}"
 
     def save(self) -> None:
-        """Writes a checkpoint; `RunError` when that fails, with nothing left that looks whole."""
+        """Begins to write a checkpoint; `RunError` when the one before could not be written."""
         state = {
             "step": self.step_count, "tokens": self.token_count, "rows": self.row_count, "seconds": self.seconds,
+            "updates of the average": 0 if self.average is None else self.average.updates,
+            "random": random_state(self.device), "health": self.health.state(),
             "recipe": self.recipe.to_dict(), "model": self.recipe.model.config().to_hf(),
         }  # fmt: skip
-        save_checkpoint(self.checkpoint_directory, self.tensors(), state, self.files)
+        with self.timed("checkpoints"):
+            self.saver.save(self.checkpoint_directory, self.tensors(), state, self.files)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """All tensors of a checkpoint."""
-        return {"model": self.model.state_dict(), "optimizer": self.optimizer.tensors()}
+        tensors = {"model": self.model.state_dict(), "optimizer": self.optimizer.tensors()}
+        return tensors if self.average is None else {**tensors, EMA[:-1]: self.average.tensors()}
 
-    def resume(self) -> bool:
+    def resume(self, allow: Sequence[str] = ()) -> bool:
         """Continues from the newest checkpoint of the run's directory; False where there is none.
 
-        Raises `UserError` when it holds another network or another recipe than this one.
+        `allow` names keys or sections of the recipe that may differ although they change the result. Raises `UserError` when
+        the checkpoint holds another network, or was trained with another recipe than may go on.
         """
-        found = latest_checkpoint(self.directory / "checkpoints")
+        found = find_continuation(self.directory / "checkpoints", self.recipe, allow)
         if found is None:
             return False
-        state = read_state(found)
-        changed = differences(Recipe.from_dict(state["recipe"]).content(), self.recipe.content())
-        if changed:
-            raise UserError(
-                f"{found} was trained with another recipe: {'; '.join(changed)}. Continue with the recipe it was "
-                "trained with, or start in another directory."
-            )
-        load_checkpoint(found, self.tensors())
+        if found.refused:
+            raise refuse(found.directory, found.refused)
+        state, tensors = found.state, self.tensors()
+        averaged = Recipe.from_dict(state["recipe"]).training.ema_decay is not None
+        if self.average is not None and not averaged:
+            del tensors[EMA[:-1]]
+        load_checkpoint(found.directory, tensors, leave=[] if self.average is not None else [EMA])
+        if self.average is not None and averaged:
+            self.average.updates = state["updates of the average"]
+        elif self.average is not None:
+            self.average.restart()
         self.step_count, self.token_count = state["step"], state["tokens"]
         self.row_count, self.seconds = state["rows"], state["seconds"]
+        self.health, self.recorder.before = Health(state["health"]), state["seconds"]
+        restore_random_state(state["random"], self.device)
+        self.changes = found.accepted
         return True
 
-    def not_finite(self, what: str, value: float, batch: Batch) -> str:
-        """What to say of a loss or a gradient that is not finite."""
+    def not_finite(self, step: Step, first: int) -> str:
+        """What to say of a loss or a gradient that is not finite in `step` and all steps from `first` on."""
+        self.saver.wait()
         kept = latest_checkpoint(self.directory / "checkpoints")
-        documents = ", ".join(self.loader.describe(batch))
+        size = step.scheduled["batch_size"]
+        documents = self.loader.describe(self.loader.batch(step.first_row, size))
+        more = f" and {len(documents) - NAMED_DOCUMENTS:,} more" if len(documents) > NAMED_DOCUMENTS else ""
+        what = "loss" if self.last["loss"] is None else "gradient"
+        since = f", as in every step since {first}; these were skipped" if step.number > first else ""
         return (
-            f"the {what} of step {self.step_count + 1} is {value}. Its batch holds rows {self.row_count} to "
-            f"{self.row_count + len(batch.tokens) - 1}, with the documents {documents}. The last good checkpoint is "
-            f"{kept or 'none: none was written yet'}. Lower the learning rate, or look at these documents."
+            f"the {what} of step {step.number} is not finite{since}. Its batch holds rows {step.first_row} to "
+            f"{step.first_row + size - 1}, with the documents {', '.join(documents[:NAMED_DOCUMENTS])}{more}. The last good "
+            f"checkpoint is {kept or 'none: none was written yet'}. Lower the learning rate, or look at these documents."
         )
 
     @contextmanager
-    def stopping_on_interrupt(self) -> Iterator[None]:
-        """Turns the first Ctrl-C into a request to stop after this step; a second one acts at once."""
-
-        def request(number: int, frame: FrameType | None) -> None:
-            self.stop = True
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-        try:
-            before = signal.signal(signal.SIGINT, request)
-        except ValueError:  # not in the main thread: whoever runs us there handles signals
-            yield
-            return
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, before)
+    def timed(self, what: str) -> Iterator[None]:
+        """Adds the seconds it lasts to `spent`."""
+        started = time.perf_counter()
+        yield
+        self.spent[what] += time.perf_counter() - started
 
 
 def due(step: int, every: int | None) -> bool:
     """Whether something that happens every so many steps happens after this one."""
     return every is not None and step % every == 0
-
-
-def pick_device(name: str) -> torch.device:
-    """`auto` is the first GPU if there is one, else the CPU."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"training.device = {name!r}: expected 'auto', 'cpu', 'cuda' or 'cuda:0'") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"training.device = {name!r}, but torch finds no GPU here; use 'auto' or 'cpu'")
-    return device

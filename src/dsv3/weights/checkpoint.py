@@ -9,8 +9,9 @@ whatever moment the machine stops, the directory under a checkpoint's name is a 
 
 import json
 import logging
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ from dsv3.weights.tensor_directory import check_files, read_layout, read_tensors
 log = logging.getLogger(__name__)
 STATE = "state.json"
 LATEST = "latest"
-PARTIAL, REPLACED = ".partial", ".replaced"
+PARTIAL, REPLACED, REMOVED = ".partial", ".replaced", ".removed"
 TOKENIZER = "tokenizer"
+NUMBERED = re.compile(r"[^.].*?(\d+)")
 
 
 def save_checkpoint(
@@ -83,11 +85,32 @@ def replace_directory(new: Path, directory: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def load_checkpoint(directory: Path, tensors: Mapping[str, Any]) -> dict[str, Any]:
+def prune_checkpoints(parent: Path, keep_last: int, keep_every_steps: int | None = None) -> list[Path]:
+    """Removes all checkpoints but the `keep_last` newest and those of every so many steps; returns what was removed.
+
+    A directory counts by the number its name ends with; others are left alone, and so is the one that `latest` names. Each is
+    renamed before it is removed: at no moment is a part of one found under its name. Raises `RunError` when that fails.
+    """
+    named = (parent / LATEST).read_text().strip()
+    steps = {int(found[1]): path for path in parent.iterdir() if (found := NUMBERED.fullmatch(path.name))}
+    kept = set(sorted(steps)[-keep_last:])
+    kept |= {step for step in steps if keep_every_steps is not None and step % keep_every_steps == 0}
+    old = [path for step, path in sorted(steps.items()) if step not in kept and path.name != named]
+    try:
+        shutil.rmtree(parent / REMOVED, ignore_errors=True)
+        for path in old:
+            path.rename(parent / REMOVED)
+            shutil.rmtree(parent / REMOVED)
+    except OSError as error:
+        raise RunError(f"could not remove the old checkpoint {path} ({error}); newer ones are whole") from error
+    return old
+
+
+def load_checkpoint(directory: Path, tensors: Mapping[str, Any], leave: Sequence[str] = ()) -> dict[str, Any]:
     """Fills the given tensors (as for `save_checkpoint`) in place and returns the state.
 
-    Raises `UserError` when the checkpoint is incomplete, or its tensors have other names, shapes or dtypes than those
-    given; then nothing was loaded.
+    Tensors whose names begin with one of `leave` may be there and are not read. Raises `UserError` when the checkpoint is
+    incomplete, or its other tensors have other names, shapes or dtypes than those given; then nothing was loaded.
     """
     state = read_state(directory)
     check_files(directory)
@@ -103,7 +126,7 @@ def load_checkpoint(directory: Path, tensors: Mapping[str, Any]) -> dict[str, An
                 f"{directory}: {name} is {dtype} {list(shape)}, expected {tensor.dtype} {list(tensor.shape)}: "
                 "it is a checkpoint of another config"
             )
-    unexpected = [name for name in found if name not in wanted]
+    unexpected = [name for name in found if name not in wanted and not name.startswith(tuple(leave))]
     if unexpected:
         raise UserError(
             f"{directory} holds {len(unexpected)} tensors that this run has no place for ({', '.join(unexpected[:3])}): "

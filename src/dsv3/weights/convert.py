@@ -139,14 +139,15 @@ def export_weights(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     workers: int = 2,
     progress: Progress = ignore,
+    ema: bool = False,
 ) -> None:
-    """Writes a Hugging Face directory of the weights at `path` (see `open_weights`): what transformers, vLLM and SGLang load.
+    """Writes a Hugging Face directory of the weights at `path` (see `open_weights`, also for `ema`): what transformers, vLLM and SGLang load.
 
     `dtype` is what weights become; None: what they are; E4M3: what the released FP8 checkpoints have in FP8, with scales
     that are powers of two where the config asks for `ue8m0`. Other files of the directory stay. After a stop, the same
     call goes on with the shards that are complete. Raises `UserError` as `checked` does, `RunError` when the disk is full.
     """
-    source, tokenizer = open_weights(path)
+    source, tokenizer = open_weights(path, ema=ema)
     if directory.resolve() in (path.resolve(), Path(source.where).resolve()):
         raise UserError(f"{directory} is where the weights are read from: name another directory")
     config = checked(source)

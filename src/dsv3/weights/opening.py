@@ -13,19 +13,24 @@ from dsv3.weights import deepseek
 from dsv3.weights.checkpoint import LATEST, STATE, TOKENIZER, latest_checkpoint, read_state
 from dsv3.weights.huggingface import open_directory
 from dsv3.weights.loading import load
-from dsv3.weights.released import FP8, Released, ReleasedCheckpoint, ReleasedFiles
+from dsv3.weights.released import EMA, FP8, MODEL, Released, ReleasedCheckpoint, ReleasedFiles
 
 log = logging.getLogger(__name__)
 NAMED_DTYPES = {"fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16}
 
 
-def open_weights(path: str | os.PathLike[str], config: str | os.PathLike[str] | None = None) -> tuple[Released, Path]:
+def open_weights(
+    path: str | os.PathLike[str], config: str | os.PathLike[str] | None = None, ema: bool = False
+) -> tuple[Released, Path]:
     """The weights at a path, and the directory with their tokenizer; no tensor is read.
 
     A path is a training checkpoint, a run (its newest checkpoint is meant), a Hugging Face directory, or one in the layout
-    of DeepSeek's `inference/`, for which `config` may name the ModelArgs file. Raises `UserError` when it is none of them.
+    of DeepSeek's `inference/`, for which `config` may name the ModelArgs file. With `ema`, the average of the weights that a checkpoint may hold is
+    meant. Raises `UserError` when it is none of them.
     """
     path = Path(path)
+    if ema and (deepseek.is_deepseek(path) or (path / "config.json").is_file()):
+        raise UserError(f"{path} holds published weights: only a training checkpoint has an average beside its weights")
     if deepseek.is_deepseek(path):
         arguments = Path(config) if config is not None else deepseek.find_config(path)
         return ReleasedFiles(path, deepseek.read_config(arguments), deepseek.read_headers(path)), path
@@ -39,15 +44,17 @@ def open_weights(path: str | os.PathLike[str], config: str | os.PathLike[str] | 
     state = read_state(directory)
     if "model" not in state:
         raise UserError(f"{directory / STATE} has no model config: expected one under 'model'")
-    return ReleasedCheckpoint(directory, ModelConfig.from_hf(state["model"])), directory / TOKENIZER
+    config_of_run = ModelConfig.from_hf(state["model"])
+    return ReleasedCheckpoint(directory, config_of_run, EMA if ema else MODEL), directory / TOKENIZER
 
 
 def load_model(
     path: str | os.PathLike[str],
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
+    ema: bool = False,
 ) -> tuple[DeepSeekV3, Path]:
-    """The model at a path (see `open_weights`), and the directory with its tokenizer.
+    """The model at a path (see `open_weights`, also for `ema`), and the directory with its tokenizer.
 
     `dtype`: what weights become, "bf16" and "fp32" included; None or "auto": what they are, but BF16 for FP8 weights on
     the CPU. `device`: None is the CPU, "auto" a GPU where there is one. Raises `UserError` when there is no model, or it
@@ -56,7 +63,7 @@ def load_model(
     dtype = named_dtype(dtype) if isinstance(dtype, str) else dtype
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    source, tokenizer = open_weights(path)
+    source, tokenizer = open_weights(path, ema=ema)
     stored = {each.dtype for each in source.layout.values()}
     if dtype is None and FP8 in stored and torch.device(device or "cpu").type == "cpu":
         log.warning("%s is in FP8, which CPUs do not compute in: its weights become BF16", source.where)

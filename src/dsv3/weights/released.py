@@ -72,20 +72,27 @@ class ReleasedFiles:
 
 
 class ReleasedCheckpoint:
-    """The model of a training checkpoint; whatever else that holds is left alone."""
+    """The model of a training checkpoint, or with `EMA` the average of its weights; whatever else that holds is left alone.
 
-    def __init__(self, directory: Path, config: ModelConfig):
+    Raises `UserError` when the checkpoint holds none.
+    """
+
+    def __init__(self, directory: Path, config: ModelConfig, prefix: str = "model."):
         self.where, self.config = str(directory), config
         self.reader = ChunkReader(directory)
         self.places: dict[str, tuple[str, Part]] = {}
         self.layout: dict[str, Layout] = {}
-        order = {f"{MODEL}{ours}": i for i, ours in enumerate(skeleton(config).state_dict())}
-        names = [ours for ours in self.reader.layout if ours.startswith(MODEL)]
+        order = {f"{prefix}{ours}": i for i, ours in enumerate(skeleton(config).state_dict())}
+        names = [ours for ours in self.reader.layout if ours.startswith(prefix)]
+        if prefix == EMA and not names:
+            raise UserError(
+                f"{directory} holds no average of the weights: its run had no training.ema_decay. Leave --ema out"
+            )
         for ours in sorted(names, key=lambda ours: order.get(ours.removesuffix(SCALE), len(order))):
             dtype, shape = self.reader.layout[ours]
             if dtype not in HEADER_NAMES:
                 raise UserError(f"{directory}: {ours} is {dtype}, expected one of {', '.join(map(str, HEADER_NAMES))}")
-            for part in released(ours.removeprefix(MODEL), tuple(shape), config):
+            for part in released(ours.removeprefix(prefix), tuple(shape), config):
                 self.places[part.name] = ours, part
                 self.layout[part.name] = Layout(HEADER_NAMES[dtype], part.shape)
         self.layout = in_order(self.layout)
@@ -103,6 +110,8 @@ class ReleasedCheckpoint:
 
 MODEL = "model."
 """What the names of the model's tensors begin with in a checkpoint."""
+EMA = "ema."
+"""And those of the average of its weights."""
 
 
 class ReleasedModel:

@@ -1,0 +1,117 @@
+"""What may change in a recipe when a run continues: what decides nothing of the steps already made.
+
+A schedule, or the length of the training, may change in what is still to come: the values of all steps so far must be the
+same as before.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from dsv3.errors import UserError, nearest
+from dsv3.recipe.differences import differences
+from dsv3.recipe.schedule import Schedule, Schedules
+from dsv3.recipe.schema import Recipe
+
+FREE = (
+    "training.device", "training.recompute", "training.max_skipped_steps", "training.checkpoint_every_steps",
+    "training.keep_last", "training.keep_every_steps", "training.evaluate_every_steps", "training.load_every_steps",
+    "evaluation", "logging",
+)  # fmt: skip
+"""Keys and sections that decide how a run is watched and where it computes."""
+TIMED = ("training.tokens", "schedule")
+"""Keys and sections that may change in what is still to come."""
+POINTS = 8
+"""Steps looked at inside each piece of a schedule. Two different pieces agree at fewer."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """One key of a recipe."""
+
+    key: str
+    said: str
+    """The key with both values."""
+    safe: bool
+
+
+def changes(old: Recipe, new: Recipe, step: int) -> list[Change]:
+    """Every key in which a recipe differs from the one whose first `step` steps were made; the notes do not count."""
+    same_so_far = agree(old, new, step)
+    found = []
+    for said in differences(old.content(), new.content()):
+        key = said.partition(" ")[0]
+        safe = within(key, FREE) or (same_so_far and within(key, TIMED))
+        found.append(Change(key, said, safe))
+    return found
+
+
+def check_changes(old: Recipe, new: Recipe, step: int, allow: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(what changes and may, what would have to be allowed by name), each with both values.
+
+    `allow` holds keys, or sections with all their keys. Raises `UserError` for a name that is none.
+    """
+    check_names(allow, old, new)
+    found = changes(old, new, step)
+    refused = [each.said for each in found if not each.safe and not within(each.key, allow)]
+    accepted = [each.said for each in found if each.safe]
+    accepted += [f"{each.said} (allowed)" for each in found if not each.safe and within(each.key, allow)]
+    return accepted, refused
+
+
+def check_names(allow: Sequence[str], *recipes: Recipe) -> None:
+    """Raises `UserError` for a name that is neither a key nor a section of one of the recipes."""
+    legal = {name for recipe in recipes for key in flat(recipe.content()) for name in prefixes(key)}
+    for name in allow:
+        if name not in legal:
+            raise UserError(f"--allow {name}: no recipe has this key; {nearest(name, legal)}")
+
+
+def within(key: str, names: Sequence[str]) -> bool:
+    """Whether a key is among the names, or below one."""
+    return any(key == name or key.startswith(f"{name}.") for name in names)
+
+
+def prefixes(key: str) -> list[str]:
+    """`a.b.c` -> a, a.b, a.b.c"""
+    parts = key.split(".")
+    return [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+
+
+def flat(content: object, key: str = "") -> list[str]:
+    """The dotted keys of nested mappings; entries of lists by number."""
+    if isinstance(content, list):
+        content = {str(number): each for number, each in enumerate(content)}
+    if isinstance(content, dict) and content:
+        return [leaf for name, each in content.items() for leaf in flat(each, f"{key}.{name}".lstrip("."))]
+    return [key]
+
+
+def agree(old: Recipe, new: Recipe, step: int) -> bool:
+    """Whether all schedules of two recipes have the same values at the steps before `step`, and the new one goes further."""
+    a, b = Schedules.resolve(old), Schedules.resolve(new)
+    if step == 0:
+        return True
+    if old.data.sequence_length != new.data.sequence_length or b.total_steps < step:
+        return False
+    if a.timeline.runs(step) != b.timeline.runs(step):
+        return False
+    for name in ("learning_rate", "mtp_weight", "bias_update_speed"):
+        one, other = getattr(a, name), getattr(b, name)
+        for at in steps_to_compare([one, other], a, step):
+            tokens = a.timeline.tokens_at(at)
+            if one.at(at, tokens) != other.at(at, tokens):
+                return False
+    return True
+
+
+def steps_to_compare(schedules: Sequence[Schedule], resolved: Schedules, step: int) -> list[int]:
+    """Around every end of a piece before `step`, and between them."""
+    ends = {0, step}
+    for piece in (piece for schedule in schedules for piece in schedule.pieces):
+        if piece.end is not None:
+            ends.add(piece.end if piece.unit == "steps" else resolved.timeline.steps_until(piece.end))
+    inside = sorted(end for end in ends if end <= step)
+    near = {end + shift for end in inside for shift in (-1, 0, 1)}
+    near |= {first + (last - first) * part // POINTS for first, last in pairwise(inside) for part in range(1, POINTS)}
+    return sorted(at for at in near if 0 <= at < step)

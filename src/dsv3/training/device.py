@@ -1,0 +1,51 @@
+"""Where a run computes: the device a recipe names, how fast that could be, how much memory it took."""
+
+import resource
+
+import torch
+from torch import Tensor
+
+from dsv3.errors import UserError
+
+PEAK_BF16 = {
+    "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "H800": 989e12, "GH200": 989e12, "H20": 148e12, "B200": 2250e12,
+    "A100": 312e12, "A800": 312e12, "L40S": 362e12,
+}  # fmt: skip
+"""Dense BF16 FLOP/s on the manufacturer's data sheets, by part of the name. Utilisation is against this in every precision,
+as in the published figures."""
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is the first GPU if there is one, else the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"training.device = {name!r}: expected 'auto', 'cpu', 'cuda' or 'cuda:0'") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"training.device = {name!r}, but torch finds no GPU here; use 'auto' or 'cpu'")
+    return device
+
+
+def peak_flops(name: str) -> float | None:
+    """FLOP/s of the device of this name; None for one that the table does not hold, CPUs among them."""
+    known = [part for part in PEAK_BF16 if part in name]
+    return PEAK_BF16[max(known, key=len)] if known else None
+
+
+def device_name(device: torch.device) -> str:
+    """As its driver tells it."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that tensors on the GPU have taken, or on the CPU the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU there; to a GPU from pinned memory, which keeps nobody waiting."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

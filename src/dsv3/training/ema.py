@@ -1,0 +1,118 @@
+"""An exponential moving average of the weights in CPU memory, updated by a thread while the next step computes.
+
+The report keeps one to estimate early how good a model will be once its learning rate has decayed (section 3.2.3). Its decay
+is not published, nor how it begins: here the weights count evenly at first, `min(decay, (1 + n) / (10 + n))` at update n.
+"""
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from dsv3.model.transformer import DeepSeekV3
+
+
+class Average:
+    """The average of a model's weights and routing biases, FP32.
+
+    `update` hands the values of this moment over and returns; on a GPU `before_change` then keeps the next change of the
+    weights (not the host) from overtaking the copy. All else waits for the thread.
+    """
+
+    def __init__(self, model: DeepSeekV3, decay: float):
+        self.decay = decay
+        self.weights = model.state_dict()
+        self.device = model.lm_head.weight.device
+        self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self.copied: torch.cuda.Event | None = None
+        size = sum(each.numel() for each in self.weights.values())
+        self.staged = torch.empty(size, pin_memory=self.stream is not None)
+        self.average = torch.empty(size)
+        self.worker = ThreadPoolExecutor(1, "average of the weights")
+        self.pending: Future[None] | None = None
+        self.seconds = 0.0
+        """Processor time of the thread so far."""
+        self.restart()
+
+    def restart(self) -> None:
+        """Begins with the weights of this moment."""
+        self.updates = 0
+        self.stage()
+        self.wait()
+        self.average.copy_(self.staged)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The average by the names of the model's `state_dict`, for a checkpoint to read or to fill."""
+        self.wait()
+        return self.parts(self.average)
+
+    def parts(self, flat: Tensor) -> dict[str, Tensor]:
+        """Views of a flat tensor, one a weight."""
+        pieces = flat.split([each.numel() for each in self.weights.values()])
+        return {name: piece.view(each.shape) for (name, each), piece in zip(self.weights.items(), pieces, strict=True)}
+
+    def stage(self) -> None:
+        """Copies the weights of this moment to the CPU, on a GPU beside what it computes next."""
+        self.wait()
+        parts = self.parts(self.staged)
+        if self.stream is None:
+            for name, part in parts.items():
+                part.copy_(self.weights[name])
+            return
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            for name, part in parts.items():
+                part.copy_(self.weights[name], non_blocking=True)
+            self.copied = torch.cuda.Event()
+            self.copied.record()
+
+    def update(self) -> None:
+        """Averages the weights of this moment in."""
+        self.stage()
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+
+        def work() -> None:
+            started = time.thread_time()
+            self.arrive()
+            self.average.lerp_(self.staged, 1 - decay)
+            self.seconds += time.thread_time() - started
+
+        self.pending = self.worker.submit(work)
+
+    def before_change(self) -> None:
+        """To be called before the weights change."""
+        if self.copied is not None:
+            torch.cuda.current_stream(self.device).wait_event(self.copied)
+
+    def arrive(self) -> None:
+        """Waits for what is on its way from the GPU."""
+        if self.copied is not None:
+            self.copied.synchronize()
+
+    def wait(self) -> None:
+        """Waits until the last update is in the average."""
+        if self.pending is not None:
+            self.pending.result()
+            self.pending = None
+        self.arrive()
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Within it the model has the average for weights; afterwards, to the bit, its own again."""
+        self.stage()
+        self.wait()
+        self.write(self.average)
+        try:
+            yield
+        finally:
+            self.write(self.staged)
+
+    @torch.no_grad()
+    def write(self, flat: Tensor) -> None:
+        """Into the model's weights."""
+        for name, part in self.parts(flat).items():
+            self.weights[name].copy_(part)

@@ -1,0 +1,91 @@
+"""Checkpoints written while training goes on: the step waits for a copy in CPU memory, a thread brings that to the disk.
+
+saver.save(directory, tensors, state, files)   copies, and returns
+saver.check()                                  raises what went wrong in a save that is over
+saver.finish()                                 waits for the last one, and raises what went wrong
+"""
+
+import logging
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsv3.weights.checkpoint import flatten, prune_checkpoints, save_checkpoint
+
+log = logging.getLogger(__name__)
+
+
+class Saver:
+    """One save at a time: a second one waits for the first. A context manager that leaves no save unfinished.
+
+    `keep_last` and `keep_every_steps` are the recipe's. Its copy of the tensors is made anew for the first save and filled
+    again by later ones.
+    """
+
+    def __init__(self, keep_last: int | None = None, keep_every_steps: int | None = None):
+        self.keep_last, self.keep_every_steps = keep_last, keep_every_steps
+        self.copy: dict[str, Tensor] = {}
+        self.worker = ThreadPoolExecutor(1, "checkpoint")
+        self.pending: Future[None] | None = None
+        self.seconds = 0.0
+        """Processor time of the thread so far."""
+
+    def save(
+        self, directory: Path, tensors: Mapping[str, Any], state: Mapping[str, Any], files: Mapping[str, Path | bytes]
+    ) -> None:
+        """As `save_checkpoint`, in a thread; raises what went wrong in the save before."""
+        self.finish()
+        given = flatten(tensors)
+        if self.copy.keys() != given.keys():
+            self.copy = {
+                name: torch.empty_like(each, device="cpu", pin_memory=each.is_cuda) for name, each in given.items()
+            }
+        for name, each in given.items():
+            self.copy[name].copy_(each, non_blocking=True)
+        copied = torch.cuda.Event() if any(each.is_cuda for each in given.values()) else None
+        if copied is not None:
+            copied.record()
+
+        def work() -> None:
+            started = time.thread_time()
+            if copied is not None:
+                copied.synchronize()
+            save_checkpoint(directory, self.copy, state, files)
+            if self.keep_last is not None:
+                prune_checkpoints(directory.parent, self.keep_last, self.keep_every_steps)
+            self.seconds += time.thread_time() - started
+
+        self.pending = self.worker.submit(work)
+
+    def check(self) -> None:
+        """Raises the error of a save that is over, once; waits for nothing."""
+        if self.pending is not None and self.pending.done():
+            self.finish()
+
+    def wait(self) -> None:
+        """Waits for the save under way, whatever comes of it."""
+        if self.pending is not None:
+            wait([self.pending])
+
+    def finish(self) -> None:
+        """Waits for the save under way; raises its error."""
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            pending.result()
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.finish()
+        elif self.pending is not None and (failure := self.pending.exception()) is not None:
+            log.warning("while the run ended: %s", failure)

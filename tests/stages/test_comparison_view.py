@@ -1,0 +1,51 @@
+import pytest
+
+from dsv3.stages.compare import compare
+from dsv3.stages.comparison_view import drawing, markdown, table
+from dsv3.stages.drawing import save
+from tests.stages.comparable import write_run
+
+
+@pytest.fixture
+def comparison(tmp_path):
+    for seed in range(3):
+        write_run(tmp_path / f"baseline-seed{seed}", "baseline", seed, passed=270 + 3 * seed)
+        write_run(tmp_path / f"mtp-off-seed{seed}", "mtp-off", seed, passed=240 + 3 * seed, stdlib=1.9)
+    return compare(sorted(tmp_path.iterdir()))
+
+
+def test_table(comparison):
+    head, *rows = table(comparison)
+    assert head == ["figure", "variant", "mean", "difference", "report", "reproduces"]
+    assert rows[:2] == [
+        ["bits per byte, stdlib", "baseline", "1.8000 ± 0.0000", "", "", ""],
+        ["", "mtp-off", "1.9000 ± 0.0000", "+0.1000 ± 0.0000", "the same (Table 4)", "no"],
+    ]
+    assert rows[4:6] == [
+        ["pass@1, tinypy", "baseline", "91.0 ± 1.0%", "", "", ""],
+        ["", "mtp-off", "81.0 ± 1.0%", "-10.0 ± 0.0%", "lower (Table 4)", "yes"],
+    ]
+    assert [row[0] for row in rows if row[0]][-1] == "MaxVio"
+
+
+def test_markdown_has_the_table_and_what_it_means(comparison):
+    lines = markdown(comparison).splitlines()
+    assert lines[0] == "| figure | variant | mean | difference | report | reproduces |"
+    assert lines[3] == "|  | mtp-off | 1.9000 ± 0.0000 | +0.1000 ± 0.0000 | the same (Table 4) | no |"
+    assert "6 runs, seeds 0, 1, 2, after 10,000 tokens, on a device. MaxVio: mean over the last 20%" in lines[11]
+
+
+@pytest.mark.parametrize("ending", ["svg", "png"])
+def test_the_drawing_has_every_figure_variant_and_sign(comparison, tmp_path, ending):
+    figure = drawing(comparison)
+    assert [axes.get_title(loc="left") for axes in figure.axes] == [
+        "bits per byte, stdlib", "bits per byte, tinypy", "pass@1, tinypy %", "MaxVio",
+    ]  # fmt: skip
+    bits, _, solved, violation = figure.axes
+    assert list(bits.lines[1].get_ydata()) == pytest.approx([2.5, 2.1, 1.9])
+    assert list(solved.lines[0].get_ydata()) == pytest.approx([36.33, 72.67, 91.0], abs=0.01)
+    assert violation.lines[0].get_ydata()[-1] == pytest.approx(0.2)
+    legend = [text.get_text() for text in solved.get_legend().get_texts()]
+    assert legend == ["baseline", "mtp-off (report: lower; here: yes)"]
+    save(figure, tmp_path / "new" / f"comparison.{ending}")
+    assert (tmp_path / "new" / f"comparison.{ending}").stat().st_size > 10_000
