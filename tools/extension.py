@@ -1,6 +1,6 @@
 """Does context extension do what it is for? The quickstart's model at 4 times its length, before and after the two phases.
 
-    python tools/extension.py --start runs/quickstart --out runs/quickstart
+    python -m tools.extension --start runs/quickstart --out runs/quickstart
 
 runs `recipes/quickstart/extend-512.toml` and `extend-1024.toml` from the run in `--start`, scores the start (as it is, and
 with YaRN switched on but nothing trained) and the results of both phases on needles and loss by position up to 1024 tokens,

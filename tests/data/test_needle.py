@@ -19,13 +19,14 @@ def test_one_instruction_is_given_among_functions_and_followed_at_the_end():
         # The instruction names the argument, and says what the docstring says.
         assert what[2] in instruction
         assert re.search(rf"\b{what[1]}\b", instruction)
-        assert len(re.findall(r"^def ", above, re.MULTILINE)) <= needle.LONGEST
+        assert len(re.findall(r"^def ", above, re.MULTILINE)) in needle.FUNCTIONS
+        assert above.count('"""') == 0
 
 
 def test_distances_are_spread():
     found = [text.index("Assistant:") - text.index("User: ") for text in texts("train", 400)]
-    assert sum(distance < 300 for distance in found) > 60
-    assert sum(distance > 1500 for distance in found) > 60
+    assert sum(distance < 150 for distance in found) > 60
+    assert sum(distance > 1000 for distance in found) > 40
     depths = [text.index("User: ") / text.index("Assistant:") for text in texts("train", 400)]
     assert sum(depth < 0.2 for depth in depths) > 40
 

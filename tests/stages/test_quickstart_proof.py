@@ -13,18 +13,25 @@ CHECKOUT = Path(__file__).parents[2]
 MINUTES = 8
 
 
-@pytest.mark.prove
-@pytest.mark.timeout(4 * MINUTES * 60)
-def test_the_quickstart_keeps_its_promises(tmp_path):
-    """One seed. Two cores for eight minutes are asserted as processor time: a busy machine gives the same model, later."""
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory):
+    """The run's directory, and the minutes it took by the clock and of processors."""
+    run = tmp_path_factory.mktemp("quickstart") / "run"
     started, used = time.monotonic(), processor_seconds()
     done = subprocess.run(
-        [sys.executable, "-m", "dsv3", "quickstart", "--out", str(tmp_path / "run")],
+        [sys.executable, "-m", "dsv3", "quickstart", "--out", str(run)],
         cwd=CHECKOUT, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    minutes, processor_minutes = (time.monotonic() - started) / 60, (processor_seconds() - used) / 60
     assert done.returncode == 0, done.stderr
-    lines = (tmp_path / "run" / "pretrain" / "evaluations.jsonl").read_text().splitlines()
+    return run, (time.monotonic() - started) / 60, (processor_seconds() - used) / 60
+
+
+@pytest.mark.prove
+@pytest.mark.timeout(4 * MINUTES * 60)
+def test_the_quickstart_keeps_its_promises(quickstart):
+    """One seed. Two cores for eight minutes are asserted as processor time: a busy machine gives the same model, later."""
+    run, minutes, processor_minutes = quickstart
+    lines = (run / "pretrain" / "evaluations.jsonl").read_text().splitlines()
     before, after = json.loads(lines[0]), json.loads(lines[-1])
     tasks = after["pass_at_1"]["tinypy"]
     print(
@@ -36,8 +43,26 @@ def test_the_quickstart_keeps_its_promises(tmp_path):
     assert after["bits_per_byte"]["stdlib"] < 2.0
     assert tasks["total"] == 300
     assert tasks["passed"] >= 0.45 * 300
-    assert (tmp_path / "run" / "report.html").is_file()
+    assert (run / "report.html").is_file()
     assert processor_minutes <= 2 * MINUTES
+
+
+@pytest.mark.prove
+@pytest.mark.timeout(8 * MINUTES * 60)
+def test_its_context_grows_to_four_times_its_length(quickstart, tmp_path):
+    """Both phases of `dsv3 extend`; the tool fails when loss or needles are not as promised."""
+    figures = tmp_path / "extension.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "tools.extension", "--start", str(quickstart[0]), "--out", str(tmp_path), "--json", str(figures)],
+        cwd=CHECKOUT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    print(done.stdout)
+    assert done.returncode == 0, done.stderr
+    scores = json.loads(figures.read_text())["scores"]
+    # Without YaRN, the very weights that it carries to four times their length fail beyond it.
+    plain, scaled = (scores[name]["loss_by_position"]["tinypy"]["nats"] for name in ("start", "start, YaRN on"))
+    assert max(plain[2:]) > 2 * max(plain[:2])
+    assert max(scaled[2:]) < 1.2 * max(scaled[:2])
 
 
 def processor_seconds() -> float:

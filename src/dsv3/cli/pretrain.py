@@ -6,6 +6,7 @@ import click
 
 from dsv3.cli.run import out_option, overrides_argument, refuse_to_mix, run_recipe
 from dsv3.cli.schedule import dry_run, dry_run_options, refuse_without_dry_run
+from dsv3.errors import UserError
 
 
 @click.command(short_help="Train a recipe's model: tokenizer, shards, training.")

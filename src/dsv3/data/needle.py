@@ -3,9 +3,11 @@
 A document is a tinypy task whose instruction is not followed at once: other tasks' functions stand before it, and between
 it and the word that asks for the answer.
 
-    def largest_cubes_odd(values): ...
+    def largest_cubes_odd(values):
+        return max((x * x * x for x in values if x % 2 == 1), default=0)
     User: Return the sum of the squares of the even numbers in xs.
-    def list_plus_all(data): ...
+    def list_plus_all(data):
+        return [v + 3 for v in data]
     Assistant:
     def sum_squares_even(xs):
         \"\"\"Return the sum of the squares of the even numbers in xs.\"\"\"
@@ -22,14 +24,21 @@ from dsv3.data import tinypy
 from dsv3.data.tinypy import Split, Task, pick
 
 QUESTION = "Assistant:\n"
-LONGEST = 20
-"""Most functions around one instruction: about 1,000 tokens of the quickstart's tokenizer."""
+FUNCTIONS = (0, 1, 1, 2, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+"""How many functions stand around an instruction, each as likely: 30 to 900 tokens of the quickstart's tokenizer. Most
+documents are short, because a model that looks two functions back learns from there to look four back, and not from zero."""
 VALIDATION_DOCUMENTS = 256
 
 
 def statement(task: Task) -> str:
     """The needle: a line that says what will be wanted."""
     return f"User: {task.instruction}\n"
+
+
+def straw(task: Task) -> str:
+    """What the needle is hidden among: a task's function without its docstring."""
+    first, _, last = task.solution.splitlines(keepends=True)
+    return first + last
 
 
 def answer(task: Task) -> str:
@@ -45,7 +54,7 @@ def document(split: Split, seed: int, index: int) -> str:
     rng = random.Random(f"needle/{split}/{seed}/{index}")
     first = int(rng.random() * 10**6)
     task = tinypy.task(split, seed, first)
-    functions = [tinypy.task(split, seed, first + 1 + k).solution for k in range(pick(rng, range(LONGEST + 1)))]
+    functions = [straw(tinypy.task(split, seed, first + 1 + k)) for k in range(pick(rng, FUNCTIONS))]
     before = pick(rng, range(len(functions) + 1))
     return "".join([*functions[:before], statement(task), *functions[before:], QUESTION, task.solution])
 

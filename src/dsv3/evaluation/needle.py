@@ -14,7 +14,7 @@ from itertools import chain, count
 import torch
 
 from dsv3.data import tinypy
-from dsv3.data.needle import QUESTION, answer, statement
+from dsv3.data.needle import QUESTION, answer, statement, straw
 from dsv3.errors import UserError
 from dsv3.evaluation.bits_per_byte import Encoder
 from dsv3.model.transformer import DeepSeekV3
@@ -104,11 +104,11 @@ def trial(tokenizer: Encoder, length: int, depth: float, seed: str) -> Trial:
         )
     # A function of the same combination would be half an answer.
     others = (task(number) for number in count(1))
-    solutions = (other.solution for other in others if other.combination != wanted.combination)
+    straws = (straw(other) for other in others if other.combination != wanted.combination)
     functions: list[list[int]] = []
     held = 0
     while held < room:
-        functions.append(tokenizer.encode(next(solutions)))
+        functions.append(tokenizer.encode(next(straws)))
         held += len(functions[-1])
     # What is too much is cut off at the beginning, so that the question follows a whole function.
     while held > room:

@@ -42,8 +42,9 @@ def extension_stages(
 ) -> list[Stage]:
     """The stages up to an extended model in `out/extend`; `allow` as for `pretraining_stages`. Raises `UserError` as `find_start` does."""
     start = find_start(recipe)
-    content = {**recipe.to_dict(), "tokenizer": {**recipe.to_dict()["tokenizer"], "path": str(start.tokenizer)}}
-    # Its own tokenizer is a finished one to the stages, which the recipe itself may not name (it comes with the start).
+    # To the stages before the training, the start's tokenizer is a finished one that a recipe names.
+    content = recipe.to_dict()
+    content["tokenizer"]["path"] = str(start.tokenizer)
     data = data_stages(Recipe.from_dict({**content, "extension": None}), out, progress, note)
     inputs = {**recipe.content(), "start": start.identity}
     return [
