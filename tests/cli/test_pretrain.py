@@ -104,7 +104,7 @@ def test_a_run_goes_on_with_what_is_safe_and_with_what_is_allowed(tmp_path, caps
     assert code == 0
     assert "pretrain: data.fim_rate was 0.1 and is 0.5 (allowed)" in err
     assert steps(tmp_path) == [1, 2, 3, 4, 5, 6]
-    assert json.loads((tmp_path / "stages" / "shards.json").read_text())["inputs"]["fim_rate"] == 0.5
+    assert json.loads((tmp_path / "stages" / "shards.t.train.json").read_text())["inputs"]["fim_rate"] == 0.5
     code, _, err = pretrain(capsys, tmp_path / "new", *SHORT, "--allow", "data")
     assert code == 2
     assert "add --resume" in err
