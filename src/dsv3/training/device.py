@@ -16,16 +16,16 @@ as in the published figures."""
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is the first GPU if there is one, else the CPU."""
+    """`auto` is the first GPU if there is one, else the CPU. A GPU has its index: torch asks for it in some places."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
         raise UserError(f"training.device = {name!r}: expected 'auto', 'cpu', 'cuda' or 'cuda:0'") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"training.device = {name!r}, but torch finds no GPU here; use 'auto' or 'cpu'")
-    return device
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
 
 
 def peak_flops(name: str) -> float | None:
