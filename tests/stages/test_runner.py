@@ -30,7 +30,9 @@ class Pipeline:
                 raise ZeroDivisionError
             (output / "whole").write_text(json.dumps(self.inputs[name]))
 
-        return Stage(name, self.inputs[name], output, run, (lambda: self.refused()) if name == "two" else lambda: None)
+        return Stage(
+            name, self.inputs[name], output, run, refused=(lambda: self.refused()) if name == "two" else lambda: None
+        )
 
     def run(self, **options):
         """(the stages that ran, what was said of each)"""
