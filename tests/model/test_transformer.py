@@ -78,10 +78,11 @@ def test_a_block_is_its_five_phases():
 
 @pytest.mark.parametrize("tokens", [1, 2, 9, 40])
 @pytest.mark.parametrize("training", [False, True])
-def test_moe_is_the_weighted_sum_of_its_experts(tokens, training):
+@pytest.mark.parametrize("chosen", [1, 2])
+def test_moe_is_the_weighted_sum_of_its_experts(tokens, training, chosen):
     """Equation (12), token by token: few tokens take other ways to their experts, in training all take one."""
     with torch.set_grad_enabled(training):
-        assert_weighted_sum(model_of().layers[1].mlp, torch.randn(tokens, 32))
+        assert_weighted_sum(model_of(DEBUG.replace(num_experts_per_tok=chosen)).layers[1].mlp, torch.randn(tokens, 32))
 
 
 def assert_weighted_sum(moe, x):

@@ -50,6 +50,18 @@ def test_rms_norm_uses_its_epsilon_and_stands_zeros(name):
     compare(rms_norm, name, torch.zeros(2, 8), torch.ones(8), 1e-6, tolerance=1e-2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_rms_norm_of_inference(dtype):
+    few = next(each for each in rms_norm.implementations if each.name == "few_operations")
+    for shape, size, eps in (((3, 5, 16), 1.0, 1e-6), ((7, 1), 1e-3, 1e-2), ((1, 64), 1e4, 1e-6), ((2, 8), 0.0, 1e-6)):
+        args = (torch.randn(shape) * size).to(dtype), torch.rand(shape[-1]) + 0.5, eps
+        assert few.supports(*args) is None
+        found, expected = few.run(*args), rms_norm.implementations[-1].run(*args)
+        assert found.dtype == dtype
+        torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("name", fast(swiglu))
 @pytest.mark.parametrize("shape", [(1, 2), (6, 10), (2, 3, 8), (0, 4)])
 def test_swiglu(name, shape):

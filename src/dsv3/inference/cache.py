@@ -35,16 +35,16 @@ class LatentCache:
         self.first = True
         self.bias: Tensor | None = None
 
-    def begin(self, position_BT: Tensor, end: int) -> Tensor:
-        """Announces a pass over the tokens at these positions, `end` being one more than the last; returns the positions.
+    def begin(self, position_BT: Tensor, end: int, filled: bool = True) -> Tensor:
+        """Announces a pass over the tokens at these positions, of which `end` is beyond the last; returns the positions.
 
-        What is held from `end` on is forgotten.
+        What is held from `end` on is forgotten. `filled`: the last position is `end` - 1.
         """
         self.first = self.end == 0
         self.end = end
         self.position_BT = position_BT
         self.bias = None
-        if not self.first and position_BT.numel() > 1:
+        if not self.first and (position_BT.numel() > 1 or not filled):
             held = torch.arange(end, device=position_BT.device)
             hidden = held > position_BT.unsqueeze(-1)
             self.bias = torch.zeros(hidden.shape, device=held.device).masked_fill_(hidden, float("-inf"))

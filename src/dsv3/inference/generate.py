@@ -11,8 +11,12 @@ import torch
 
 from dsv3.errors import UserError
 from dsv3.inference.cache import LatentCache
+from dsv3.inference.recording import Recording, pays
 from dsv3.inference.sampling import SamplingParams, sample
 from dsv3.model.transformer import DeepSeekV3
+
+STEADY = 2
+"""Passes of one batch after which it is likely to go on as it is."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +60,11 @@ def generate(
     random = [torch.Generator().manual_seed(seed_of(params, i)) for i in range(len(prompts))]
     ends = {*params.stop_token_ids} if params.ignore_eos else {*params.stop_token_ids, model.config.eos_token_id}
     alive = list(range(len(prompts)))
+    logits = model.head(hidden)
+    recording: Recording | None = None
+    steady = 0
     for step in range(params.max_tokens):
-        logits = model.head(hidden).float()
+        logits = logits.float()
         if params.temperature == 0:
             chosen = logits.argmax(-1)
         else:
@@ -73,8 +80,18 @@ def generate(
             rows = torch.tensor(going, device=device)
             cache.keep(rows)
             alive, chosen, lengths = [alive[k] for k in going], chosen[rows], lengths[rows]
+            recording, steady = None, 0
         end = max(len(prompts[i]) for i in alive) + step + 1
-        hidden = model(chosen.unsqueeze(1), positions=cache.begin(lengths.unsqueeze(1), end), cache=cache).hidden[:, 0]
+        steady += 1
+        if recording is not None and end > recording.end:
+            recording = None
+        if recording is None and steady > STEADY and pays(model, len(alive), params.max_tokens - step):
+            recording = Recording(model, cache, chosen, lengths, end)
+        if recording is not None:
+            logits = recording(chosen, lengths)
+        else:
+            positions = cache.begin(lengths.unsqueeze(1), end)
+            logits = model.head(model(chosen.unsqueeze(1), positions=positions, cache=cache).hidden[:, 0])
         lengths = lengths + 1
 
 

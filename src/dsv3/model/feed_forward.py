@@ -46,6 +46,8 @@ EQUAL_GROUP = 64
 
 EVERY_EXPERT_ROWS = 128
 """See `every_expert`."""
+EVERY_EXPERT_HIDDEN = 256
+"""Hidden size up to which a lone token goes to all experts too: reading the weights of all takes less than choosing."""
 
 
 @dataclass(frozen=True)
@@ -131,11 +133,13 @@ class LocalDispatcher:
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Any]:
         """See `Dispatcher`."""
-        if len(x_TD) == 1 and not torch.is_grad_enabled():
-            return x_TD.expand(routing.expert.shape[1], -1), routing.load, Few.ONE_TOKEN
-        if every_expert(routing):
-            counts = torch.full((routing.num_experts,), len(x_TD), device=x_TD.device)
-            return x_TD.expand(routing.num_experts, -1, -1).flatten(0, 1), counts, Few.EVERY_EXPERT
+        (tokens, hidden), chosen, experts = x_TD.shape, routing.expert.shape[1], routing.num_experts
+        few = not torch.is_grad_enabled()
+        if few and x_TD.device.type == "cpu" and every_expert(tokens, hidden, experts, chosen):
+            counts = torch.full((experts,), tokens)
+            return x_TD.expand(experts, -1, -1).flatten(0, 1), counts, Few.EVERY_EXPERT
+        if few and tokens == 1:
+            return x_TD.expand(chosen, -1), routing.load, Few.ONE_TOKEN
         permutation = sort_by_expert(routing.expert, routing.num_experts, equal_groups(routing))
         return permute(x_TD, permutation), permutation.counts_E, permutation
 
@@ -145,17 +149,16 @@ class LocalDispatcher:
             return torch.mm(routing.weight.to(rows_RD.dtype), rows_RD)
         if handle is Few.EVERY_EXPERT:
             rows_TED = rows_RD.unflatten(0, (routing.num_experts, -1)).transpose(0, 1)
-            weight_TE = rows_RD.new_zeros(rows_TED.shape[:2])
+            weight_TE = torch.zeros(rows_TED.shape[:2], dtype=rows_RD.dtype, device=rows_RD.device)
             weight_TE.scatter_(1, routing.expert, routing.weight.to(rows_RD.dtype))
             return torch.bmm(weight_TE.unsqueeze(1), rows_TED).squeeze(1)
         return unpermute(rows_RD, routing.weight, handle)
 
 
-def every_expert(routing: Routing) -> bool:
-    """Whether `Few.EVERY_EXPERT` pays: on CPU, if it is at most four times the work."""
-    (tokens, chosen), experts = routing.expert.shape, routing.num_experts
+def every_expert(tokens: int, hidden: int, experts: int, chosen: int) -> bool:
+    """Whether `Few.EVERY_EXPERT` pays on the CPU: if it is at most four times the work."""
     few = tokens * experts <= EVERY_EXPERT_ROWS and experts <= 4 * chosen
-    return few and routing.expert.device.type == "cpu" and not torch.is_grad_enabled()
+    return few and (tokens > 1 or hidden <= EVERY_EXPERT_HIDDEN)
 
 
 def equal_groups(routing: Routing) -> int:

@@ -46,8 +46,8 @@ class Rope:
     def at(cls, config: ModelConfig, position_BT: Tensor) -> "Rope":
         """The rotations at these positions (int [B, T] or [1, T])."""
         factor = config.rope_scaling.rotation_factor if config.rope_scaling else 1.0
-        angle_BTF = position_BT.unsqueeze(-1).float() * frequencies(config).to(position_BT.device)
-        return cls(torch.polar(torch.full_like(angle_BTF, factor), angle_BTF))
+        angle_BTF = position_BT.unsqueeze(-1) * frequencies(config).to(position_BT.device)
+        return cls(torch.polar(torch.full(angle_BTF.shape, factor, device=angle_BTF.device), angle_BTF))
 
     def __getitem__(self, tokens: slice) -> "Rope":
         """The rope of some of the tokens."""
