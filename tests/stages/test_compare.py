@@ -3,7 +3,7 @@ from statistics import mean, stdev
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv3.errors import UserError
@@ -134,6 +134,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
         compare([tmp_path / "a", tmp_path / "c"])
 
 
+@settings(deadline=None, max_examples=20)
 @given(st.lists(st.floats(-10, 10), min_size=2, max_size=9))
 def test_the_interval_is_students(differences):
     """Against the quantile's own definition: of the t density's mass, 95% lies inside."""
@@ -149,6 +150,7 @@ def test_the_interval_is_students(differences):
     assert np.trapezoid(density, grid) / whole == pytest.approx(0.95, abs=2e-3)
 
 
+@settings(deadline=None)
 @given(st.floats(-3, 3), st.floats(0, 3), st.sampled_from([-1, 0, 1]))
 def test_a_verdict_turns_with_the_direction(difference, margin, sign):
     found = verdict(difference, margin, sign)
