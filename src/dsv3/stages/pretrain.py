@@ -7,6 +7,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ def pretraining_stages(
             "pretrain",
             content,
             out / "pretrain",
-            lambda: train(recipe, out, progress, note, allow),
+            partial(train, recipe, out, progress, note, allow),
             lambda: refused_changes(out / "pretrain", recipe, allow),
         ),
     ]
@@ -138,8 +139,8 @@ def make_shards(recipe: Recipe, out: Path, progress: Progress, note: Callable[[s
 
 def train(
     recipe: Recipe, out: Path, progress: Progress, note: Callable[[str], None], allow: Sequence[str] = ()
-) -> None:
-    """Trains in `out/pretrain`, from the newest checkpoint where there is one."""
+) -> Trainer:
+    """Trains in `out/pretrain`, from the newest checkpoint where there is one; the trainer at its end."""
     tokenizer = Tokenizer.load(out / "tokenizer")
     sets = [
         (source.name, ShardSet.open(out / "shards" / source.name / "train", tokenizer.hash), source.weight)
@@ -157,6 +158,7 @@ def train(
             note(f"pretrain: {change}")
     write_run(recipe, out / "pretrain", tokenizer, sets)
     trainer.run()
+    return trainer
 
 
 def derived(recipe: Recipe) -> dict[str, str]:

@@ -27,7 +27,7 @@ class Stage:
     """What the result depends on, JSON-able. The keys of the stages before it count as well."""
     output: Path
     """The file or directory it makes; removed when the stage must start afresh."""
-    run: Callable[[], None]
+    run: Callable[[], object]
     refused: Callable[[], list[str] | None] = lambda: None
     """Asked when the output was made from other inputs: what keeps `run` from going on with it, a sentence each, none if
     nothing does; None where nothing of it can be gone on with."""
