@@ -31,16 +31,20 @@ def test_a_mini_pair(capsys, tmp_path):
     names = ["baseline-seed1", "balance-batch-seed1"]
     assert sorted(path.name for path in out.iterdir() if path.is_dir()) == sorted([*names, "shared"])
     for name in names:
-        assert (out / name / "shards").resolve() == (out / "shared" / "shards").resolve()
+        for shards in ("shards/t/train", "shards/t/validation"):
+            assert (out / name / shards).resolve() == (out / "shared" / shards).resolve()
         about = json.loads((out / name / "pretrain" / "run.json").read_text())
         recipe = Recipe.from_dict(about["recipe"])
         assert (recipe.training.seed, recipe.data.seed) == (1, 0)
         assert recipe.training.balance == ("batch" if "batch" in name else "bias")
         assert not any(
-            "shards:" in line and "cached" not in line for line in (out / name / "log.txt").read_text().splitlines()
+            line.startswith("shards.") and "cached" not in line
+            for line in (out / name / "log.txt").read_text().splitlines()
         )
     content = json.loads((out / "comparison.json").read_text())
-    assert {line["figure"] for line in content["lines"]} == {"bits per byte, t", "pass@1, tinypy", "MaxVio"}
+    assert {line["figure"] for line in content["lines"]} == {
+        "bits per byte, t", "validation loss, t", "pass@1, tinypy", "MaxVio",
+    }  # fmt: skip
     assert [line["variant"] for line in content["lines"][:2]] == ["baseline", "balance-batch"]
     assert content["lines"][1]["finding"]["source"] == "section 4.5.3"
     assert (out / "comparison.md").read_text().startswith("| figure |")

@@ -103,7 +103,7 @@ def test_an_overlong_line_is_skipped(tmp_path, monkeypatch):
 def test_damaged_files_are_skipped_from_the_damage_on(tmp_path, suffix, damage):
     path = write(tmp_path / f"a{suffix}", [f"row {os.urandom(300).hex()}" for _ in range(2000)])
     data = path.read_bytes()
-    path.write_bytes(data[: len(data) // 2] if damage == "truncated" else b"garbage" * 50)
+    path.write_bytes(data[: len(data) // 3] if damage == "truncated" else b"garbage" * 50)
     report = SkipReport()
     found = list(read(path, "a", report))
     assert all(document.text.startswith("row ") for document in found)
@@ -180,7 +180,7 @@ needs_proc = pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason=
 
 @needs_proc
 def test_a_file_of_one_line_is_read_in_bounded_memory(tmp_path):
-    assert peak_memory(tmp_path, words, 8_000_000, 500_000) < 250e6
+    assert peak_memory(tmp_path, words, 20_000_000, 500_000) < 250e6
 
 
 @needs_proc

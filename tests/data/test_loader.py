@@ -1,15 +1,19 @@
+import os
+import threading
+import time
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv3.data.files import SkipReport
-from dsv3.data.loader import CYCLE, Loader, interleave
-from dsv3.data.shards import ShardSet, ShardWriter
-from dsv3.errors import UserError
+from dsv3.data.loader import Loader
+from dsv3.data.shard_writer import ShardWriter
+from dsv3.data.shards import ShardSet
+from dsv3.errors import RunError, UserError
 
 PAD, ROW = 2, 17
 
@@ -113,16 +117,70 @@ def test_sources_come_in_the_proportion_of_their_weights(sources):
     assert epochs == pytest.approx({"code": 70 / loader.plans[0].rows, "prose": 30 / loader.plans[1].rows})
 
 
-@given(weights=st.lists(st.floats(0.001, 10), min_size=1, max_size=8))
-def test_interleaving_stays_within_a_row_or_so_of_the_weights(weights):
-    order, before = interleave(weights)
-    share = np.array(weights) / sum(weights)
-    counts = np.stack([np.cumsum(order == source) for source in range(len(weights))], axis=1)
-    assert np.array_equal(before[1:], counts)
-    assert before[-1].min() >= 1
-    exact = np.arange(1, CYCLE + 1)[:, None] * share
-    # Rounding the shares moves a source by less than a row a cycle, or by the least share of the smallest ones.
-    assert np.abs(counts - exact).max() < 1 + len(weights)
+class Steps:
+    """Batches of a training that changes its ranks and batch size as it goes, each rank with a loader of its own."""
+
+    def __init__(self, sources):
+        self.sources, self.loaders, self.row = sources, [], 0
+
+    def restart(self, ranks):
+        self.loaders = [Loader(self.sources, ROW, 5, PAD, rank=rank, ranks=ranks) for rank in range(ranks)]
+
+    def step(self, size):
+        parts = [loader.batch(self.row, size) for loader in self.loaders]
+        self.row += size
+        return parts
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    runs=st.lists(
+        st.tuples(st.sampled_from([1, 2, 3, 8]), st.lists(st.integers(1, 12), min_size=1, max_size=5)),
+        min_size=1,
+        max_size=4,
+    )
+)
+def test_changing_the_ranks_continues_the_same_rows_none_twice_none_lost(sources, runs):
+    training, parts = Steps(sources), []
+    for ranks, sizes in runs:
+        training.restart(ranks)
+        for size in sizes:
+            step = training.step(size)
+            assert max(len(part.tokens) for part in step) - min(len(part.tokens) for part in step) <= 1
+            parts += step
+    whole = Loader(sources, ROW, 5, PAD).rows(0, training.row)
+    assert torch.equal(torch.cat([part.tokens for part in parts]), whole.tokens)
+    assert [row for part in parts for row in part.documents] == whole.documents
+
+
+def test_the_next_batch_is_prepared_while_this_one_is_used(sources, monkeypatch):
+    loader = Loader(sources, ROW, 5, PAD)
+    made, threads = [], set()
+    rows = loader.rows
+
+    def watched(first, count):
+        threads.add(threading.current_thread())
+        batch = rows(first, count)
+        made.append((first, count))
+        return batch
+
+    monkeypatch.setattr(loader, "rows", watched)
+    loader.batch(0, 4)
+    while len(made) < 2:
+        time.sleep(0.001)
+    assert made == [(0, 4), (4, 4)]
+    assert threading.current_thread() not in threads
+    # Another batch than the one that was prepared is made on the spot, and is right.
+    assert torch.equal(loader.batch(4, 6).tokens, rows(4, 6).tokens)
+    assert torch.equal(loader.batch(10, 6).tokens, rows(10, 6).tokens)
+
+
+def test_what_goes_wrong_in_the_thread_is_raised_to_whoever_asks(sources, tmp_path):
+    shards = shard_set(tmp_path, 100, [30] * 20)
+    loader = Loader([("gone", shards, 1.0)], ROW, 0, PAD)
+    os.truncate(tmp_path / "tokens-00003.bin", 10)
+    with pytest.raises(RunError, match=r"tokens-00003.bin ended early.*build the shards again"):
+        [loader.batch(step, 1) for step in range(40)]
 
 
 def test_messages_name_the_documents(sources):
@@ -139,6 +197,8 @@ def test_refusals(sources, tmp_path):
         Loader(sources, 1, 0, PAD)
     with pytest.raises(UserError, match="was given 0 sources"):
         Loader([], ROW, 0, PAD)
+    with pytest.raises(UserError, match="rank = 2 of 2: expected a rank from 0 to 1"):
+        Loader(sources, ROW, 0, PAD, rank=2, ranks=2)
     with pytest.raises(UserError, match="the weight of source 'code' is 0"):
         Loader([(name, shards, 0)], ROW, 0, PAD)
     with ShardWriter(tmp_path, vocab_size=300, tokenizer_hash="hash") as writer:

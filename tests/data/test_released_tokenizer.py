@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv3.data.tokenizer import ASSISTANT, BOS, CHAT_TEMPLATE, EOS, FIRST, LAST, PAD, USER, Tokenizer
+from dsv3.data.word_encoder import WordEncoder
 
 TEXTS = [
     "DeepSeek-V3 是一个强大的混合专家（MoE）语言模型，总参数 6710 亿，每个词元激活 370 亿。",
@@ -49,6 +50,12 @@ def hugging_face(directory):
 def test_the_file_is_the_published_one(ours):
     assert ours.hash.startswith("ecb6f9fc36989434")
     assert ours.vocab_size == 128_815
+
+
+def test_the_word_encoder_knows_its_pre_tokenizer(ours):
+    encoder = WordEncoder(ours)
+    assert encoder.fast
+    assert encoder.encode_batch(TEXTS) == ours.encode_batch(TEXTS)
 
 
 @pytest.mark.parametrize("text", TEXTS)

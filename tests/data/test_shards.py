@@ -1,28 +1,15 @@
-import builtins
-import errno
 import hashlib
 import json
 import os
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv3.data import shards
-from dsv3.data.files import SkipReport
-from dsv3.data.shards import ShardSet, ShardWriter
+from dsv3.data.shards import OpenFiles, ShardSet
 from dsv3.errors import RunError, UserError
-
-DOCUMENTS = [("a.py", [0, 300, 65535, 1], 9), ("dir/ü\n.txt", [0, 1], 0), ("c", [0, *range(1000), 1], 4000)]
-
-
-def write(directory, documents=DOCUMENTS, *, vocab_size=65536, shard_bytes=1 << 30):
-    options = dict(vocab_size=vocab_size, tokenizer_hash="hash", shard_bytes=shard_bytes)
-    with ShardWriter(directory, **options) as writer:
-        for name, ids, byte_count in documents:
-            writer.add(name, ids, byte_count)
-        return writer.finish({"source": "here", "seed": 3}, SkipReport(1, ["bad: why"]))
+from tests.data.shard_sets import DOCUMENTS, begin, many, write
 
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(65536, np.uint16), (65537, np.uint32)])
@@ -44,6 +31,7 @@ def test_round_trip(tmp_path, vocab_size, dtype, shard_bytes):
         found.document(3)
 
 
+@settings(deadline=None)
 @given(lengths=st.lists(st.integers(0, 40), min_size=1, max_size=60), shard_bytes=st.integers(1, 200))
 def test_any_documents_come_back_from_any_number_of_shards(tmp_path_factory, lengths, shard_bytes):
     directory = tmp_path_factory.mktemp("shards")
@@ -61,79 +49,11 @@ def test_the_manifest_says_what_the_set_is(tmp_path):
     assert content["tokenizer"] == "hash"
     assert (content["dtype"], content["documents"], content["tokens"], content["bytes"]) == ("uint16", 3, 1008, 4009)
     assert content["origin"] == {"source": "here", "seed": 3}
-    assert content["skipped"] == {"count": 1, "named": ["bad: why"]}
+    assert content["skipped"] == {"count": 1, "named": ["bad: why"], "empty": 0, "duplicates": 0}
     files = {name: digest for shard in content["shards"] for name, digest in shard["sha256"].items()}
     assert sorted(files) == sorted(path.name for path in tmp_path.iterdir() if path.name != "manifest.json")
     for name, digest in files.items():
         assert hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() == digest
-
-
-def test_without_finish_nothing_is_left(tmp_path):
-    write(tmp_path)
-
-    def stopped():
-        yield from DOCUMENTS
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write(tmp_path, stopped(), shard_bytes=1000)
-    assert list(tmp_path.iterdir()) == []
-    with pytest.raises(UserError, match=r"is no shard set: it has no manifest\.json"):
-        ShardSet.open(tmp_path)
-
-
-class FullDisk:
-    """A file on a disk with room for so many more bytes."""
-
-    def __init__(self, stream, room):
-        self.stream, self.room = stream, room
-
-    def write(self, data):
-        self.room[0] -= len(data)
-        if self.room[0] < 0:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return self.stream.write(data)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.stream.close()
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-
-@pytest.mark.parametrize("room", [0, 10, 2100, 2200, 2500, 2700])
-def test_a_full_disk_leaves_nothing_that_looks_whole(tmp_path, monkeypatch, room):
-    write(tmp_path / "whole")
-    size = sum(path.stat().st_size for path in (tmp_path / "whole").iterdir())
-    assert room < size
-    left = [room]
-
-    def open_full(*arguments):
-        return FullDisk(builtins.open(*arguments), left)
-
-    monkeypatch.setattr(shards, "open", open_full, raising=False)
-    with pytest.raises(RunError, match=r"No space left on device.*free some space"):
-        write(tmp_path / "set")
-    assert list((tmp_path / "set").iterdir()) == []
-    with pytest.raises(UserError, match="is no shard set"):
-        ShardSet.open(tmp_path / "set")
-
-
-def test_a_directory_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
-    for place in ("file", "file/below"):
-        with pytest.raises(UserError, match=r"cannot write shards into .*choose a directory"):
-            write(tmp_path / place)
-
-    def refuse(*_):
-        raise PermissionError(errno.EACCES, "Permission denied")
-
-    monkeypatch.setattr(shards, "open", refuse, raising=False)
-    with pytest.raises(UserError, match="Permission denied; choose a directory"):
-        write(tmp_path / "forbidden")
 
 
 def test_another_tokenizer_is_refused(tmp_path):
@@ -156,6 +76,52 @@ def test_damage_is_refused(tmp_path):
     (tmp_path / "tokens-00000.bin").unlink()
     with pytest.raises(UserError, match="is damaged"):
         ShardSet.open(tmp_path)
+
+
+def test_every_file_is_compared_with_its_hash_by_one_of_the_ranks(tmp_path):
+    begin(tmp_path, many(), {})
+    found = ShardSet.open(tmp_path)
+    assert len(found.manifest.shards) == 3
+    for rank in range(2):
+        found.verify(rank, 2)
+    for name in ("tokens-00001.bin", "documents-00002.npy", "documents-00000.names"):
+        data = bytearray((tmp_path / name).read_bytes())
+        data[-1] ^= 1
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(UserError, match=rf"{name} is damaged: its sha256 is .*delete .* and run again"):
+            [found.verify(rank, 2) for rank in range(2)]
+        data[-1] ^= 1
+        (tmp_path / name).write_bytes(data)
+    (tmp_path / "tokens-00002.bin").unlink()
+    with pytest.raises(UserError, match=r"its sha256 is none \(it is gone\)"):
+        found.verify()
+
+
+def test_tokens_that_go_or_shrink_while_they_are_read_end_the_run(tmp_path):
+    begin(tmp_path, many(), {})
+    found = ShardSet.open(tmp_path)
+    assert found.document(5, 3, 4).tolist() == [8, 9, 10, 11]
+    (tmp_path / "tokens-00000.bin").unlink()
+    with pytest.raises(RunError, match=r"tokens-00000\.bin cannot be read any more: No such file"):
+        found.document(0)
+    # One that is open already stays readable, as files do.
+    (tmp_path / "tokens-00001.bin").unlink()
+    assert found.document(5).tolist() == list(range(5, 35))
+    os.truncate(tmp_path / "tokens-00002.bin", 100)
+    with pytest.raises(RunError, match=r"tokens-00002\.bin ended early: expected 30 tokens of document 9"):
+        found.document(9)
+
+
+def test_a_bounded_number_of_files_is_open(tmp_path):
+    for number in range(6):
+        (tmp_path / str(number)).write_bytes(bytes([number]) * 4)
+    files = OpenFiles(most=2)
+    before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else None
+    for _ in range(3):
+        for number in range(6):
+            assert files.read(tmp_path / str(number), 1, 2) == bytes([number]) * 2
+    if before is not None:
+        assert len(os.listdir("/proc/self/fd")) == before + 2
 
 
 def test_another_format_is_refused(tmp_path):

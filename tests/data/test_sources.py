@@ -1,3 +1,4 @@
+import json
 import os
 import sys
 import sysconfig
@@ -5,11 +6,12 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from dsv3.data import sources
 from dsv3.data.files import Document, SkipReport
-from dsv3.data.sources import documents, hash_fraction, sample
-from dsv3.errors import UserError
+from dsv3.data.sources import NEEDLE, STDLIB, TINYPY, documents, fingerprint, hash_fraction, sample
+from dsv3.errors import RunError, UserError
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +86,75 @@ def test_one_text_file_serves_both_splits(tmp_path):
     assert "".join(d.text for d in everything) == path.read_text()
 
 
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+@given(text=st.text(st.sampled_from("ab \n字😀"), min_size=2, max_size=300), fraction=st.floats(0.001, 0.999))
+@settings(deadline=None, max_examples=40)
+def test_a_short_text_is_divided_between_the_splits(tmp_path_factory, name, text, fraction):
+    path = tmp_path_factory.mktemp("short") / name
+    path.write_text(json.dumps({"text": text}) if name == "a.jsonl" else text)
+    train, validation = (
+        list(documents(str(path), split, seed=0, validation_fraction=fraction)) for split in ("train", "validation")
+    )
+    assert len(train) == len(validation) == 1
+    assert train[0].text + validation[0].text == text
+    assert train[0].text
+    assert validation[0].text
+    assert train[0].id != validation[0].id
+    if len(text) > 100 and " " in text[50:]:
+        share = len(validation[0].text.encode()) / len(text.encode())
+        assert min(fraction, 0.5) / 2 - 0.1 <= share <= 0.9
+
+
+def test_of_a_small_source_the_longest_document_is_divided_where_a_split_would_be_empty(tmp_path):
+    """And the rest stay where they are."""
+    names = [name for name in (f"{n}.txt" for n in range(100)) if hash_fraction(name) > 0.5][:4]
+    for name in names:
+        (tmp_path / name).write_text(name * (50 if name == names[2] else 5))
+    train, validation = (list(documents(str(tmp_path), split, seed=0)) for split in ("train", "validation"))
+    assert sorted(d.id for d in train) == sorted({*names, f"{names[2]}#train"} - {names[2]})
+    assert [d.id for d in validation] == [f"{names[2]}#validation"]
+    assert {d.id: d.text for d in train}[f"{names[2]}#train"] + validation[0].text == names[2] * 50
+    # With a document that belongs to validation by itself, nothing is divided.
+    held_out = next(name for name in (f"x{n}.txt" for n in range(1000)) if hash_fraction(name) < 0.05)
+    (tmp_path / held_out).write_text("held out")
+    assert [d.id for d in documents(str(tmp_path), "validation", seed=0)] == [held_out]
+    assert sorted(d.id for d in documents(str(tmp_path), "train", seed=0)) == sorted(names)
+
+
+def test_one_character_cannot_be_divided(tmp_path):
+    (tmp_path / "a.txt").write_text("字")
+    assert [d.text for d in documents(str(tmp_path), "train", seed=0)] == ["字"]
+    with pytest.raises(UserError, match="none of its 1 documents falls into the validation split"):
+        list(documents(str(tmp_path), "validation", seed=0))
+
+
+def test_a_source_that_disappears_ends_the_build(tmp_path):
+    corpus(tmp_path)
+    found = documents(str(tmp_path), "train", seed=0)
+    next(found)
+    for path in list(tmp_path.rglob("*.txt")):
+        path.unlink()
+    with pytest.raises(RunError, match=r"was there when its source was listed, and cannot be read now: No such file"):
+        list(found)
+
+
+def test_empty_documents_are_counted(tmp_path):
+    corpus(tmp_path)
+    (tmp_path / "part0" / "empty.txt").write_text("")
+    (tmp_path / "part1" / "bom.txt").write_bytes(b"\xef\xbb\xbf")
+    report = SkipReport()
+    list(documents(str(tmp_path), "train", seed=0, report=report))
+    assert (report.empty, report.count) == (2, 0)
+
+
+def test_the_fingerprint_changes_with_the_content(tmp_path):
+    corpus(tmp_path)
+    first = fingerprint(str(tmp_path))
+    assert fingerprint(str(tmp_path)) == first != fingerprint(str(tmp_path / "part0"))
+    (tmp_path / "part1" / "1.txt").write_text("other")
+    assert fingerprint(str(tmp_path)) != first
+
+
 def test_tinypy_train_is_endless_and_validation_is_its_own():
     train = list(islice(documents("builtin:tinypy", "train", seed=1), 500))
     validation = list(islice(documents("builtin:tinypy", "validation", seed=1), 50))
@@ -116,7 +187,8 @@ def test_a_sample_is_bounded_spread_and_fixed():
 def test_a_file_name_may_be_any_bytes(tmp_path):
     with open(os.fsencode(tmp_path) + b"/\xff.txt", "w") as stream:
         stream.write("text")
-    assert list(documents(str(tmp_path), "train", seed=0)) == [Document("\\udcff.txt", "text")]
+    found = list(documents(str(tmp_path), "train", seed=0, validation_fraction=0.0))
+    assert found == [Document("\\udcff.txt", "text")]
 
 
 @pytest.mark.parametrize(
@@ -168,4 +240,5 @@ def test_unreadable_files_are_reported(tmp_path):
 
 
 def test_every_builtin_is_known():
-    assert (sources.STDLIB, sources.TINYPY) == ("builtin:stdlib", "builtin:tinypy")
+    known = (STDLIB, TINYPY, NEEDLE)
+    assert known == ("builtin:stdlib", "builtin:tinypy", "builtin:needle")

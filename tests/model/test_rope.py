@@ -81,3 +81,20 @@ def test_bfloat16_is_turned_in_float32():
     x = torch.randn(1, 8, 2, 64).bfloat16()
     rope = Rope.at(V3, torch.arange(4000, 4008).unsqueeze(0))
     assert torch.equal(rope.rotate(x), rope.rotate(x.float()).bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("config", "longest"),
+    [
+        (V3_LONG, 131072),
+        (ModelConfig.preset("tiny", rope_scaling=RopeScaling(5.0, 256), max_position_embeddings=1280), 1024),
+    ],
+)
+def test_yarn_shows_no_angle_that_training_did_not(config, longest):
+    """A pair that turned round once in the original length has been at every angle; the others turn no further than they did."""
+    original = config.rope_scaling.original_max_position_embeddings
+    plain, scaled = frequencies(config.replace(rope_scaling=None)), frequencies(config)
+    turned = original * plain >= 2 * math.pi
+    assert 0 < turned.sum() < len(plain)
+    assert (longest * scaled[~turned] <= original * plain[~turned]).all()
+    assert not (longest * plain[~turned] <= original * plain[~turned]).any()

@@ -6,10 +6,14 @@ import pytest
 from dsv3.data.tokenizer import train_tokenizer
 from dsv3.errors import UserError
 from dsv3.recipe.schema import Recipe
-from dsv3.stages.pretrain import derived, make_tokenizer, pretraining_stages, with_user_data, write_run
+from dsv3.stages.data import make_tokenizer
+from dsv3.stages.pretrain import derived, pretraining_stages, with_user_data, write_run
 from dsv3.stages.scores import held_out
 
 REDUCED = Path(__file__).parents[1] / "recipes" / "quickstart-reduced.toml"
+
+
+TRAIN, VALIDATION = "shards.t.train", "shards.t.validation"
 
 
 def silent(*_, **__):
@@ -32,12 +36,14 @@ def changed(*overrides):
         ("training.tokens=1024", {"pretrain"}),
         ("optimizer.kind=adamw", {"pretrain"}),
         ("data.sequence_length=64", {"pretrain"}),
-        ("data.fim_rate=0.5", {"shards", "pretrain"}),
+        ("data.fim_rate=0.5", {TRAIN, "pretrain"}),
+        ("data.split_joined_rate=0.5", {TRAIN, "pretrain"}),
+        ("data.sources.0.tokens=9K", {"tokenizer", TRAIN, "pretrain"}),
         ("model.vocab_size=600", {"tokenizer", "pretrain"}),
         ("data.sources.0.weight=2.0", {"tokenizer", "pretrain"}),
-        ("data.validation_fraction=0.1", {"tokenizer", "pretrain"}),
-        ("training.seed=1", {"tokenizer", "pretrain"}),
-        ("data.seed=1", {"tokenizer", "pretrain"}),
+        ("data.validation_fraction=0.1", {"tokenizer", TRAIN, VALIDATION, "pretrain"}),
+        ("training.seed=1", {"tokenizer", TRAIN, VALIDATION, "pretrain"}),
+        ("data.seed=1", {"tokenizer", TRAIN, VALIDATION, "pretrain"}),
         ("tokenizer.digits=3", {"tokenizer", "pretrain"}),
         ("notes.length=other words", set()),
     ],
@@ -61,7 +67,9 @@ def test_the_texts_and_a_finished_tokenizer_count_by_their_content(tmp_path):
     assert keys(*overrides) == first
     (tmp_path / "a.txt").write_text("other")
     second = keys(*overrides)
-    assert second["tokenizer"] != first["tokenizer"]
+    # A finished tokenizer does not depend on the texts; what is built from them does.
+    assert second["tokenizer"] == first["tokenizer"]
+    assert second["shards.t.train"] != first["shards.t.train"]
     train_tokenizer(["c d"], 310).save(tmp_path / "tok")
     assert keys(*overrides)["tokenizer"] != second["tokenizer"]
 

@@ -56,6 +56,9 @@ def trained(out):
     ]
 
 
+SHARDS = [f"shards.{source}.{split}" for source in ("stdlib", "tinypy") for split in ("train", "validation")]
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     out = tmp_path_factory.mktemp("quickstart") / "run one"
@@ -77,17 +80,18 @@ def test_from_text_to_a_report(run):
     before, after = lines(out / "pretrain" / "evaluations.jsonl")
     assert (before["step"], after["step"]) == (0, 24)
     for scores in (before, after):
-        assert scores["bits_per_byte"].keys() == {"stdlib", "tinypy"}
+        assert scores["bits_per_byte"].keys() == scores["validation_loss"].keys() == {"stdlib", "tinypy"}
         assert scores["pass_at_1"]["tinypy"]["total"] == 2
         assert [sample["kind"] for sample in scores["samples"]] == ["plain", "fim"]
         assert scores["samples"][0]["prompt"] == "def read_file("
+    assert after["validation_loss"]["stdlib"] < before["validation_loss"]["stdlib"] < 8
     assert after["bits_per_byte"]["stdlib"] < before["bits_per_byte"]["stdlib"]
     page = (out / "report.html").read_text()
     assert page.count("<svg") == 5  # loss, optimisation, expert load, bits per byte, pass@1
     assert f"{after['bits_per_byte']['stdlib']:.2f}" in page
     assert f"{out}/report.html" in said
     assert f"dsv3 generate '{out}' --prompt" in said
-    for stage in ("tokenizer", "shards", "pretrain", "report"):
+    for stage in ("tokenizer", *SHARDS, "pretrain", "report"):
         assert f"{stage}: started" in progress
 
 
@@ -107,8 +111,8 @@ def test_a_second_run_does_nothing(run):
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
     _, progress = quickstart(out)
     assert [line for line in progress.splitlines() if ": cached" in line] == [
-        "tokenizer: cached", "shards: cached", "pretrain: cached", "report: cached",
-    ]  # fmt: skip
+        f"{stage}: cached" for stage in ("tokenizer", *SHARDS, "pretrain", "report")
+    ]
     assert "started" not in progress
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()} == before
 
@@ -124,7 +128,7 @@ def test_a_killed_run_goes_on_and_ends_as_an_uninterrupted_one(run, tmp_path):
     assert process.returncode == -signal.SIGKILL
     _, progress = quickstart(tmp_path, *UNSCORED)
     assert "tokenizer: cached" in progress
-    assert "shards: cached" in progress
+    assert all(f"{stage}: cached" in progress for stage in SHARDS)
     assert "pretrain: resumed" in progress
     assert "pretrain: continuing after step " in progress
     assert trained(tmp_path) == trained(run[0])

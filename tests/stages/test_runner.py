@@ -186,3 +186,27 @@ def test_finished_says_what_a_second_run_would_find(pipeline):
     pipeline.run()
     (pipeline.directory / "three.html").unlink()
     assert not is_finished()
+
+
+def test_a_stage_depends_on_those_it_needs_and_on_no_other(tmp_path):
+    seeds, ran = {"root": 0, "left": 0, "right": 0, "end": 0}, []
+    needs = {"root": (), "left": ("root",), "right": ("root",), "end": ("left", "right")}
+
+    def make(name):
+        ran.append(name)
+        (tmp_path / name).write_text("")
+
+    def changed(name):
+        seeds[name] += 1
+        ran.clear()
+        stages = [
+            Stage(name, {"seed": seed}, tmp_path / name, lambda name=name: make(name), needs[name])
+            for name, seed in seeds.items()
+        ]
+        run_stages(stages, tmp_path, lambda *_: None)
+        return ran
+
+    assert changed("root") == ["root", "left", "right", "end"]
+    assert changed("left") == ["left", "end"]
+    assert changed("right") == ["right", "end"]
+    assert changed("end") == ["end"]

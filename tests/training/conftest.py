@@ -9,7 +9,8 @@ import pytest
 
 from dsv3.data.files import SkipReport
 from dsv3.data.loader import Loader
-from dsv3.data.shards import ShardSet, ShardWriter
+from dsv3.data.shard_writer import ShardWriter
+from dsv3.data.shards import ShardSet
 from dsv3.recipe.schema import Recipe
 from dsv3.training.trainer import Trainer
 

@@ -66,10 +66,13 @@ def test_muon_equals_a_loop_over_matrices():
         torch.testing.assert_close(parameter.data, weight, atol=1e-5, rtol=1e-5)
 
 
-def test_adamw_equals_the_papers_loop_and_decay_spares_gains():
+@pytest.mark.parametrize("decay_norms", [False, True])
+def test_adamw_equals_the_papers_loop_and_decay_spares_gains(decay_norms):
     """Loshchilov & Hutter 2019, algorithm 2, with the schedule's rate in front of the decay as well."""
     model = small_model()
-    section = OptimizerSection(kind="adamw", clip_norm=1e9, weight_decay=0.1, eps=1e-8, betas=(0.9, 0.95))
+    section = OptimizerSection(
+        kind="adamw", clip_norm=1e9, weight_decay=0.1, eps=1e-8, betas=(0.9, 0.95), decay_norms=decay_norms
+    )
     optimizer = Optimizer(model, section)
     weights = {name: p.detach().clone().double() for name, p in model.named_parameters()}
     first = {name: torch.zeros_like(w) for name, w in weights.items()}
@@ -84,7 +87,7 @@ def test_adamw_equals_the_papers_loop_and_decay_spares_gains():
             first[name] = 0.9 * first[name] + 0.1 * g
             second[name] = 0.95 * second[name] + 0.05 * g * g
             corrected = (first[name] / (1 - 0.9**t)) / ((second[name] / (1 - 0.95**t)).sqrt() + 1e-8)
-            decay = 0.0 if weight.dim() == 1 else 0.1
+            decay = 0.0 if weight.dim() == 1 and not decay_norms else 0.1
             weights[name] = weight - rate * (corrected + decay * weight)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.double(), weights[name], atol=2e-6, rtol=1e-5, msg=name)

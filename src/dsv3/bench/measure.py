@@ -87,7 +87,11 @@ class Result:
 
 
 def take_turns(
-    sides: Mapping[str, Work], rounds: int, progress: Progress = lambda **_: None, stage: str = "rounds"
+    sides: Mapping[str, Work],
+    rounds: int,
+    progress: Progress = lambda **_: None,
+    stage: str = "rounds",
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds of each side's turn in each round, after one round that does not count.
 
@@ -96,9 +100,9 @@ def take_turns(
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(rounds + 1):
         for name in list(sides) if number % 2 else reversed(list(sides)):
-            started = time.perf_counter()
+            started = clock()
             sides[name]()
-            elapsed = time.perf_counter() - started
+            elapsed = clock() - started
             if number > 0:
                 seconds[name].append(elapsed)
         progress(stage=stage, done=number, total=rounds)

@@ -12,9 +12,6 @@ from dsv3.errors import UserError
 if TYPE_CHECKING:
     from dsv3.bench.measure import Result, Spread
 
-WIDTH = 120
-"""Columns of a table that is written to a file or a pipe."""
-
 json_option = click.option(
     "--json", "json_path", type=click.Path(path_type=Path), help="Also write everything measured to this file."
 )
@@ -73,12 +70,10 @@ def decode(preset: str, batch: str, tokens: int, rounds: int, threads: int | Non
     from dsv3.bench.decode import bench_decode
     from dsv3.cli.ui import Progress
 
-    parts = batch.split(",")
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise UserError(f"--batch {batch!r}: expected whole numbers above 0, separated by commas, such as 1,8")
+    batches = whole_numbers("--batch", batch)
     use_threads(threads)
     with Progress() as progress:
-        result = bench_decode(preset, rounds, batches=[int(part) for part in parts], tokens=tokens, progress=progress)
+        result = bench_decode(preset, rounds, batches=batches, tokens=tokens, progress=progress)
     show(result, json_path)
 
 
@@ -156,6 +151,31 @@ def write_json(path: Path, content: object) -> None:
     click.echo(f"written: {path}")
 
 
+@bench.command()
+@click.option("--vocabularies", default="2048,32768", show_default=True, help="Entries; several by commas.")
+@click.option("--megabytes", type=click.FloatRange(0.1), default=4.0, show_default=True, help="Text a turn.")
+@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
+@json_option
+def data(vocabularies: str, megabytes: float, rounds: int, json_path: Path | None) -> None:
+    """Documents to shards on one core, against tokenizers alone."""
+    from dsv3.bench.data import bench_data
+    from dsv3.cli.ui import Progress
+
+    with Progress() as progress:
+        result = bench_data(
+            whole_numbers("--vocabularies", vocabularies), rounds, megabytes=megabytes, progress=progress
+        )
+    show(result, json_path)
+
+
+def whole_numbers(option: str, value: str) -> list[int]:
+    """An option's numbers."""
+    parts = value.split(",")
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise UserError(f"{option} {value!r}: expected whole numbers above 0, separated by commas, such as 1,8")
+    return [int(part) for part in parts]
+
+
 def use_threads(count: int | None) -> None:
     """Has torch compute with so many threads."""
     if count is not None:
@@ -167,12 +187,11 @@ def use_threads(count: int | None) -> None:
 def show(result: Result, json_path: Path | None) -> None:
     """Prints the tables, and writes the file that was asked for."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
-    if not console.is_terminal:
-        console.width = WIDTH
+    from dsv3.cli.ui import table_console
+
+    console = table_console()
     where = f"{result.machine['processor']}, {result.machine['threads']} threads"
     shapes = ", ".join(f"{name} {value}" for name, value in result.shapes.items())
     console.print(f"{where}\n{shapes}", highlight=False, soft_wrap=True)

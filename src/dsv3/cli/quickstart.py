@@ -21,7 +21,12 @@ def quickstart(overrides: tuple[str, ...], recipe: Path | None, data: tuple[str,
     """
     started = time.monotonic()
     run_recipe(
-        recipe or recipe_beside("quickstart/pretrain.toml"), overrides, list(data), out, report=True, replace=True
+        recipe or recipe_beside("quickstart/pretrain.toml"),
+        overrides,
+        list(data),
+        out,
+        stages="quickstart",
+        replace=True,
     )
     minutes = (time.monotonic() - started) / 60
     click.echo(f"\n{minutes:.1f} minutes. Look at {out / 'report.html'}, then try")

@@ -2,18 +2,24 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
 from dsv3.errors import UserError
+
+Stages = Literal["quickstart", "pretrain", "extend"]
 
 overrides_argument = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 
 
 def out_option(default: str | None) -> Callable[[Any], Any]:
     """`--out`."""
-    shown = default or "runs/ and the name of the recipe's directory"
+    return out_shown_as(default, default or "runs/ and the name of the recipe's directory")
+
+
+def out_shown_as(default: str | None, shown: str) -> Callable[[Any], Any]:
+    """`--out`, with what its help says of the default."""
     return click.option(
         "--out", type=click.Path(path_type=Path), default=default, help=f"Where everything goes: {shown}."
     )
@@ -28,13 +34,23 @@ def recipe_beside(name: str) -> Path:
     raise UserError(f"there is no recipes/{name} here; run this in a checkout of dsv3, or name a recipe")
 
 
+def refuse_to_mix(out: Path, stage: str, resume: bool) -> None:
+    """A run is begun in a new directory, and continued in its own: `UserError` otherwise."""
+    if (out / stage).exists() and not resume:
+        raise UserError(f"{out} holds a run already: add --resume to continue it, or name another directory with --out")
+    if resume and not (out / "stages").is_dir():
+        raise UserError(
+            f"{out} holds no run to continue: leave --resume out to begin one, or name its directory with --out"
+        )
+
+
 def run_recipe(
     recipe_path: Path,
     overrides: Sequence[str],
     data: list[str],
     out: Path,
     *,
-    report: bool,
+    stages: Stages,
     replace: bool,
     allow: Sequence[str] = (),
 ) -> None:
@@ -50,6 +66,7 @@ def run_recipe(
     from rich.console import Console
 
     from dsv3.cli.ui import Progress, panel
+    from dsv3.stages.extend import extension_stages
     from dsv3.stages.pretrain import derived, pretraining_stages, with_user_data
     from dsv3.stages.quickstart import quickstart_stages
     from dsv3.stages.runner import run_stages
@@ -58,6 +75,6 @@ def run_recipe(
     console = Console(stderr=True)
     panel(console, str(recipe_path), derived(recipe))
     with Progress(console) as progress:
-        make = quickstart_stages if report else pretraining_stages
-        stages = make(recipe, out, progress, progress.note, allow)
-        run_stages(stages, out, lambda name, state: progress.note(f"{name}: {state}"), replace=replace, allow=allow)
+        make = {"quickstart": quickstart_stages, "pretrain": pretraining_stages, "extend": extension_stages}[stages]
+        made = make(recipe, out, progress, progress.note, allow)
+        run_stages(made, out, lambda name, state: progress.note(f"{name}: {state}"), replace=replace, allow=allow)

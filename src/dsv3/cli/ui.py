@@ -18,6 +18,16 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 
 SECONDS_BETWEEN_LINES = 5.0
+WIDTH = 120
+"""Columns of a table that is written to a file or a pipe."""
+
+
+def table_console() -> Console:
+    """For tables on standard output."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = WIDTH
+    return console
 
 
 def panel(console: Console, title: str, rows: Mapping[str, object]) -> None:

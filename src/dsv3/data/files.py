@@ -6,10 +6,9 @@ import json
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal, Protocol
 
-from dsv3.errors import UserError
+from dsv3.errors import RunError, UserError
 
 LONGEST_DOCUMENT = 256 * 1024
 """Bytes of UTF-8. A longer text becomes several documents."""
@@ -28,12 +27,29 @@ class Document:
     text: str
 
 
+class File(Protocol):
+    """What is needed of a file: a `Path` is one, and so is one at a URL (`remote.py`)."""
+
+    @property
+    def name(self) -> str:
+        """The last part of its path."""
+        ...
+
+    def open(self, mode: Literal["rb"], /) -> BinaryIO:
+        """Its bytes."""
+        ...
+
+
 @dataclass
 class SkipReport:
-    """What could not be read: how many files or rows, and the first hundred by name, with the reason."""
+    """What was left out: how many files or rows could not be read, the first hundred by name with the reason, and how
+    many documents were empty or had come before.
+    """
 
     count: int = 0
     named: list[str] = field(default_factory=list)
+    empty: int = 0
+    duplicates: int = 0
 
     def add(self, name: str, reason: str) -> None:
         """Counts one file or row."""
@@ -42,20 +58,21 @@ class SkipReport:
             self.named.append(f"{name}: {reason}")
 
 
-def read(path: Path, name: str, report: SkipReport, longest: int = LONGEST_DOCUMENT) -> Iterator[Document]:
+def read(path: File, name: str, report: SkipReport, longest: int = LONGEST_DOCUMENT) -> Iterator[Document]:
     """The documents of one file, with ids that start with `name`; at most `longest` bytes each.
 
     What cannot be read is added to `report`: a whole text file with an undecodable byte, a single row of the others.
+    Raises `RunError` for a file that has gone: what is left is not what was to be read.
     """
     yield from READERS[suffix_of(path)](path, name, report, longest)
 
 
-def suffix_of(path: Path) -> str:
+def suffix_of(path: File) -> str:
     """The known ending of a file name (`.jsonl.zst`), empty for any other file."""
     return next((suffix for suffix in READERS if path.name.lower().endswith(suffix)), "")
 
 
-def read_text(path: Path, name: str, report: SkipReport, longest: int) -> Iterator[Document]:
+def read_text(path: File, name: str, report: SkipReport, longest: int) -> Iterator[Document]:
     """`.txt`, `.md`, `.py`: the file is the document."""
     try:
         with path.open("rb") as stream:
@@ -68,10 +85,11 @@ def read_text(path: Path, name: str, report: SkipReport, longest: int) -> Iterat
     except UnicodeDecodeError as error:
         report.add(name, f"not UTF-8 ({error.reason})")
     except OSError as error:
+        refuse_gone(path, error)
         report.add(name, error.strerror or str(error))
 
 
-def read_jsonl(path: Path, name: str, report: SkipReport, longest: int) -> Iterator[Document]:
+def read_jsonl(path: File, name: str, report: SkipReport, longest: int) -> Iterator[Document]:
     """`.jsonl`, plain or compressed: one object a line, its text in the field `text`."""
     number = 0
     failures: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error, *zstd_errors(path))
@@ -86,10 +104,11 @@ def read_jsonl(path: Path, name: str, report: SkipReport, longest: int) -> Itera
                 elif not line.isspace():
                     yield from cut_row(parse_row(line), f"{name}:{number}", report, longest)
     except failures as error:
+        refuse_gone(path, error)
         report.add(name, f"unreadable after row {number} ({error})")
 
 
-def read_parquet(path: Path, name: str, report: SkipReport, longest: int) -> Iterator[Document]:
+def read_parquet(path: File, name: str, report: SkipReport, longest: int) -> Iterator[Document]:
     """`.parquet`: one document a row, its text in the column `text`."""
     try:
         import pyarrow
@@ -98,7 +117,7 @@ def read_parquet(path: Path, name: str, report: SkipReport, longest: int) -> Ite
         raise UserError(f"{path}: reading .parquet needs pyarrow: pip install 'dsv3[parquet]'") from None
     number = 0
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        with path.open("rb") as stream, pyarrow.parquet.ParquetFile(stream) as file:
             if FIELD not in file.schema_arrow.names:
                 report.add(name, f"no column {FIELD!r} among {', '.join(file.schema_arrow.names)}")
                 return
@@ -111,7 +130,19 @@ def read_parquet(path: Path, name: str, report: SkipReport, longest: int) -> Ite
                         text = None
                     yield from cut_row(text, f"{name}:{number}", report, longest)
     except (OSError, pyarrow.ArrowException) as error:
+        refuse_gone(path, error)
         report.add(name, f"unreadable after row {number} ({error})")
+
+
+def refuse_gone(path: File, error: Exception) -> None:
+    """Raises `RunError` when the error says that a file, its disk or its server has gone, not that its content is bad."""
+    denied = isinstance(error, PermissionError)
+    gone = isinstance(error, FileNotFoundError | ConnectionError | TimeoutError)
+    if gone or (isinstance(error, OSError) and error.errno is not None and not denied):
+        raise RunError(
+            f"{path} was there when its source was listed, and cannot be read now: {getattr(error, 'strerror', 0) or error}. "
+            "Bring it back and run again: what is complete is kept"
+        ) from error
 
 
 def parse_row(line: bytes) -> Any:
@@ -160,16 +191,16 @@ def cut_point(data: bytes, longest: int) -> int:
     return next((cut for cut in range(longest, longest - 4, -1) if data[cut] & 0xC0 != 0x80), longest)
 
 
-def open_bytes(path: Path) -> BinaryIO:
+def open_bytes(path: File) -> BinaryIO:
     """The decompressed bytes of a file."""
     if path.name.lower().endswith(".gz"):
-        return gzip.open(path, "rb")  # type: ignore[return-value]  # a GzipFile reads like a BinaryIO
+        return gzip.open(path.open("rb"), "rb")  # type: ignore[return-value]  # a GzipFile reads like a BinaryIO
     if path.name.lower().endswith(".zst"):
         return io.BufferedReader(ChunkStream(decompress_zstd(path)))
     return path.open("rb")
 
 
-def decompress_zstd(path: Path) -> Iterator[bytes]:
+def decompress_zstd(path: File) -> Iterator[bytes]:
     """The content of a `.zst` file. `EOFError` when it ends inside a frame, which zstandard's own reader does not tell."""
     zstandard = import_zstandard(path)
     decoder = None
@@ -209,12 +240,12 @@ class ChunkStream(io.RawIOBase):
         return count
 
 
-def zstd_errors(path: Path) -> tuple[type[Exception], ...]:
+def zstd_errors(path: File) -> tuple[type[Exception], ...]:
     """What reading a damaged `.zst` raises."""
     return (import_zstandard(path).ZstdError,) if path.name.lower().endswith(".zst") else ()
 
 
-def import_zstandard(path: Path) -> Any:
+def import_zstandard(path: File) -> Any:
     """The module, or a refusal that says how to get it."""
     try:
         import zstandard
@@ -223,7 +254,7 @@ def import_zstandard(path: Path) -> Any:
     return zstandard
 
 
-READERS: dict[str, Callable[[Path, str, SkipReport, int], Iterator[Document]]] = {
+READERS: dict[str, Callable[[File, str, SkipReport, int], Iterator[Document]]] = {
     ".txt": read_text,
     ".md": read_text,
     ".py": read_text,

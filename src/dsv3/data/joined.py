@@ -32,12 +32,13 @@ def split_joined(
     """
     if rate == 0:
         return list(ids)
+    chosen = [at for at, token in enumerate(ids) if token in splits and rng.random() < rate]
     result: list[int] = []
-    for token in ids:
-        if token in splits and rng.random() < rate:
-            head, tail = splits[token]
-            result += head
-            result += tail
-        else:
-            result.append(token)
-    return result
+    copied = 0
+    for at in chosen:
+        head, tail = splits[ids[at]]
+        result += ids[copied:at]
+        result += head
+        result += tail
+        copied = at + 1
+    return [*result, *ids[copied:]]

@@ -1,18 +1,18 @@
 """Shard sets to batches. Everything is a function of the global row number: any rank and any resume point reads the same rows."""
 
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from dsv3.data.mixture import LONGEST_CYCLE, interleave
 from dsv3.data.packing import pack
 from dsv3.data.shards import ShardSet
 from dsv3.errors import UserError
 
-CYCLE = 1000
-"""Rows after which the order of the sources repeats: weights are kept to a thousandth."""
 IGNORED = -100
 """The target of a position that has none."""
 
@@ -46,10 +46,14 @@ class Batch:
 class Loader:
     """Packs each source (name, shards, weight) into rows of `row` tokens and mixes them.
 
-    `row` is T + 1. A weight is the source's share of rows, relative to the other weights. Row by row the source furthest
-    behind its share comes next; within a source, rows come in an order shuffled anew for each pass over it.
-    With `document_mask`, positions start again in each document.
-    Raises `UserError` for a source without documents, a weight that is not above 0, or a row below 2 tokens.
+    `row` is T + 1. A weight is the source's share of rows, and so of tokens, relative to the other weights: after any number
+    of rows each source is within one row of it (`mixture.py`). Within a source, rows come in an order shuffled anew for
+    each pass over it. With `document_mask`, positions start again in each document.
+
+    The data's position is the number of global rows before it, and nothing else. A data-parallel rank (`rank` of
+    `ranks`) reads its slice of each batch; ranks may change in number between any two batches.
+    Raises `UserError` for a source without documents, a weight that is not above 0, a row below 2 tokens, or a rank
+    that is none of `ranks`.
     """
 
     def __init__(
@@ -59,11 +63,16 @@ class Loader:
         seed: int,
         pad_id: int,
         document_mask: bool = False,
+        *,
+        rank: int = 0,
+        ranks: int = 1,
     ) -> None:
         if row < 2:
             raise UserError(f"row = {row}: expected at least 2 tokens, one to read and one to predict")
-        if not 0 < len(sources) <= CYCLE:
-            raise UserError(f"the loader was given {len(sources)} sources; expected 1 to {CYCLE}")
+        if not 0 < len(sources) <= LONGEST_CYCLE:
+            raise UserError(f"the loader was given {len(sources)} sources; expected 1 to {LONGEST_CYCLE}")
+        if not 0 <= rank < ranks:
+            raise UserError(f"rank = {rank} of {ranks}: expected a rank from 0 to {ranks - 1}")
         for name, shards, weight in sources:
             if not weight > 0:
                 raise UserError(f"the weight of source {name!r} is {weight}: expected a number above 0")
@@ -73,24 +82,45 @@ class Loader:
         self.shards = [shards for _, shards, _ in sources]
         self.plans = [pack(shards.lengths, row) for shards in self.shards]
         self.row, self.seed, self.pad_id, self.document_mask = row, seed, pad_id, document_mask
+        self.rank, self.ranks = rank, ranks
         self._order, self._before = interleave([weight for _, _, weight in sources])
+        self._shares = np.bincount(self._order, minlength=len(sources))
         self._shuffled: dict[int, tuple[int, npt.NDArray[np.int64]]] = {}
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
+        self._ahead: tuple[tuple[int, int], Future[Batch]] | None = None
 
     def batch(self, first_row: int, size: int) -> Batch:
-        """The global rows `first_row` to `first_row + size - 1`."""
-        tokens = np.full((size, self.row), self.pad_id, dtype=np.int64)
-        segments = np.zeros((size, self.row), dtype=np.int64)
-        positions = np.tile(np.arange(self.row), (size, 1))
-        valid = np.zeros((size, self.row), dtype=bool)
+        """This rank's slice of the global rows `first_row` to `first_row + size - 1`.
+
+        The slices of all ranks, one after another, are these rows. A thread prepares the batch that follows if it is of
+        the same size; what is returned does not depend on that.
+        """
+        asked = (first_row, size)
+        ready = self._ahead[1] if self._ahead is not None and self._ahead[0] == asked else self._prepare(*asked)
+        batch = ready.result()
+        following = (first_row + size, size)
+        self._ahead = (following, self._prepare(*following))
+        return batch
+
+    def _prepare(self, first_row: int, size: int) -> Future[Batch]:
+        begin, end = (first_row + size * rank // self.ranks for rank in (self.rank, self.rank + 1))
+        return self._thread.submit(self.rows, begin, end - begin)
+
+    def rows(self, first: int, count: int) -> Batch:
+        """The global rows `first` to `first + count - 1`, whatever this rank's slice."""
+        tokens = np.full((count, self.row), self.pad_id, dtype=np.int64)
+        segments = np.zeros((count, self.row), dtype=np.int64)
+        positions = np.tile(np.arange(self.row), (count, 1))
+        valid = np.zeros((count, self.row), dtype=bool)
         documents = []
-        for k in range(size):
-            source, number = self.place(first_row + k)
+        for k in range(count):
+            source, number = self.place(first + k)
             plan, shards = self.plans[source], self.shards[source]
             filled, held = 0, []
             for segment, piece in enumerate(range(plan.first[number], plan.first[number + 1])):
                 document, start, length = int(plan.document[piece]), plan.start[piece], plan.length[piece]
                 span = slice(filled, filled + length)
-                tokens[k, span] = shards.document(document)[start : start + length]
+                tokens[k, span] = shards.document(document, int(start), int(length))
                 segments[k, span] = segment
                 if self.document_mask:
                     positions[k, span] = np.arange(length)
@@ -109,19 +139,21 @@ class Loader:
 
     def place(self, row: int) -> tuple[int, int]:
         """Where a global row comes from: (index of the source, row of its plan)."""
-        cycle, step = divmod(row, CYCLE)
+        cycle, step = divmod(row, len(self._order))
         source = int(self._order[step])
-        drawn = cycle * int(self._before[-1, source]) + int(self._before[step, source])
+        drawn = cycle * int(self._shares[source]) + int(self._before[step])
         epoch, position = divmod(drawn, self.plans[source].rows)
-        if self._shuffled.get(source, (-1,))[0] != epoch:
+        known, shuffled = self._shuffled.get(source, (-1, None))
+        if known != epoch or shuffled is None:
             shuffle = np.random.Generator(np.random.PCG64([self.seed, source, epoch]))
-            self._shuffled[source] = (epoch, shuffle.permutation(self.plans[source].rows))
-        return source, int(self._shuffled[source][1][position])
+            shuffled = shuffle.permutation(self.plans[source].rows)
+            self._shuffled[source] = (epoch, shuffled)
+        return source, int(shuffled[position])
 
     def epochs(self, first_row: int) -> dict[str, float]:
         """Passes over each source that lie before a global row."""
-        cycle, step = divmod(first_row, CYCLE)
-        drawn = cycle * self._before[-1] + self._before[step]
+        cycle, step = divmod(first_row, len(self._order))
+        drawn = cycle * self._shares + np.bincount(self._order[:step], minlength=len(self.names))
         return {name: float(n / plan.rows) for name, n, plan in zip(self.names, drawn, self.plans, strict=True)}
 
     def describe(self, batch: Batch) -> list[str]:
@@ -129,26 +161,3 @@ class Loader:
         sets = dict(zip(self.names, self.shards, strict=True))
         named = {(source, index): None for row in batch.documents for source, index in row}
         return [f"{source}:{sets[source].name(index)}" for source, index in named]
-
-
-def interleave(weights: Sequence[float]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """The source of each row of a cycle, [CYCLE], and how many rows of each came before it, [CYCLE + 1, sources].
-
-    Shares are rounded to whole rows of the cycle, at least one each; every next row goes to the source furthest
-    behind its share.
-    """
-    exact = np.array(weights) / sum(weights) * CYCLE
-    shares = np.maximum(np.floor(exact), 1)
-    while shares.sum() != CYCLE:
-        behind = exact - shares
-        if shares.sum() < CYCLE:
-            shares[np.argmax(behind)] += 1
-        else:
-            shares[np.argmax(np.where(shares > 1, -behind, -np.inf))] -= 1
-    before = np.zeros((CYCLE + 1, len(weights)), dtype=np.int64)
-    order = np.zeros(CYCLE, dtype=np.int64)
-    for step in range(CYCLE):
-        order[step] = np.argmax(shares * (step + 1) / CYCLE - before[step])
-        before[step + 1] = before[step]
-        before[step + 1, order[step]] += 1
-    return order, before

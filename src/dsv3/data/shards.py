@@ -1,4 +1,4 @@
-"""Token shards: documents as flat arrays of ids on disk, written once and read through memory maps.
+"""Token shards: documents as flat arrays of ids on disk, written once, shard by shard, and read piece by piece.
 
 A shard set is a directory:
 
@@ -6,33 +6,30 @@ A shard set is a directory:
     tokens-00000.bin        the ids of whole documents, one after the other; uint16 up to a vocabulary of 65536, else uint32
     documents-00000.npy     int64 [2, documents + 1]: where each document starts, in tokens and in bytes of its text
     documents-00000.names   the id of each document, one JSON string a line
+    documents-00000.hashes  16 bytes a document, of its text: in sets that were built without duplicates
+    shard-00000.json        only while the set is being written: this shard is complete, and a killed build goes on after it
 """
 
-import errno
 import hashlib
 import json
 import os
-from array import array
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
 from functools import cached_property
-from io import BytesIO
 from pathlib import Path
-from types import TracebackType
+from threading import Lock
 from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
-from dsv3.data.files import SkipReport
 from dsv3.errors import RunError, UserError
 
 MANIFEST = "manifest.json"
 FORMAT = 1
-SHARD_BYTES = 1 << 30
-"""Size of `tokens-*.bin` from which the next document opens another shard."""
+ANEW = "delete {} and run again, which builds it anew"
 
 
 @dataclass(frozen=True)
@@ -79,131 +76,28 @@ class Manifest:
         return manifest
 
 
-class ShardWriter:
-    """Writes a shard set into a directory: `add` documents, then `finish`, inside a `with` block.
-
-    Leaving the block without `finish` removes what was written. An existing set in the directory is given up at once.
-    Raises `UserError` when the directory cannot be written to, `RunError` when the disk is full or fails.
-    """
-
-    def __init__(
-        self, directory: str | Path, *, vocab_size: int, tokenizer_hash: str, shard_bytes: int = SHARD_BYTES
-    ) -> None:
-        self.directory = Path(directory)
-        self.dtype = np.dtype("<u2" if vocab_size <= 65536 else "<u4")
-        self.tokenizer_hash = tokenizer_hash
-        self.documents = self.tokens = self.bytes = 0
-        self._shard_bytes = shard_bytes
-        self._shards: list[Shard] = []
-        self._files: list[Path] = []
-        self._stream: BinaryIO | None = None
-        self._finished = False
-        with storage_errors(self.directory):
-            self.directory.mkdir(parents=True, exist_ok=True)
-            for pattern in (MANIFEST, "tokens-*.bin", "documents-*.npy", "documents-*.names"):
-                for old in self.directory.glob(pattern):
-                    old.unlink()
-
-    def __enter__(self) -> "ShardWriter":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if not self._finished:
-            if self._stream is not None:
-                self._stream.close()
-            for path in self._files:
-                path.unlink(missing_ok=True)
-
-    def add(self, name: str, ids: Sequence[int], byte_count: int) -> None:
-        """Appends one document: its id, its tokens, and the bytes of UTF-8 of its original text."""
-        with storage_errors(self.directory):
-            if self._stream is None:
-                self._stream = self._create("tokens", "bin")
-                self._hash = hashlib.sha256()
-                self._starts = (array("q", [0]), array("q", [0]))
-                self._names: list[str] = []
-            data = np.asarray(ids, dtype=self.dtype).tobytes()
-            self._stream.write(data)
-            self._hash.update(data)
-            for starts, length in zip(self._starts, (len(ids), byte_count), strict=True):
-                starts.append(starts[-1] + length)
-            self._names.append(json.dumps(name))
-            self.documents += 1
-            self.tokens += len(ids)
-            self.bytes += byte_count
-            if self._starts[0][-1] * self.dtype.itemsize >= self._shard_bytes:
-                self._close_shard(self._stream)
-
-    def finish(self, origin: dict[str, Any], skipped: SkipReport) -> Manifest:
-        """Writes the manifest; from here on the directory is a shard set."""
-        with storage_errors(self.directory):
-            if self._stream is not None:
-                self._close_shard(self._stream)
-            manifest = Manifest(
-                format=FORMAT,
-                tokenizer=self.tokenizer_hash,
-                dtype=self.dtype.name,
-                documents=self.documents,
-                tokens=self.tokens,
-                bytes=self.bytes,
-                origin=origin,
-                skipped=asdict(skipped),
-                shards=self._shards,
-            )
-            temporary = self.directory / f"{MANIFEST}.partial"
-            self._files.append(temporary)
-            with open(temporary, "wb") as stream:
-                stream.write(json.dumps(asdict(manifest), indent=2).encode() + b"\n")
-                make_durable(stream)
-            os.replace(temporary, self.directory / MANIFEST)
-            self._finished = True
-        return manifest
-
-    def _create(self, kind: str, suffix: str) -> BinaryIO:
-        path = self.directory / f"{kind}-{len(self._shards):05d}.{suffix}"
-        self._files.append(path)
-        return open(path, "wb")
-
-    def _close_shard(self, stream: BinaryIO) -> None:
-        make_durable(stream)
-        stream.close()
-        self._stream = None
-        starts = BytesIO()
-        np.save(starts, np.array(self._starts, dtype="<i8"))
-        number = f"{len(self._shards):05d}"
-        hashes = {f"tokens-{number}.bin": self._hash.hexdigest()}
-        names = "".join(f"{name}\n" for name in self._names).encode()
-        for kind, suffix, data in (("documents", "npy", starts.getvalue()), ("documents", "names", names)):
-            with self._create(kind, suffix) as file:
-                file.write(data)
-                make_durable(file)
-            hashes[f"{kind}-{number}.{suffix}"] = hashlib.sha256(data).hexdigest()
-        self._shards.append(Shard(len(self._names), self._starts[0][-1], hashes))
-
-
 class ShardSet:
-    """A finished shard set, read through memory maps. `len` counts documents."""
+    """A finished shard set. `len` counts documents. What is read is checked: a file that shrank or went is a `RunError`."""
 
     def __init__(self, directory: Path, manifest: Manifest) -> None:
         self.directory = directory
         self.manifest = manifest
-        self._tokens: list[npt.NDArray[np.integer]] = []
+        self._dtype = np.dtype(manifest.dtype)
         self._starts: list[npt.NDArray[np.int64]] = []
         self._first = [0]
+        self._open = OpenFiles()
         for number, shard in enumerate(manifest.shards):
             tokens, starts = directory / f"tokens-{number:05d}.bin", directory / f"documents-{number:05d}.npy"
             try:
-                self._tokens.append(np.memmap(tokens, dtype=manifest.dtype, mode="r"))
-                self._starts.append(np.load(starts, mmap_mode="r"))
+                size = tokens.stat().st_size / self._dtype.itemsize
+                self._starts.append(np.load(starts))
             except (OSError, ValueError) as error:
-                raise UserError(f"{directory} is damaged: {error}; build the shards again") from None
-            found = (self._tokens[-1].size, self._starts[-1].shape)
-            if found != (shard.tokens, (2, shard.documents + 1)) or self._starts[-1][0, -1] != shard.tokens:
+                raise UserError(f"{directory} is damaged: {error}; {ANEW.format(directory)}") from None
+            shape = self._starts[-1].shape
+            if (size, shape) != (shard.tokens, (2, shard.documents + 1)) or self._starts[-1][0, -1] != shard.tokens:
                 raise UserError(
-                    f"{tokens} is damaged: it holds {found[0]} tokens and offsets of shape {found[1]}, the manifest says "
-                    f"{shard.tokens} tokens in {shard.documents} documents; build the shards again"
+                    f"{tokens} is damaged: it holds {size:g} tokens and offsets of shape {shape}, the manifest says "
+                    f"{shard.tokens} tokens in {shard.documents} documents; {ANEW.format(directory)}"
                 )
             self._first.append(self._first[-1] + shard.documents)
 
@@ -221,11 +115,38 @@ class ShardSet:
     def __len__(self) -> int:
         return self.manifest.documents
 
-    def document(self, index: int) -> npt.NDArray[np.integer]:
-        """The token ids of one document: a read-only view of the file, uint16 or uint32 [length]."""
+    def verify(self, rank: int = 0, ranks: int = 1) -> None:
+        """Compares the files of every `ranks`-th shard, from number `rank` on, with their sha256 in the manifest.
+
+        Reads them whole, several at a time. Raises `UserError` naming the first file that differs.
+        """
+        expected = [pair for shard in self.manifest.shards[rank::ranks] for pair in shard.sha256.items()]
+        with ThreadPoolExecutor(max_workers=4) as threads:
+            found = threads.map(file_hash, (self.directory / name for name, _ in expected))
+            for (name, sha256), actual in zip(expected, found, strict=True):
+                if actual != sha256:
+                    raise UserError(
+                        f"{self.directory / name} is damaged: its sha256 is {actual[:12] if actual else 'none (it is gone)'}, the "
+                        f"manifest says {sha256[:12]}; {ANEW.format(self.directory)}"
+                    )
+
+    def document(self, index: int, start: int = 0, length: int | None = None) -> npt.NDArray[np.integer]:
+        """The token ids of one document, or `length` of them from `start` on: read-only uint16 or uint32 [length].
+
+        Raises `RunError` when the shard has shrunk or gone since it was opened.
+        """
         shard, place = self._locate(index)
-        start, end = self._starts[shard][0, place : place + 2]
-        return self._tokens[shard][start:end]
+        first, end = (int(at) for at in self._starts[shard][0, place : place + 2])
+        count = end - first - start if length is None else length
+        path = self.directory / f"tokens-{shard:05d}.bin"
+        size = self._dtype.itemsize
+        data = self._open.read(path, (first + start) * size, count * size)
+        if len(data) < count * size:
+            raise RunError(
+                f"{path} ended early: expected {count} tokens of document {index} from token {first + start} on. The "
+                "file was cut or replaced while it was in use; bring it back, or build the shards again, and continue"
+            )
+        return np.frombuffer(data, dtype=self._dtype)
 
     def name(self, index: int) -> str:
         """The id of one document within its source, as the source gave it."""
@@ -243,6 +164,12 @@ class ShardSet:
         """Bytes of UTF-8 of each document's original text, int64 [documents]."""
         return np.concatenate([np.diff(starts[1]) for starts in self._starts])
 
+    def text_hashes(self) -> Iterator[bytes]:
+        """16 bytes of hash of each document's text; nothing where the set was built without them."""
+        for path in sorted(self.directory.glob("documents-*.hashes")):
+            data = path.read_bytes()
+            yield from (data[start : start + 16] for start in range(0, len(data), 16))
+
     def _locate(self, index: int) -> tuple[int, int]:
         if not 0 <= index < len(self):
             raise IndexError(f"document {index} of {len(self)}")
@@ -250,27 +177,35 @@ class ShardSet:
         return shard, index - self._first[shard]
 
 
-def make_durable(stream: BinaryIO) -> None:
-    """Brings what was written to the disk, so that no manifest outlives its shards in a crash."""
-    stream.flush()
-    os.fsync(stream.fileno())
+class OpenFiles:
+    """Reads pieces of files and keeps the last ones open, a bounded number: large sets have more files than a process may."""
+
+    def __init__(self, most: int = 128) -> None:
+        self._most = most
+        self._files: dict[Path, BinaryIO] = {}
+        self._lock = Lock()
+
+    def read(self, path: Path, offset: int, size: int) -> bytes:
+        """Up to `size` bytes from `offset` on; `RunError` when the file cannot be read."""
+        with self._lock:
+            try:
+                stream = self._files.pop(path, None)
+                if stream is None:
+                    stream = open(path, "rb", buffering=0)  # noqa: SIM115  it stays open for the next piece
+                self._files[path] = stream
+                if len(self._files) > self._most:
+                    self._files.pop(next(iter(self._files))).close()
+                return os.pread(stream.fileno(), size, offset)
+            except OSError as error:
+                raise RunError(
+                    f"{path} cannot be read any more: {error.strerror}. Bring it back, and continue"
+                ) from error
 
 
-@contextmanager
-def storage_errors(directory: Path) -> Iterator[None]:
-    """Turns failures of the file system into one paragraph."""
+def file_hash(path: Path) -> str | None:
+    """sha256 of a file in hexadecimal; None when it is not there."""
     try:
-        yield
-    except (PermissionError, FileExistsError, NotADirectoryError) as error:
-        raise UserError(
-            f"cannot write shards into {directory}: {error.strerror}; choose a directory that can be written to"
-        ) from error
-    except OSError as error:
-        if error.errno == errno.EROFS:
-            raise UserError(
-                f"cannot write shards into {directory}: {error.strerror}; choose a directory that can be written to"
-            ) from error
-        raise RunError(
-            f"writing shards into {directory} failed: {error.strerror}. What was written has been removed; "
-            f"free some space, or choose another disk, and run again"
-        ) from error
+        with open(path, "rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except FileNotFoundError:
+        return None

@@ -1,4 +1,4 @@
-"""Where text comes from: `builtin:stdlib`, `builtin:tinypy`, or the user's own files."""
+"""Where text comes from: builtins, the user's own files, URLs, Hugging Face data sets; and which split a document is in."""
 
 import glob
 import hashlib
@@ -6,18 +6,22 @@ import heapq
 import os
 import re
 import sysconfig
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from dsv3.data import tinypy
-from dsv3.data.files import LONGEST_DOCUMENT, READERS, Document, SkipReport, read, suffix_of
+from dsv3.data import hub, needle, tinypy
+from dsv3.data.files import LONGEST_DOCUMENT, READERS, Document, File, SkipReport, read, suffix_of
+from dsv3.data.remote import is_url, remote_files
 from dsv3.errors import UserError, nearest
 
 Split = Literal["train", "validation"]
 
-STDLIB, TINYPY = "builtin:stdlib", "builtin:tinypy"
-ENDLESS = ((TINYPY, "train"),)
+STDLIB, TINYPY, NEEDLE = "builtin:stdlib", "builtin:tinypy", "builtin:needle"
+GENERATORS = {TINYPY: tinypy, NEEDLE: needle}
+"""Sources that are made from a seed, each with splits of its own."""
+ENDLESS = ((TINYPY, "train"), (NEEDLE, "train"))
 """Sources and splits that never end: whoever reads one sets a limit."""
 
 TEXT = (".txt", ".md", ".py")
@@ -25,51 +29,100 @@ NOT_LIBRARY = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-pac
 GENERATED = re.compile(r"(auto-?|automatically )generated|generated (by|from|and used by) |do not edit", re.IGNORECASE)
 
 
+@dataclass(frozen=True)
+class Found:
+    """One file of a source."""
+
+    name: str
+    """What its documents' ids start with: its path within the source."""
+    file: File
+    size: int
+    """Bytes."""
+    stamp: str
+    """Changes when its content does: its time, or what its server gives instead."""
+
+
 def documents(
     uri: str, split: Split, *, seed: int, validation_fraction: float = 0.05, report: SkipReport | None = None
 ) -> Iterator[Document]:
-    """The documents of one split of a source, always in the same order; `train` of `builtin:tinypy` never ends.
+    """The documents of one split of a source, always in the same order; `train` of a generated one never ends.
 
-    `uri` is a builtin, a file, a directory or a glob of `.txt`, `.md`, `.py`, `.jsonl` (`.gz`, `.zst`) or `.parquet`
-    (field `text`). A directory is walked in sorted order, hidden files and directories left out. Texts longer than
-    256 KiB become several documents; text files of a corpus below 50 MB are cut finer, at a 200th of the corpus but
-    not below 16 KiB, so that one file serves both splits. Empty documents are left out.
-    A document belongs to `validation` when the sha256 of its id, as a fraction, is below `validation_fraction`; the
-    split of `builtin:tinypy`, the only source that uses `seed`, is its own (held-out combinations).
+    `uri` is a builtin; a file, a directory or a glob, here or at a URL that fsspec opens, of `.txt`, `.md`, `.py`, `.jsonl`
+    (`.gz`, `.zst`) or `.parquet` (field `text`); or `hf:NAME` (`hub.py`). A directory is walked in sorted order, hidden
+    files and directories left out. Texts longer than 256 KiB become several documents; text files of a corpus below 50 MB
+    are cut finer, at a 200th of the corpus but not below 16 KiB. Empty documents are left out and counted.
+    A document belongs to `validation` when the sha256 of its id, as a fraction, is below `validation_fraction`. Where that
+    leaves a split of a small source empty, its longest document is cut in two instead, at a line break if there is one:
+    the end goes to `validation`. The splits of the generated sources, which alone use `seed`, are
+    their own (held-out combinations).
     What cannot be read is skipped and added to `report`. Raises `UserError` at once for an unknown source or missing
-    path, and at the end when nothing came.
+    path, and at the end when nothing came; `RunError` when a file disappears.
     """
     if not 0 <= validation_fraction < 1:
         raise UserError(f"validation_fraction = {validation_fraction}: expected 0 or more and less than 1")
     report = SkipReport() if report is None else report
-    if uri == TINYPY:
-        return (Document(name, text) for name, text in tinypy.documents(split, seed))
-    found = stdlib(report) if uri == STDLIB else files(uri, report)
-    return choose(found, uri, split, validation_fraction, report)
+    if uri in GENERATORS:
+        return (Document(name, text) for name, text in GENERATORS[uri].documents(split, seed))
+    return choose(reader(uri), uri, split, validation_fraction, report)
+
+
+def reader(uri: str) -> Callable[[SkipReport], Iterator[Document]]:
+    """What reads all documents of a source, as often as it is called. Refuses before it reads."""
+    if uri == STDLIB:
+        return stdlib
+    if uri.startswith("builtin:"):
+        raise UserError(f"unknown source {uri!r}: {nearest(uri, [STDLIB, *GENERATORS])}")
+    if uri.startswith(hub.PREFIX):
+        return hub.reader(uri)
+    found = find(uri)
+    text_bytes = sum(each.size for each in found if suffix_of(each.file) in TEXT)
+    finest = min(max(text_bytes // 200, 16 * 1024), LONGEST_DOCUMENT)
+
+    def every(report: SkipReport) -> Iterator[Document]:
+        for each in found:
+            longest = finest if suffix_of(each.file) in TEXT else LONGEST_DOCUMENT
+            yield from read(each.file, each.name, report, longest)
+
+    return every
 
 
 def fingerprint(uri: str) -> str:
     """Changes when a source's content does (hex): of files their names, sizes and times; of a builtin its own source."""
-    if uri == TINYPY:
-        return hashlib.sha256(Path(tinypy.__file__).read_bytes()).hexdigest()
-    root, paths = (None, list(walk(stdlib_root(), NOT_LIBRARY))) if uri == STDLIB else find(uri)
-    content = hashlib.sha256(f"{uri}:{root}".encode())
-    for path in paths:
-        known = path.stat()
-        content.update(f"{path}:{known.st_size}:{known.st_mtime_ns}".encode(errors="surrogateescape"))
+    if uri in GENERATORS:
+        # Needles are hidden among tasks.
+        made_by = ("tinypy.py",) if uri == TINYPY else ("tinypy.py", "needle.py")
+        return hashlib.sha256(b"".join((Path(__file__).parent / name).read_bytes() for name in made_by)).hexdigest()
+    if uri.startswith(hub.PREFIX):
+        return hub.fingerprint(uri)
+    found = local(stdlib_root(), walk(stdlib_root(), NOT_LIBRARY)) if uri == STDLIB else find(uri)
+    content = hashlib.sha256(uri.encode(errors="surrogateescape"))
+    for each in found:
+        content.update(f"{each.file}:{each.size}:{each.stamp}".encode(errors="surrogateescape"))
     return content.hexdigest()
 
 
 def choose(
-    found: Iterable[Document], uri: str, split: Split, validation_fraction: float, report: SkipReport
+    every: Callable[[SkipReport], Iterator[Document]],
+    uri: str,
+    split: Split,
+    validation_fraction: float,
+    report: SkipReport,
 ) -> Iterator[Document]:
-    """One split of `found`, refusing to be empty."""
+    """One split of a source, refusing to be empty."""
+    divided = None if validation_fraction == 0 else document_to_divide(every, validation_fraction)
     seen = chosen = 0
-    for document in found:
+    for document in every(report):
         if not document.text:
+            report.empty += 1
             continue
         seen += 1
-        if (hash_fraction(document.id) < validation_fraction) == (split == "validation"):
+        if document.id == divided:
+            parts = divide(document.text, validation_fraction)
+            text = parts[0] if split == "train" else parts[1]
+            if text:
+                chosen += 1
+                yield Document(f"{document.id}#{split}", text)
+        elif in_validation(document, validation_fraction) == (split == "validation"):
             chosen += 1
             yield document
     if not seen:
@@ -80,6 +133,35 @@ def choose(
             f"{uri}: none of its {seen} documents falls into the {split} split at validation_fraction = "
             f"{validation_fraction}; add documents or change the fraction"
         )
+
+
+def in_validation(document: Document, validation_fraction: float) -> bool:
+    """Which split a document is in."""
+    return hash_fraction(document.id) < validation_fraction
+
+
+def document_to_divide(every: Callable[[SkipReport], Iterator[Document]], validation_fraction: float) -> str | None:
+    """The id of a source's longest document if all of them fall into the same split; None otherwise.
+
+    Reads until there is one of each, which is a few dozen documents.
+    """
+    longest, splits = Document("", ""), set()
+    for document in every(SkipReport()):
+        if document.text:
+            splits.add(in_validation(document, validation_fraction))
+            if len(document.text) > len(longest.text):
+                longest = document
+        if len(splits) == 2:
+            return None
+    return longest.id
+
+
+def divide(text: str, validation_fraction: float) -> tuple[str, str]:
+    """The text in two, of which the second has about `validation_fraction`: cut at white space where there is some."""
+    most = max(min(int(len(text) * (1 - validation_fraction)), len(text) - 1), len(text) // 2, 1)
+    found = (text.rfind(mark, most // 2, most) for mark in "\n ")
+    cut = next((at + 1 for at in found if at >= 0), most)
+    return text[:cut], text[cut:]
 
 
 def hash_fraction(name: str) -> float:
@@ -122,49 +204,42 @@ def stdlib_root() -> Path:
     return Path(sysconfig.get_path("stdlib"))
 
 
-def files(uri: str, report: SkipReport) -> Iterator[Document]:
-    """The documents of a file, a directory or a glob. Refuses before it reads."""
-    if uri.startswith("builtin:"):
-        raise UserError(f"unknown source {uri!r}: {nearest(uri, [STDLIB, TINYPY])}")
-    root, paths = find(uri)
-    text_bytes = sum(path.stat().st_size for path in paths if suffix_of(path) in TEXT)
-    finest = min(max(text_bytes // 200, 16 * 1024), LONGEST_DOCUMENT)
-
-    def every() -> Iterator[Document]:
-        for path in paths:
-            longest = finest if suffix_of(path) in TEXT else LONGEST_DOCUMENT
-            yield from read(path, printable(path.relative_to(root)), report, longest)
-
-    return every()
-
-
 def printable(path: Path) -> str:
     """A path as text with a UTF-8 form, whatever bytes its name is made of."""
     return path.as_posix().encode(errors="backslashreplace").decode()
 
 
-def find(uri: str) -> tuple[Path, list[Path]]:
-    """The directory that ids are relative to, and the files in order."""
+def find(uri: str) -> list[Found]:
+    """The files of a source in order."""
     kinds = ", ".join(READERS)
     path = Path(uri).expanduser()
-    if path.is_file():
-        if not suffix_of(path):
-            raise UserError(f"{uri} is no text that is read here; expected {kinds}")
-        return path.parent, [path]
-    if path.is_dir():
-        root, candidates = path, list(walk(path))
+    if is_url(uri):
+        found = [Found(*each) for each in remote_files(uri)]
+    elif path.is_file():
+        found = local(path.parent, [path])
+    elif path.is_dir():
+        found = local(path, walk(path))
     elif glob.has_magic(uri):
         plain = path.parts[: next(i for i, part in enumerate(path.parts) if glob.has_magic(part))]
-        root = Path(*plain)
-        candidates = [p for p in map(Path, sorted(glob.glob(str(path), recursive=True))) if p.is_file()]
+        named = map(Path, sorted(glob.glob(str(path), recursive=True)))
+        found = local(Path(*plain), (each for each in named if each.is_file()))
     else:
         raise UserError(
-            f"the source {uri!r} does not exist; expected {STDLIB}, {TINYPY}, a file, a directory or a glob of {kinds}"
+            f"the source {uri!r} does not exist; expected {STDLIB}, {TINYPY}, hf:NAME, or a file, a directory or a glob of "
+            f"{kinds}, here or at a URL"
         )
-    known = [candidate for candidate in candidates if suffix_of(candidate)]
+    known = [each for each in found if suffix_of(each.file)]
     if not known:
         raise UserError(f"{uri} holds no file that is read here; expected {kinds}")
-    return root, known
+    return known
+
+
+def local(root: Path, paths: Iterable[Path]) -> list[Found]:
+    """Files of this machine."""
+    return [
+        Found(printable(path.relative_to(root)), path, (known := path.stat()).st_size, str(known.st_mtime_ns))
+        for path in paths
+    ]
 
 
 def walk(root: Path, without: Container[str] = ()) -> Iterator[Path]:

@@ -45,11 +45,13 @@ class Source(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """What logs, shards and scores call it; also the name of its directory."""
     uri: str
-    """A file or directory of text, or a corpus that comes with dsv3: `builtin:stdlib`, `builtin:tinypy`."""
+    """A file, a directory or a glob of text, here or at a URL that fsspec opens; `hf:NAME`, a data set of Hugging Face or a
+    directory of one; or a corpus that comes with dsv3: `builtin:stdlib`, `builtin:tinypy`,
+    `builtin:needle`."""
     weight: float = Field(default=1.0, gt=0)
     """Its share of the training tokens, relative to the other sources' weights."""
     tokens: Quantity | None = None
-    """How many tokens of an endless source to build."""
+    """How many tokens of it to build at most; an endless source needs this."""
 
 
 class DataSection(Section):
@@ -69,6 +71,9 @@ class DataSection(Section):
     seed: int | None = Field(default=None, ge=0)
     """Seed of what is drawn up to the shards (generated documents, fill-in-the-middle); by default `training.seed`. Runs
     that share it have the same tokenizer, shards and held-out texts."""
+    deduplicate: bool = False
+    """Whether a document whose text came before, in any source or split, is left out; what the report does is not
+    published in detail."""
     document_mask: bool = False
     """Whether a token sees only its own document; the report packs without it in pre-training (section 4.1)."""
 
@@ -91,6 +96,8 @@ class OptimizerSection(Section):
     """Adam's addend to the denominator; not published."""
     weight_decay: float = Field(default=0.1, ge=0)
     """Decoupled decay a unit of learning rate (report, section 4.2)."""
+    decay_norms: bool = False
+    """Whether the gains of norms decay too; not published."""
     clip_norm: float = Field(default=1.0, gt=0)
     """Largest global norm of the gradient (report, section 4.2)."""
     muon_momentum: float = Field(default=0.95, ge=0, lt=1)
@@ -178,6 +185,19 @@ class TrainingSection(Section):
         return self
 
 
+class ExtensionSection(Section):
+    """`[extension]`: for `dsv3 extend`, a training that goes on from the weights of another at a greater length (report,
+    section 4.3). Where it goes to is `data.sequence_length`, how positions are scaled `model.rope_scaling`.
+    """
+
+    initial_from: str
+    """The run, checkpoint or Hugging Face directory to start from; its tokenizer is used as well."""
+    from_length: Length
+    """The sequence length it was trained with: a start of another length is refused, so that phases keep their order."""
+    optimizer_state: Literal["fresh", "kept"] = "fresh"
+    """Whether the optimizer forgets the phase before; not published. `fresh` starts from published weights as well."""
+
+
 class LoggingSection(Section):
     """`[logging]`: where figures go beside `metrics.jsonl` and TensorBoard, which are always written."""
 
@@ -190,10 +210,23 @@ class LoggingSection(Section):
 class EvaluationSection(Section):
     """`[evaluation]`: what is measured while training; ours."""
 
+    tasks: Annotated[tuple[Literal["bpb", "tinypy", "needle", "position"], ...], Field(strict=False)] = (
+        "bpb",
+        "tinypy",
+    )
+    """What is measured: bits per byte, tasks (where a source is `builtin:tinypy`), needles in haystacks, loss by position."""
     bits_per_byte_bytes: Quantity = 200_000
-    """Held-out bytes scored, a source."""
+    """Held-out bytes scored, a source; also those that loss by position is taken over."""
+    validation_tokens: Quantity = 50_000
+    """Held-out tokens of a source, packed as in training, that the validation loss is taken over."""
     tinypy_tasks: int = Field(default=0, ge=0)
     """Held-out function-writing tasks tried."""
+    needle_lengths: Annotated[tuple[Length, ...], Field(strict=False)] = ()
+    """Tokens of the haystacks; by default a quarter, a half, three quarters and the whole of `data.sequence_length`."""
+    needle_depths: int = Field(default=5, ge=2)
+    """Places of the needle, evenly from the beginning to the end."""
+    needle_samples: int = Field(default=4, ge=1)
+    """Haystacks of each length and place."""
     sample_prompts: Annotated[tuple[str, ...], Field(strict=False)] = ()
     """Prompts that are continued for the reader."""
 
@@ -207,6 +240,8 @@ class Recipe(Section):
     optimizer: OptimizerSection = OptimizerSection()
     schedule: ScheduleSection
     training: TrainingSection
+    extension: ExtensionSection | None = None
+    """Where `dsv3 extend` goes on from; a recipe of a training from the beginning has no such section."""
     evaluation: EvaluationSection = EvaluationSection()
     logging: LoggingSection = LoggingSection()
     notes: dict[str, str] = Field(default_factory=dict)
@@ -255,6 +290,16 @@ class Recipe(Section):
             raise ValueError(
                 f"data.sequence_length = {self.data.sequence_length}: expected at most "
                 f"model.max_position_embeddings = {longest}; shorten the one or raise the other"
+            )
+        if self.extension is not None and self.extension.from_length >= self.data.sequence_length:
+            raise ValueError(
+                f"extension.from_length = {self.extension.from_length}: expected less than data.sequence_length = "
+                f"{self.data.sequence_length}, which it is extended to"
+            )
+        if self.extension is not None and self.tokenizer.path is not None:
+            raise ValueError(
+                "tokenizer.path and extension.initial_from are both there: an extension keeps the tokenizer of its start; "
+                "leave tokenizer.path out"
             )
         segments = as_segments(self.schedule.batch_size)
         if (micro := self.training.micro_batch_size) is not None:

@@ -125,6 +125,7 @@ def link(stages: Sequence[Stage], shared: Path, out: Path) -> None:
         if not place.is_symlink():
             if place.exists():
                 raise UserError(f"{place} is there already and was not made by this command; choose another --out")
+            place.parent.mkdir(parents=True, exist_ok=True)
             place.symlink_to(os.path.relpath(stage.output, place.parent))
         record = f"stages/{stage.name}.json"
         shutil.copyfile(shared / record, out / record)

@@ -6,35 +6,28 @@ import platform
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from itertools import chain, islice
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dsv3.data.build import build_shards
 from dsv3.data.loader import Loader
 from dsv3.data.shards import ShardSet
-from dsv3.data.sources import ENDLESS, Document, Split, documents, fingerprint, sample
-from dsv3.data.tokenizer import Tokenizer, train_tokenizer
+from dsv3.data.tokenizer import Tokenizer
 from dsv3.errors import UserError
+from dsv3.evaluation.validation_loss import ValidationLoss
 from dsv3.planning.flops import training_flops_per_token
 from dsv3.planning.parameters import count_parameters
 from dsv3.recipe.changes import check_names
 from dsv3.recipe.schedule import Schedules
-from dsv3.recipe.schema import Recipe, Source
+from dsv3.recipe.schema import Recipe
+from dsv3.stages.data import data_stages, open_sets
 from dsv3.stages.runner import Stage
 from dsv3.stages.scores import Scores
 from dsv3.training.device import pick_device
 from dsv3.training.resume import find_continuation
 from dsv3.training.trainer import Progress, Trainer
-
-ENDLESS_DOCUMENTS = 4000
-"""Of a source that never ends, read for the tokenizer: its words repeat long before."""
-VALIDATION_TOKENS = 200_000
-"""Of an endless source's held-out split."""
 
 
 def pretraining_stages(
@@ -43,36 +36,21 @@ def pretraining_stages(
     """The stages up to a trained model in `out/pretrain`; each is keyed by what it reads of the recipe.
 
     `allow` names keys of the recipe that may differ from those of a run that is continued; see `recipe/changes.py`.
+    Raises `UserError` for a recipe that goes on from another run.
     """
     check_names(allow, recipe)
-    content = recipe.content()
-    data = content["data"]
-    texts = {
-        "corpora": {source.name: fingerprint(source.uri) for source in recipe.data.sources},
-        "sources": data["sources"],
-        "validation_fraction": data["validation_fraction"],
-        "seed": recipe.data_seed,
-    }
-    vocabulary = {**content["tokenizer"], "vocab_size": content["model"]["vocab_size"]}
-    if recipe.tokenizer.path is not None:
-        vocabulary["hash"] = Tokenizer.load(recipe.tokenizer.path).hash
-    changes = {key: data[key] for key in ("fim_rate", "split_joined_rate")}
-    return [
-        Stage(
-            "tokenizer",
-            {"texts": texts, "tokenizer": vocabulary},
-            out / "tokenizer",
-            lambda: make_tokenizer(recipe, out / "tokenizer", progress),
-        ),
-        Stage("shards", changes, out / "shards", lambda: make_shards(recipe, out, progress, note)),
-        Stage(
-            "pretrain",
-            content,
-            out / "pretrain",
-            partial(train, recipe, out, progress, note, allow),
-            lambda: refused_changes(out / "pretrain", recipe, allow),
-        ),
-    ]
+    if recipe.extension is not None:
+        raise UserError(
+            f"this recipe starts from {recipe.extension.initial_from} ([extension]): use dsv3 extend, or leave the section "
+            "out to train from the beginning"
+        )
+    data = data_stages(recipe, out, progress, note)
+    names = tuple(stage.name for stage in data)
+    training = Stage(
+        "pretrain", recipe.content(), out / "pretrain", lambda: train(recipe, out, progress, note, allow=allow), names,
+        lambda: refused_changes(out / "pretrain", recipe, allow),
+    )  # fmt: skip
+    return [*data, training]
 
 
 def refused_changes(directory: Path, recipe: Recipe, allow: Sequence[str]) -> list[str] | None:
@@ -81,82 +59,36 @@ def refused_changes(directory: Path, recipe: Recipe, allow: Sequence[str]) -> li
     return None if found is None else found.refused
 
 
-def make_tokenizer(recipe: Recipe, directory: Path, progress: Progress) -> None:
-    """Trains the tokenizer on an even sample of the training split, each source by its weight; or copies a finished one."""
-    if recipe.tokenizer.path is not None:
-        finished, most = Tokenizer.load(recipe.tokenizer.path), recipe.model.config().vocab_size
-        if finished.vocab_size > most:
-            raise UserError(
-                f"the tokenizer in {recipe.tokenizer.path} has {finished.vocab_size} entries, and model.vocab_size = "
-                f"{most}: expected at least as many; raise model.vocab_size"
-            )
-        finished.save(directory)
-        return
-    progress(stage="tokenizer", done=0, total=1)
-    total = sum(source.weight for source in recipe.data.sources)
-    texts = chain.from_iterable(
-        sample(training_documents(recipe, source), int(recipe.tokenizer.training_bytes * source.weight / total))
-        for source in recipe.data.sources
-    )
-    tokenizer = train_tokenizer(texts, recipe.model.config().vocab_size, recipe.tokenizer.digits)
-    tokenizer.save(directory)
-    progress(stage="tokenizer", done=1, total=1, entries=tokenizer.vocab_size)
-
-
-def training_documents(recipe: Recipe, source: Source) -> Iterator[Document]:
-    """A source's training split; of one that never ends, as many documents as the tokenizer can be trained on."""
-    fraction = recipe.data.validation_fraction
-    found = documents(source.uri, "train", seed=recipe.data_seed, validation_fraction=fraction)
-    return islice(found, ENDLESS_DOCUMENTS) if (source.uri, "train") in ENDLESS else found
-
-
-def make_shards(recipe: Recipe, out: Path, progress: Progress, note: Callable[[str], None]) -> None:
-    """Token shards of every source and split."""
-    tokenizer = Tokenizer.load(out / "tokenizer")
-    splits: tuple[Split, ...] = ("train", "validation")
-    done, total = 0, len(splits) * len(recipe.data.sources)
-    for source in recipe.data.sources:
-        skipped: list[dict[str, Any]] = []
-        for split in splits:
-            progress(stage="shards", done=done, total=total, source=f"{source.name}/{split}")
-            training = split == "train"
-            manifest = build_shards(
-                source.uri, split, tokenizer, out / "shards" / source.name / split, seed=recipe.data_seed,
-                fim_rate=recipe.data.fim_rate if training else 0.0,
-                split_joined_rate=recipe.data.split_joined_rate if training else 0.0,
-                validation_fraction=recipe.data.validation_fraction,
-                limit_tokens=source.tokens if training else VALIDATION_TOKENS,
-            )  # fmt: skip
-            skipped.append(manifest.skipped)
-            done += 1
-        # Both splits read the same files, each up to its limit.
-        most = max(skipped, key=lambda each: each["count"])
-        if most["count"]:
-            named = ", ".join(most["named"])
-            note(f"{source.name}: skipped {most['count']} files or rows that are no text: {named}")
-    progress(stage="shards", done=done, total=total)
-
-
 def train(
-    recipe: Recipe, out: Path, progress: Progress, note: Callable[[str], None], allow: Sequence[str] = ()
-) -> Trainer:
-    """Trains in `out/pretrain`, from the newest checkpoint where there is one; the trainer at its end."""
+    recipe: Recipe, out: Path, progress: Progress, note: Callable[[str], None],
+    stage: str = "pretrain", start: Callable[[Trainer], None] | None = None, allow: Sequence[str] = (),
+) -> Trainer:  # fmt: skip
+    """Trains in `out/stage`, from the newest checkpoint where there is one, or else from where `start` sets the trainer.
+
+    Returns the trainer at its end.
+    """
     tokenizer = Tokenizer.load(out / "tokenizer")
-    sets = [
-        (source.name, ShardSet.open(out / "shards" / source.name / "train", tokenizer.hash), source.weight)
-        for source in recipe.data.sources
-    ]
-    loader = Loader(
-        sets, recipe.data.sequence_length + 1, recipe.training.seed, tokenizer.pad_id, recipe.data.document_mask
-    )
+    shards = open_sets(recipe, out, "train")
+    sets = [(source.name, shards[source.name], source.weight) for source in recipe.data.sources]
+    row = recipe.data.sequence_length + 1
+    loader = Loader(sets, row, recipe.training.seed, tokenizer.pad_id, recipe.data.document_mask)
     files = {"tokenizer": out / "tokenizer"}
     scores = Scores(recipe, tokenizer)
-    trainer = Trainer(recipe, loader, out / "pretrain", files=files, progress=progress, evaluate=scores)
+    validation = ValidationLoss(
+        open_sets(recipe, out, "validation"), row, recipe.evaluation.validation_tokens, tokenizer.pad_id,
+        recipe.data.document_mask,
+    )  # fmt: skip
+    trainer = Trainer(
+        recipe, loader, out / stage, files=files, progress=progress,
+        evaluate=lambda model: {**scores(model), "validation_loss": validation(model)},
+    )  # fmt: skip
     if trainer.resume(allow):
-        note(f"pretrain: continuing after step {trainer.step_count}")
+        note(f"{stage}: continuing after step {trainer.step_count}")
         for change in trainer.changes:
-            note(f"pretrain: {change}")
-    write_run(recipe, out / "pretrain", tokenizer, sets)
+            note(f"{stage}: {change}")
+    elif start is not None:
+        start(trainer)
+    write_run(recipe, out / stage, tokenizer, sets)
     trainer.run()
     return trainer
 

@@ -15,6 +15,7 @@ from markupsafe import Markup
 from dsv3.errors import UserError
 from dsv3.stages import charts
 from dsv3.stages.drawing import COLOURS, human
+from dsv3.stages.needle_chart import needle_svg
 from dsv3.stages.run_directory import Row, Run, read_run
 
 
@@ -66,6 +67,8 @@ def figures(run: Run) -> dict[str, str]:
         drawn["bits"] = charts.bits_per_byte(scored)
     if tested := having(run.evaluations, "pass_at_1"):
         drawn["pass"] = charts.pass_at_1(tested)
+    if searched := having(run.evaluations, "needle"):
+        drawn["needle"] = needle_svg(searched[-1]["needle"])
     return drawn
 
 

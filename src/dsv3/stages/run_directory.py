@@ -8,6 +8,9 @@ from typing import Any
 
 from dsv3.errors import UserError
 
+TRAININGS = ("pretrain", "extend")
+"""What the directory of a training is called within its run."""
+
 Row = Mapping[str, Any]
 """One line of `metrics.jsonl` or `evaluations.jsonl`; always has `step` and `tokens`."""
 
@@ -28,25 +31,26 @@ class Run:
 
 def read_run(path: Path) -> Run:
     """Reads a run directory, whatever part of it is written by now; `UserError` when `path` is none."""
-    if not any((path / part).is_dir() for part in ("tokenizer", "shards", "pretrain")):
+    if not any((path / part).is_dir() for part in ("tokenizer", "shards", *TRAININGS)):
         raise UserError(
-            f"{path} is not a run directory: expected one that holds tokenizer/, shards/ or pretrain/, "
+            f"{path} is not a run directory: expected one that holds tokenizer/, shards/, pretrain/ or extend/, "
             "such as runs/quickstart, which `dsv3 quickstart` makes"
         )
-    home, notes, about = path / "pretrain", [], {}
+    home = next((path / part for part in TRAININGS if (path / part).is_dir()), path / TRAININGS[0])
+    notes, about = [], {}
     try:
         about = json.loads((home / "run.json").read_text("utf-8", errors="replace"))
     except FileNotFoundError:
-        notes.append("pretrain/run.json is not there yet: the recipe and the machine are unknown.")
+        notes.append(f"{home.name}/run.json is not there yet: the recipe and the machine are unknown.")
     except json.JSONDecodeError as error:
-        notes.append(f"pretrain/run.json is not whole ({error}): the recipe and the machine are left out.")
+        notes.append(f"{home.name}/run.json is not whole ({error}): the recipe and the machine are left out.")
     records = {}
     for name, what in (("metrics.jsonl", "training step"), ("evaluations.jsonl", "evaluation")):
         records[name], unreadable = read_rows(home / name)
         if not records[name]:
-            notes.append(f"pretrain/{name} holds no {what} yet.")
+            notes.append(f"{home.name}/{name} holds no {what} yet.")
         if unreadable:
-            notes.append(f"Lines of pretrain/{name} that are not whole records and are left out: {unreadable}.")
+            notes.append(f"Lines of {home.name}/{name} that are not whole records and are left out: {unreadable}.")
     latest = home / "checkpoints" / "latest"
     checkpoint = latest.parent / latest.read_text("utf-8", errors="replace").strip() if latest.is_file() else None
     if checkpoint is None:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,12 @@ class Stage:
 
     name: str
     inputs: dict[str, Any]
-    """What the result depends on, JSON-able. The keys of the stages before it count as well."""
+    """What the result depends on, JSON-able. The keys of the stages it needs count as well."""
     output: Path
     """The file or directory it makes; removed when the stage must start afresh."""
     run: Callable[[], object]
+    needs: tuple[str, ...] | None = None
+    """Names of the stages it depends on; by default the one before it."""
     refused: Callable[[], list[str] | None] = lambda: None
     """Asked when the output was made from other inputs: what keeps `run` from going on with it, a sentence each, none if
     nothing does; None where nothing of it can be gone on with."""
@@ -52,10 +54,9 @@ def run_stages(
         (directory / "stages").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to {directory}: {error.strerror}; choose another output directory") from None
-    key, ran = "", []
-    for stage in stages:
+    ran = []
+    for stage, before, key in chained(stages):
         record = directory / "stages" / f"{stage.name}.json"
-        before, key = key, key_of(stage, key)
         known = read_record(record)
         same = known is not None and known["key"] == key
         if known is not None and same and known["done"] and stage.output.exists():
@@ -76,13 +77,22 @@ def run_stages(
 
 
 def finished(stages: Sequence[Stage], directory: Path) -> bool:
-    """Whether `run_stages` would find every stage cached."""
-    before = ""
-    for stage in stages:
-        before, known = key_of(stage, before), read_record(directory / "stages" / f"{stage.name}.json")
-        if known is None or known["key"] != before or not known["done"] or not stage.output.exists():
+    """Whether `run_stages` would find nothing to do."""
+    for stage, _, key in chained(stages):
+        known = read_record(directory / "stages" / f"{stage.name}.json")
+        if known is None or known["key"] != key or not known["done"] or not stage.output.exists():
             return False
     return True
+
+
+def chained(stages: Sequence[Stage]) -> Iterator[tuple[Stage, str, str]]:
+    """Each stage with the keys of those it needs and with its own."""
+    keys: dict[str, str] = {}
+    for stage in stages:
+        needs = list(keys)[-1:] if stage.needs is None else stage.needs
+        before = " ".join(keys[name] for name in needs)
+        keys[stage.name] = key_of(stage, before)
+        yield stage, before, keys[stage.name]
 
 
 def check_replaceable(
@@ -113,7 +123,7 @@ def is_allowed(key: str, allow: Sequence[str]) -> bool:
 
 
 def key_of(stage: Stage, before: str) -> str:
-    """SHA-256 of a stage's name, its inputs and the key of the stage before it."""
+    """SHA-256 of a stage's name, its inputs and the keys of the stages it needs."""
     content = json.dumps([stage.name, stage.inputs, before], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()
 

@@ -1,24 +1,20 @@
-"""What a run is measured by while it trains: bits per byte by source, pass@1 on held-out tasks, samples to read."""
+"""What a run is measured by while it trains: the recipe's tasks, and samples to read."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from dsv3.data.fim import fim_prompt
-from dsv3.data.sources import TINYPY, documents
+from dsv3.data.sources import GENERATORS, TINYPY, Document, documents
 from dsv3.data.tokenizer import Tokenizer
-from dsv3.evaluation.bits_per_byte import bits_per_byte
-from dsv3.evaluation.tinypy import pass_at_1
+from dsv3.evaluation.tasks import Plan, run_tasks
 from dsv3.inference.llm import LLM
 from dsv3.inference.sampling import SamplingParams
 from dsv3.model.transformer import DeepSeekV3
 from dsv3.recipe.schema import Recipe
 
-ANSWER_TOKENS = 112
-"""Longest answer to a tinypy task; the longest solution takes fewer."""
 SAMPLE_TOKENS = 96
 """Longest sample."""
-BATCH_ROWS = 16
-"""Windows scored together."""
 
 
 @dataclass(frozen=True)
@@ -34,35 +30,18 @@ class Scores:
 
     def __init__(self, recipe: Recipe, tokenizer: Tokenizer):
         self.recipe, self.tokenizer = recipe, tokenizer
-        limit = recipe.evaluation.bits_per_byte_bytes
-        self.texts = {source.name: held_out(recipe, source.uri, limit) for source in recipe.data.sources}
-        self.has_tasks = any(source.uri == TINYPY for source in recipe.data.sources)
+        self.plan = plan_of(recipe)
         prose = [
             texts
-            for source, texts in zip(recipe.data.sources, self.texts.values(), strict=True)
-            if source.uri != TINYPY
+            for source, texts in zip(recipe.data.sources, self.plan.texts.values(), strict=True)
+            if source.uri not in GENERATORS
         ]
         self.gap = self.find_gap(prose[0]) if prose and recipe.data.fim_rate > 0 else None
 
     def __call__(self, model: DeepSeekV3) -> dict[str, Any]:
-        """Bits per byte by source, passed and total tasks, samples."""
-        llm = LLM.of(model, self.tokenizer)
-        device = model.lm_head.weight.device
-        length = self.recipe.data.sequence_length
-        found: dict[str, Any] = {
-            "bits_per_byte": {
-                name: bits_per_byte(
-                    model, self.tokenizer, texts, sequence_length=length, batch_rows=BATCH_ROWS, device=device
-                ).value
-                for name, texts in self.texts.items()
-            }
-        }
-        if self.has_tasks and self.recipe.evaluation.tinypy_tasks:
-            result = pass_at_1(lambda prompts: answers(llm, prompts), self.recipe.evaluation.tinypy_tasks)
-            found["pass_at_1"] = {"tinypy": {"passed": result.passed, "total": result.total}}
-            found["failures"] = {"tinypy": result.failures}
-        found["samples"] = self.samples(llm)
-        return found
+        """What `run_tasks` gives, and samples."""
+        found = run_tasks(model, self.tokenizer, self.plan)
+        return {**found, "samples": self.samples(LLM.of(model, self.tokenizer))}
 
     def samples(self, llm: LLM) -> list[dict[str, str]]:
         """Continuations of the recipe's prompts, and the hole filled."""
@@ -87,22 +66,36 @@ class Scores:
         return [self.tokenizer.bos_id, *fim_prompt(encode(gap.prefix), encode(gap.suffix), self.tokenizer)]
 
 
+def plan_of(recipe: Recipe) -> Plan:
+    """The recipe's `[evaluation]` with the texts it is made on. Tasks are asked where the model was taught them."""
+    wanted = recipe.evaluation
+    taught = any(source.uri == TINYPY for source in recipe.data.sources)
+    return Plan(
+        tasks=wanted.tasks,
+        length=recipe.data.sequence_length,
+        texts={source.name: held_out(recipe, source.uri, wanted.bits_per_byte_bytes) for source in recipe.data.sources},
+        tinypy_tasks=wanted.tinypy_tasks if taught else 0,
+        needle_lengths=wanted.needle_lengths,
+        needle_depths=wanted.needle_depths,
+        needle_samples=wanted.needle_samples,
+    )
+
+
 def held_out(recipe: Recipe, uri: str, limit: int) -> list[str]:
-    """Whole documents of a source's validation split until `limit` bytes are reached."""
+    """Documents of a source's validation split until `limit` bytes are reached."""
+    fraction = recipe.data.validation_fraction
+    return take(documents(uri, "validation", seed=recipe.data_seed, validation_fraction=fraction), limit)
+
+
+def take(found: Iterable[Document], limit: int) -> list[str]:
+    """Whole texts until `limit` bytes of UTF-8 are reached."""
     texts, total = [], 0
-    for document in documents(
-        uri, "validation", seed=recipe.data_seed, validation_fraction=recipe.data.validation_fraction
-    ):
+    for document in found:
         if total >= limit:
             break
         texts.append(document.text)
         total += len(document.text.encode())
     return texts
-
-
-def answers(llm: LLM, prompts: list[str]) -> list[str]:
-    """The most likely answer to each task."""
-    return [each.text for each in llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=ANSWER_TOKENS))]
 
 
 def cut_a_line(text: str) -> Gap | None:

@@ -85,7 +85,7 @@ class Muon(torch.optim.Optimizer):
 class Optimizer:
     """The optimizers of one model, stepped together; `learning_rate` is set before each step.
 
-    Weight decay spares norm gains (one-dimensional parameters), which the report leaves open. Muon, where the recipe
+    Weight decay spares norm gains (one-dimensional parameters) unless the recipe says otherwise: the report leaves it open. Muon, where the recipe
     chooses it, takes the matrices of all blocks and of `eh_proj`; embedding, head, routers and gains stay with AdamW.
     """
 
@@ -98,7 +98,10 @@ class Optimizer:
             (muon if section.kind == "muon" and is_hidden_matrix(parameter, name) else rest).append(parameter)
         groups = [
             dict(params=[p for p in rest if p.dim() > 1], weight_decay=section.weight_decay),
-            dict(params=[p for p in rest if p.dim() == 1], weight_decay=0.0),
+            dict(
+                params=[p for p in rest if p.dim() == 1],
+                weight_decay=section.weight_decay if section.decay_norms else 0.0,
+            ),
         ]
         adamw = torch.optim.AdamW(groups, lr=0.0, betas=section.betas, eps=section.eps, fused=True)
         # What the first step would make, here and now: a checkpoint holds the same tensors whenever it is written, those of

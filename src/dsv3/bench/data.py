@@ -1,0 +1,98 @@
+"""Megabytes of text a second that one core makes into shards, against `tokenizers` alone on the same documents."""
+
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from functools import partial
+from itertools import takewhile
+from pathlib import Path
+
+import tokenizers
+
+from dsv3.bench.measure import Progress, Result, Row, Spread, Work, ratio, take_turns
+from dsv3.data.build import build_shards
+from dsv3.data.encoding import DocumentEncoder, Encoding
+from dsv3.data.files import Document
+from dsv3.data.sources import STDLIB, documents
+from dsv3.data.tokenizer import Tokenizer, train_tokenizer
+from dsv3.data.word_encoder import WordEncoder
+from dsv3.errors import RunError
+
+RATE = 0.1
+"""Of fill-in-the-middle and of split tokens."""
+TARGET = 1.5
+"""Megabytes a second of one core."""
+
+
+def bench_data(
+    vocab_sizes: Sequence[int] = (2048, 32_768),
+    rounds: int = 3,
+    *,
+    megabytes: float = 4.0,
+    progress: Progress = lambda **_: None,
+) -> Result:
+    """Sides, on the first `megabytes` of the standard library: `tokenizers`' own encoding of the texts; ours of the same
+    documents, fill-in-the-middle and split tokens included; and a whole build from files to shards.
+
+    One process and one thread, in seconds of its processor time, so that other programs do not count; every turn starts
+    from an empty table of words. Raises `RunError` when our ids of any document
+    differ from those of `tokenizers`.
+    """
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    size = 0
+
+    def below_limit(text: str) -> bool:
+        nonlocal size
+        size += len(text.encode())
+        return size < megabytes * 1e6
+
+    every = list(documents(STDLIB, "train", seed=0))
+    count = sum(1 for _ in takewhile(below_limit, (document.text for document in every)))
+    chosen, texts = every[:count], [document.text for document in every[:count]]
+    total = sum(len(text.encode()) for text in texts)
+    rows, ratios, checks = [], [], {}
+    with tempfile.TemporaryDirectory() as scratch:
+        for vocab_size in vocab_sizes:
+            tokenizer = train_tokenizer(texts, vocab_size)
+            backend = tokenizers.Tokenizer.from_str(tokenizer.json)
+            tokens = check(tokenizer, backend, texts)
+            group = f"vocabulary {vocab_size}"
+            sides: dict[str, Work] = {
+                "tokenizers": partial(backend.encode_batch_fast, texts, add_special_tokens=False),
+                "dsv3 encoding": partial(encode, tokenizer, chosen),
+                "dsv3 data build": partial(build, tokenizer, Path(scratch), count),
+            }
+            seconds = take_turns(sides, rounds, progress, f"bench data, {group}", time.process_time)
+            for name, each in seconds.items():
+                speed = Spread.of([tokens / turn for turn in each])
+                rows.append(Row(name, group, speed, {"MB/s": speed.median * total / tokens / 1e6}))
+                if name == "dsv3 data build":
+                    met = "met" if rows[-1].figures["MB/s"] >= TARGET else "missed"
+                    checks[f"{TARGET} MB/s a core, {group}"] = f"{met}: {rows[-1].figures['MB/s']:.2f}"
+            for name in ("dsv3 encoding", "dsv3 data build"):
+                ratios.append(ratio(f"text a second, {group}", seconds, name, ["tokenizers"], None))
+    checks["ids"] = f"the same as those of tokenizers in all {count} documents"
+    shapes = {"documents": count, "megabytes": round(total / 1e6, 2), "fim_rate": RATE, "split_joined_rate": RATE}
+    return Result("data", shapes, rows, ratios, checks)
+
+
+def check(tokenizer: Tokenizer, backend: tokenizers.Tokenizer, texts: list[str]) -> int:
+    """Compares the ids of every text; their number."""
+    expected = [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+    if WordEncoder(tokenizer).encode_batch(texts) != expected:
+        raise RunError("the ids of dsv3's encoder differ from those of tokenizers: the speeds cannot be compared")
+    return sum(map(len, expected))
+
+
+def encode(tokenizer: Tokenizer, chosen: list[Document]) -> None:
+    """The ids of documents, by a new encoder."""
+    DocumentEncoder(tokenizer, Encoding(0, RATE, RATE)).encode(chosen)
+
+
+def build(tokenizer: Tokenizer, scratch: Path, count: int) -> None:
+    """Shards of the first documents, anew each time."""
+    with tempfile.TemporaryDirectory(dir=scratch) as out:
+        build_shards(
+            STDLIB, "train", tokenizer, out, seed=0, fim_rate=RATE, split_joined_rate=RATE, limit_documents=count
+        )

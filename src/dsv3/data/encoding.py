@@ -1,0 +1,59 @@
+"""Documents to the ids that are trained on: fill-in-the-middle, words, joined tokens split, bos and eos."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
+
+import numpy as np
+import numpy.typing as npt
+
+from dsv3.data.files import Document
+from dsv3.data.fim import fim_document, fim_ids
+from dsv3.data.joined import joined_newline_splits, split_joined
+from dsv3.data.tokenizer import Tokenizer
+from dsv3.data.word_encoder import WordEncoder
+from dsv3.errors import UserError
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """What is done to documents besides tokenizing them. What is random depends on the seed and a document's id alone."""
+
+    seed: int
+    fim_rate: float = 0.0
+    """Share of the documents that are rearranged (`fim.py`)."""
+    split_joined_rate: float = 0.0
+    """Share of the tokens joining punctuation with line breaks that are split (`joined.py`)."""
+
+    def __post_init__(self) -> None:
+        for name in ("fim_rate", "split_joined_rate"):
+            if not 0 <= (rate := getattr(self, name)) <= 1:
+                raise UserError(f"{name} = {rate}: expected a share from 0 to 1")
+
+
+class DocumentEncoder:
+    """Encodes documents with one tokenizer in one way."""
+
+    def __init__(self, tokenizer: Tokenizer, encoding: Encoding) -> None:
+        self._tokenizer, self._encoding = tokenizer, encoding
+        self._words = WordEncoder(tokenizer)
+        self._splits = joined_newline_splits(tokenizer) if encoding.split_joined_rate else {}
+        self._frame = tokenizer.bos_id, tokenizer.eos_id
+
+    def encode(self, batch: Sequence[Document]) -> list[npt.NDArray[np.uint32]]:
+        """For each document `bos, tokens, eos`, uint32 [length]; a bos per document is a choice: the report does not say."""
+        rate = self._encoding.split_joined_rate
+        generators = [Random(f"{self._encoding.seed}:{document.id}") for document in batch]
+        cut = [fim_document(d.text, rng, self._encoding.fim_rate) for d, rng in zip(batch, generators, strict=True)]
+        texts = [text for d, parts in zip(batch, cut, strict=True) for text in (parts or (d.text,))]
+        encoded = iter(self._words.encode_batch(texts))
+        bos, eos = self._frame
+        found = []
+        for parts, rng in zip(cut, generators, strict=True):
+            if parts is None:
+                body = split_joined(next(encoded), self._splits, rate, rng)
+            else:
+                prefix, middle, suffix = (split_joined(next(encoded), self._splits, rate, rng) for _ in parts)
+                body = fim_ids(prefix, middle, suffix, self._tokenizer)
+            found.append(np.array([bos, *body, eos], dtype=np.uint32))
+        return found

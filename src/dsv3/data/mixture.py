@@ -1,0 +1,63 @@
+"""Which source each row comes from: after any number of rows, every source is within one row of its share.
+
+Each source's m-th row has a window: it comes neither before the source's share reaches m - 1 rows nor after it reaches m.
+Going by the earliest end of a window always works (Baruah, Cohen, Plaxton and Varvel 1996, "Proportionate progress").
+The order repeats after as many rows as the weights need to come out even, so that any row is found without the rows before it.
+"""
+
+import heapq
+from collections.abc import Sequence
+from fractions import Fraction
+from functools import reduce
+from math import gcd, lcm
+
+import numpy as np
+import numpy.typing as npt
+
+LONGEST_CYCLE = 100_000
+"""Rows after which the order repeats at the latest."""
+
+
+def whole_shares(weights: Sequence[float]) -> list[int]:
+    """The smallest whole numbers in the proportion of the weights, read as the decimals they are written as.
+
+    Where their sum would pass `LONGEST_CYCLE` they are rounded to that sum, at least 1 each, those furthest from their
+    exact share first.
+    """
+    exact = [Fraction(str(weight)) for weight in weights]
+    scale = lcm(*(each.denominator for each in exact))
+    whole = [int(each * scale) for each in exact]
+    divisor = reduce(gcd, whole)
+    if sum(whole) <= LONGEST_CYCLE * divisor:
+        return [each // divisor for each in whole]
+    wanted = [each * LONGEST_CYCLE / sum(exact) for each in exact]
+    rounded = [max(int(each), 1) for each in wanted]
+    while (missing := LONGEST_CYCLE - sum(rounded)) != 0:
+        step = 1 if missing > 0 else -1
+        movable = [i for i, share in enumerate(rounded) if share + step >= 1]
+        furthest = heapq.nlargest(abs(missing), movable, key=lambda i: step * (wanted[i] - rounded[i]))
+        for i in furthest:
+            rounded[i] += step
+    return rounded
+
+
+def interleave(weights: Sequence[float]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """One cycle: the source of each row, and how many rows of the same source came before it; both int64 [cycle]."""
+    shares = whole_shares(weights)
+    cycle = sum(shares)
+    begins: list[list[int]] = [[] for _ in range(cycle)]
+    for source, share in enumerate(shares):
+        for m in range(share):
+            begins[m * cycle // share].append(source)
+    counts = [0] * len(shares)
+    waiting: list[tuple[int, int]] = []
+    order, before = np.empty(cycle, dtype=np.int64), np.empty(cycle, dtype=np.int64)
+    queued = [0] * len(shares)
+    for row in range(cycle):
+        for source in begins[row]:
+            queued[source] += 1
+            heapq.heappush(waiting, (-(-queued[source] * cycle // shares[source]), source))
+        order[row] = source = heapq.heappop(waiting)[1]
+        before[row] = counts[source]
+        counts[source] += 1
+    return order, before

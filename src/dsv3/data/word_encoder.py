@@ -1,0 +1,151 @@
+"""The tokenizer's ids, several times faster: the pre-tokenizer as one regular expression, and every word encoded once.
+
+Nearly all of `tokenizers`' time goes into the three splits of DeepSeek-V3's pre-tokenizer. Here Python's `re` makes the
+same words in one pass, a table holds the ids of words met before, and `tokenizers` merges the bytes of new ones.
+That is done for characters whose class has been the same since Unicode 3.2, and so is the same in every library.
+Lines with any other character (emoji, control characters) go to `tokenizers` whole: no word reaches past a line break
+that a visible character follows.
+"""
+
+import json
+import re
+import unicodedata
+from collections.abc import Iterator, Sequence
+from functools import cache
+from itertools import chain
+from typing import Any, NamedTuple
+
+import tokenizers
+from tokenizers import Regex, pre_tokenizers
+
+from dsv3.data.tokenizer import HAN_AND_KANA, WORDS, Tokenizer
+
+TABLE_CHARACTERS = 1 << 24
+"""Of words whose ids are kept, with 64 counted for the rest of an entry: some 60 MB. Past that the table starts again."""
+
+
+class Patterns(NamedTuple):
+    """Regular expressions over the characters whose class never changed."""
+
+    words: re.Pattern[str]
+    """Finds the words of a text of such characters one after another, with nothing between them."""
+    other: re.Pattern[str]
+    """A character that is none of them."""
+    cut: re.Pattern[str]
+    """A line break behind which a text may be cut."""
+
+
+class WordEncoder:
+    """`encode_batch` as `Tokenizer.encode_batch` without special tokens, id for id.
+
+    `fast` says whether the tokenizer has DeepSeek-V3's pre-tokenizer; any other does all the work itself.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        content = json.loads(tokenizer.json)
+        found = one_form(content["pre_tokenizer"])
+        digits = next((count for count in (1, 2, 3) if found == one_form(pre_tokenizer(count))), None)
+        self.fast = digits is not None
+        self._tokenizer = tokenizer
+        self._patterns = patterns(digits or 1)
+        self._table: dict[str, list[int]] = {}
+        self._room = TABLE_CHARACTERS
+        content |= {"added_tokens": [], "post_processor": None, "pre_tokenizer": pre_tokenizer(None)}
+        self._merges = tokenizers.Tokenizer.from_str(json.dumps(content))
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """The token ids of each text; `UserError` for a string that has no UTF-8 form (lone surrogates)."""
+        if not self.fast:
+            return self._tokenizer.encode_batch(texts)
+        parts = [list(parts_of(text, self._patterns)) for text in texts]
+        others = iter(self._tokenizer.encode_batch([part for each in parts for known, part in each if not known]))
+        words = [self._patterns.words.findall(part) for each in parts for known, part in each if known]
+        self._learn(set(chain.from_iterable(words)))
+        known_ids = (map(self._table.__getitem__, each) for each in words)
+        pieces = ((next(known_ids) if known else [next(others)] for known, _ in each) for each in parts)
+        return [list(chain.from_iterable(chain.from_iterable(each))) for each in pieces]
+
+    def _learn(self, words: set[str]) -> None:
+        """Sees to it that the table holds these words."""
+        new = list(words.difference(self._table))
+        self._room -= sum(map(len, new)) + 64 * len(new)
+        if self._room < 0:
+            self._table, self._room, new = {}, TABLE_CHARACTERS, list(words)
+        found = self._merges.encode_batch_fast(new, add_special_tokens=False)
+        self._table.update((word, encoding.ids) for word, encoding in zip(new, found, strict=True))
+
+
+def parts_of(text: str, patterns: Patterns) -> Iterator[tuple[bool, str]]:
+    """The text in pieces: (whether all characters are known, piece), cut behind line breaks."""
+    start = 0
+    while (other := patterns.other.search(text, start)) is not None:
+        line = text.rfind("\n", start, other.start())
+        while line >= 0 and not patterns.cut.match(text, line):
+            line = text.rfind("\n", start, line)
+        if line >= 0:
+            yield True, text[start : line + 1]
+            start = line + 1
+        cut = patterns.cut.search(text, other.end())
+        end = len(text) if cut is None else cut.end()
+        yield False, text[start:end]
+        start = end
+    yield True, text[start:]
+
+
+@cache
+def patterns(digits: int) -> Patterns:
+    """The three splits one inside the other, for at most `digits` digits a token.
+
+    A split sees the pieces of the one before it: digits and Han are in no other class here, and end a run of white space
+    as the end of the text does. Of two branches that may start alike, the order is that of `WORDS`.
+    """
+    kinds = unchanged_classes()
+    han = set(re.findall(HAN_AND_KANA.removesuffix("+"), "".join(kinds.values())))
+    rest = {kind: ranges(set(found) - han) for kind, found in kinds.items()}
+    letters, marks, numbers, visible, spaces = rest["L"], rest["M"], rest["N"], rest["P"] + rest["S"], rest["Z"]
+    words = (
+        rf"[{marks}{spaces}\t]?[{letters}{marks}]+"
+        r"|[!-/:-@\[-`{-~][A-Za-z]+"
+        rf"| ?[{visible}]+[\r\n]*"
+        rf"|[{numbers}]{{1,{digits}}}|[{ranges(han)}]+"
+        rf"|\s*[\r\n]+|\s+(?![{letters}{marks}{visible}])|\s+"
+    )
+    shown = letters + numbers + visible + ranges(han)
+    return Patterns(re.compile(words), re.compile(rf"[^\t\r\n{shown}{marks}{spaces}]"), re.compile(rf"\n(?=[{shown}])"))
+
+
+def unchanged_classes() -> dict[str, str]:
+    """Letters, marks, numbers, punctuation, symbols and spaces below U+10000 that have been that since Unicode 3.2."""
+    old = unicodedata.ucd_3_2_0
+    kinds = dict.fromkeys("LMNPSZ", "")
+    for character in map(chr, range(0x10000)):
+        kind, before = unicodedata.category(character), old.category(character)
+        if kind[0] == before[0] and (kind[0] in "LMNPS" or kind == before == "Zs"):
+            kinds[kind[0]] += character
+    return kinds
+
+
+def ranges(characters: set[str]) -> str:
+    """The inside of a character class."""
+    found: list[list[int]] = []
+    for code in sorted(map(ord, characters)):
+        if found and found[-1][1] == code - 1:
+            found[-1][1] = code
+        else:
+            found.append([code, code])
+    return "".join(f"\\u{first:04x}-\\u{last:04x}" for first, last in found)
+
+
+def pre_tokenizer(digits: int | None) -> Any:
+    """DeepSeek-V3's pre-tokenizer as `tokenizer.json` holds it; without `digits` its last step alone, bytes."""
+    splits = [] if digits is None else [rf"\p{{N}}{{1,{digits}}}", HAN_AND_KANA, WORDS]
+    steps = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in splits]
+    last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    whole = tokenizers.Tokenizer(tokenizers.models.BPE())
+    whole.pre_tokenizer = pre_tokenizers.Sequence([*steps, last])
+    return json.loads(whole.to_str())["pre_tokenizer"]
+
+
+def one_form(pre_tokenizer: Any) -> str:
+    """Its JSON, with line breaks in the patterns written one way: the released file holds the characters themselves."""
+    return json.dumps(pre_tokenizer, sort_keys=True).replace(r"\\r", r"\r").replace(r"\\n", r"\n")

@@ -1,0 +1,137 @@
+"""Context extension as stages: the start's tokenizer, shards, and training from the start's weights at a greater length."""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dsv3.errors import UserError
+from dsv3.model.config import ModelConfig
+from dsv3.recipe.differences import differences
+from dsv3.recipe.schema import ExtensionSection, Recipe
+from dsv3.stages.data import data_stages
+from dsv3.stages.pretrain import refused_changes, train
+from dsv3.stages.runner import Stage
+from dsv3.training.trainer import Progress, Trainer
+from dsv3.weights.checkpoint import STATE, flatten, read_state
+from dsv3.weights.loading import checked, fill
+from dsv3.weights.opening import find_checkpoint, open_weights
+from dsv3.weights.tensor_directory import read_layout, read_tensors
+
+LENGTH_FIELDS = ("rope_scaling", "max_position_embeddings")
+"""What an extension may change of the network; no weight's shape depends on it."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """What an extension begins from."""
+
+    path: Path
+    """The checkpoint, or the directory of published weights."""
+    tokenizer: Path
+    identity: dict[str, Any]
+    """JSON-able; another one for other weights."""
+    trained: bool
+    """Whether it is a training checkpoint, which holds the optimizer's state."""
+
+
+def extension_stages(
+    recipe: Recipe, out: Path, progress: Progress, note: Callable[[str], None], allow: Sequence[str] = ()
+) -> list[Stage]:
+    """The stages up to an extended model in `out/extend`; `allow` as for `pretraining_stages`. Raises `UserError` as `find_start` does."""
+    start = find_start(recipe)
+    content = {**recipe.to_dict(), "tokenizer": {**recipe.to_dict()["tokenizer"], "path": str(start.tokenizer)}}
+    # Its own tokenizer is a finished one to the stages, which the recipe itself may not name (it comes with the start).
+    data = data_stages(Recipe.from_dict({**content, "extension": None}), out, progress, note)
+    inputs = {**recipe.content(), "start": start.identity}
+    return [
+        *data,
+        Stage(
+            "extend", inputs, out / "extend",
+            lambda: train(recipe, out, progress, note, "extend", lambda trainer: load_start(trainer, start), allow),
+            tuple(stage.name for stage in data),
+            lambda: refused_changes(out / "extend", recipe, allow),
+        ),
+    ]  # fmt: skip
+
+
+def extension_of(recipe: Recipe) -> ExtensionSection:
+    """The recipe's `[extension]`; `UserError` where it has none."""
+    if recipe.extension is None:
+        raise UserError(
+            "this recipe has no [extension]: expected initial_from (the run to start from) and from_length (the sequence "
+            "length it was trained with); without a start, use dsv3 pretrain"
+        )
+    return recipe.extension
+
+
+def find_start(recipe: Recipe) -> Start:
+    """The start that a recipe names; no tensor is read.
+
+    Raises `UserError` where there is none, when it is another network, or was trained with another length than
+    `extension.from_length`: then a phase before is missing, or this one is done already.
+    """
+    wanted = extension_of(recipe)
+    named = Path(wanted.initial_from)
+    if not named.exists():
+        raise UserError(
+            f"extension.initial_from = {wanted.initial_from!r} is not there: run the phase before this one, or name another "
+            "run, checkpoint or Hugging Face directory with extension.initial_from=PATH"
+        )
+    source, tokenizer = open_weights(named)
+    config = checked(source)
+    refuse_other_network(config, recipe.model.config(), named)
+    published = (named / "config.json").is_file() and not (named / STATE).is_file()
+    path = named if published else find_checkpoint(named)
+    state = {} if published else read_state(path)
+    length = state["recipe"]["data"]["sequence_length"] if "recipe" in state else config.max_position_embeddings
+    if length != wanted.from_length:
+        raise UserError(
+            f"{path} was trained with sequences of {length} tokens, and this phase goes on from {wanted.from_length} "
+            f"(extension.from_length) to {recipe.data.sequence_length}: "
+            + (
+                "run the phase before it first, or name that one's run with extension.initial_from"
+                if length < wanted.from_length
+                else "it is past this phase already; name the run of an earlier phase with extension.initial_from"
+            )
+        )
+    identity = {
+        "state": hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest(),
+        "config": config.to_hf(),
+    }
+    return Start(path, tokenizer, identity, not published)
+
+
+def refuse_other_network(found: ModelConfig, wanted: ModelConfig, path: Path) -> None:
+    """An extension changes how far a network reads, and nothing else of it."""
+    before, after = (
+        {key: value for key, value in config.to_hf().items() if key not in (*LENGTH_FIELDS, "initializer_range")}
+        for config in (found.replace(extra={}), wanted)
+    )
+    if changed := differences(before, after):
+        raise UserError(
+            f"{path} holds another network than the recipe's [model]: {'; '.join(changed)}. Start from a checkpoint of this "
+            f"network; only {' and '.join(LENGTH_FIELDS)} may differ"
+        )
+
+
+def load_start(trainer: Trainer, start: Start) -> None:
+    """Gives a trainer the start's weights and, where the recipe keeps it, its optimizer's state.
+
+    Raises `UserError` when that state is wanted and there is none, or it is another optimizer's.
+    """
+    source, _ = open_weights(start.path)
+    fill(trainer.model.state_dict(), source, trainer.model.config)
+    if extension_of(trainer.recipe).optimizer_state == "fresh":
+        return
+    wanted = flatten({"optimizer": trainer.optimizer.tensors()})
+    found = read_layout(start.path) if start.trained else {}
+    missing = [name for name, tensor in wanted.items() if found.get(name) != (tensor.dtype, tensor.shape)]
+    if missing:
+        raise UserError(
+            f"{start.path} lacks {len(missing)} of the {len(wanted)} tensors of this recipe's optimizer ({missing[0]}, ...): "
+            "start with extension.optimizer_state = 'fresh', or with the [optimizer] it was trained with"
+        )
+    read_tensors(start.path, wanted)
