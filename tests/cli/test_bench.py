@@ -46,3 +46,29 @@ def test_data_prints_tables_and_a_verdict(tmp_path, capsys):
     assert [row["name"] for row in rows] == ["tokenizers", "dsv3 encoding", "dsv3 data build"] * 2
     assert run(["bench", "data", "--vocabularies", "2k"]) == 2
     assert "--vocabularies '2k': expected whole numbers" in capsys.readouterr().err
+
+
+def test_memory_prints_a_table(tmp_path, capsys):
+    out = tmp_path / "results" / "memory.json"
+    arguments = ["--preset", "debug", "--batch", "1", "--length", "32", "--device", "cpu", "--json", str(out)]
+    assert run(["bench", "memory", *arguments]) == 0
+    said = capsys.readouterr().out
+    assert "norms, mla_up, swiglu" in said
+    assert f"written: {out}" in said
+    rows = json.loads(out.read_text())
+    assert rows[-1]["kept"] < rows[0]["kept"]
+
+
+def test_overhead_prints_shares(tmp_path, capsys):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        'data.sources = [{ name = "t", uri = "builtin:tinypy", tokens = "5K" }]\ndata.sequence_length = 32\n'
+        'tokenizer.training_bytes = "50K"\nmodel.preset = "debug"\nschedule.learning_rate = 1e-3\n'
+        'schedule.batch_size = 2\ntraining.tokens = "1K"\ntraining.device = "cpu"\n'
+    )
+    out = tmp_path / "overhead.json"
+    assert run(["bench", "train", "--overhead", "--recipe", str(recipe), "--steps", "4", "--json", str(out)]) == 0
+    assert "beside the step" in capsys.readouterr().out
+    found = json.loads(out.read_text())
+    assert found["share"] > 0
+    assert found["shapes"]["steps"] == 4

@@ -1,10 +1,7 @@
-from weakref import finalize
-
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from dsv3.bench.memory import Live
 from dsv3.model.config import ModelConfig
 from dsv3.model.recompute import Recomputation
 from dsv3.model.transformer import DeepSeekV3
@@ -51,30 +48,6 @@ def test_within_documents_and_with_torchs_attention(monkeypatch):
     expected, found = run((), segment_ids=segments), run(ALL, segment_ids=segments)
     for name, gradient in expected[1].items():
         assert torch.equal(gradient, found[1][name]), name
-
-
-class Live(TorchDispatchMode):
-    """Bytes of the storages that operations have made and something still holds, and the most there ever were."""
-
-    def __init__(self):
-        super().__init__()
-        self.now = self.most = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        known = {id(each.untyped_storage()) for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)}
-        out = func(*args, **(kwargs or {}))
-        for each in tree_leaves(out):
-            if isinstance(each, torch.Tensor) and id(each.untyped_storage()) not in known:
-                storage = each.untyped_storage()
-                known.add(id(storage))
-                size = storage.nbytes()
-                self.now += size
-                finalize(storage, self.free, size)
-        self.most = max(self.most, self.now)
-        return out
-
-    def free(self, size):
-        self.now -= size
 
 
 def kept(kinds):

@@ -28,14 +28,31 @@ def bench() -> None:
 @bench.command()
 @click.option("--preset", default="tiny", show_default=True, help="The network, without its MTP modules.")
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
+@click.option("--overhead", is_flag=True, help="Instead: what a recipe's training takes beside its steps.")
+@click.option("--recipe", type=click.Path(path_type=Path), help="For --overhead; the quickstart's when not given.")
+@click.option("--steps", type=click.IntRange(2), default=60, show_default=True, help="For --overhead.")
 @threads_option
 @json_option
-def train(preset: str, rounds: int, threads: int | None, json_path: Path | None) -> None:
-    """Training on the CPU: forward, backward and AdamW on 8 x 256 tokens, against transformers."""
+def train(
+    preset: str,
+    rounds: int,
+    overhead: bool,
+    recipe: Path | None,
+    steps: int,
+    threads: int | None,
+    json_path: Path | None,
+) -> None:
+    """Training on the CPU: forward, backward and AdamW on 8 x 256 tokens, against transformers.
+
+    With --overhead: the share of the training time that goes into data, metrics, logs and checkpoints.
+    """
     from dsv3.bench.train import bench_train
     from dsv3.cli.ui import Progress
 
     use_threads(threads)
+    if overhead:
+        show_overhead(recipe, steps, json_path)
+        return
     with Progress() as progress:
         result = bench_train(preset, rounds, progress=progress)
     show(result, json_path)
@@ -58,6 +75,80 @@ def decode(preset: str, batch: str, tokens: int, rounds: int, threads: int | Non
     with Progress() as progress:
         result = bench_decode(preset, rounds, batches=batches, tokens=tokens, progress=progress)
     show(result, json_path)
+
+
+def show_overhead(recipe: Path | None, steps: int, json_path: Path | None) -> None:
+    """Measures and prints `dsv3 bench train --overhead`."""
+    import tempfile
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    from dsv3.bench.overhead import TARGET, bench_overhead
+    from dsv3.cli.run import recipe_beside
+    from dsv3.cli.ui import Progress
+    from dsv3.recipe.schema import Recipe
+
+    loaded = Recipe.load(recipe or recipe_beside("quickstart/pretrain.toml"))
+    with Progress() as progress, tempfile.TemporaryDirectory() as directory:
+        found = bench_overhead(loaded, Path(directory), steps, progress)
+    console = Console()
+    console.print(", ".join(f"{name} {value}" for name, value in found.shapes.items()), highlight=False, soft_wrap=True)
+    for name, milliseconds in {"step": found.step, **found.parts}.items():
+        console.print(f"{name:24} {milliseconds:9.3f} ms  {milliseconds / found.step:7.2%}", highlight=False)
+    aim = "met" if found.share < TARGET else "missed"
+    console.print(f"{'beside the step':24} {'':12}  {found.share:7.2%}  below {TARGET:.0%}: {aim}", highlight=False)
+    if json_path is not None:
+        write_json(json_path, {**asdict(found), "share": found.share})
+
+
+@bench.command()
+@click.option("--preset", default="tiny", show_default=True, help="The network, with its MTP modules.")
+@click.option("--batch", type=click.IntRange(1), default=8, show_default=True)
+@click.option("--length", type=click.IntRange(4), default=1024, show_default=True)
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1 or auto.")
+@click.option("--precision", type=click.Choice(["bf16", "fp32"]), default="bf16", show_default=True)
+@json_option
+def memory(preset: str, batch: int, length: int, device: str, precision: str, json_path: Path | None) -> None:
+    """What waits for the backward pass, and what training.recompute saves of it."""
+    from dataclasses import asdict
+
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from dsv3.bench.memory import bench_memory
+    from dsv3.cli.ui import Progress
+    from dsv3.training.device import device_name, pick_device
+    from dsv3.training.trainer import DTYPES
+
+    where = pick_device(device)
+    with Progress() as progress:
+        rows = bench_memory(
+            preset, batch=batch, length=length, device=where, dtype=DTYPES[precision], progress=progress
+        )
+    console = Console()
+    console.print(f"{preset}, {batch} x {length} tokens, {precision}, {device_name(where)}", highlight=False)
+    table = Table("computed again", box=box.SIMPLE_HEAD)
+    for name in ("kept, MB", "peak, MB", "of the peak", "ms", "time"):
+        table.add_column(name, justify="right")
+    first = rows[0]
+    for row in rows:
+        figures = f"{row.kept / 1e6:,.0f}", f"{row.peak / 1e6:,.0f}", f"{row.peak / first.peak:.0%}"
+        times = f"{1000 * row.seconds:,.1f}", f"{row.seconds / first.seconds:.2f}"
+        table.add_row(", ".join(row.recompute) or "nothing", *figures, *times)
+    console.print(table)
+    if json_path is not None:
+        write_json(json_path, [asdict(row) for row in rows])
+
+
+def write_json(path: Path, content: object) -> None:
+    """The file that was asked for, with its directory."""
+    import json
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    click.echo(f"written: {path}")
 
 
 @bench.command()

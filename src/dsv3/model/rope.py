@@ -46,7 +46,7 @@ class Rope:
     def at(cls, config: ModelConfig, position_BT: Tensor) -> "Rope":
         """The rotations at these positions (int [B, T] or [1, T])."""
         factor = config.rope_scaling.rotation_factor if config.rope_scaling else 1.0
-        angle_BTF = position_BT.unsqueeze(-1) * frequencies(config).to(position_BT.device)
+        angle_BTF = position_BT.unsqueeze(-1) * frequencies(config).to(position_BT.device, non_blocking=True)
         return cls(torch.polar(torch.full(angle_BTF.shape, factor, device=angle_BTF.device), angle_BTF))
 
     def __getitem__(self, tokens: slice) -> "Rope":

@@ -62,8 +62,11 @@ def refused_changes(directory: Path, recipe: Recipe, allow: Sequence[str]) -> li
 def train(
     recipe: Recipe, out: Path, progress: Progress, note: Callable[[str], None],
     stage: str = "pretrain", start: Callable[[Trainer], None] | None = None, allow: Sequence[str] = (),
-) -> None:  # fmt: skip
-    """Trains in `out/stage`, from the newest checkpoint where there is one, or else from where `start` sets the trainer."""
+) -> Trainer:  # fmt: skip
+    """Trains in `out/stage`, from the newest checkpoint where there is one, or else from where `start` sets the trainer.
+
+    Returns the trainer at its end.
+    """
     tokenizer = Tokenizer.load(out / "tokenizer")
     shards = open_sets(recipe, out, "train")
     sets = [(source.name, shards[source.name], source.weight) for source in recipe.data.sources]
@@ -87,6 +90,7 @@ def train(
         start(trainer)
     write_run(recipe, out / stage, tokenizer, sets)
     trainer.run()
+    return trainer
 
 
 def derived(recipe: Recipe) -> dict[str, str]:

@@ -27,7 +27,7 @@ class Stage:
     """What the result depends on, JSON-able. The keys of the stages it needs count as well."""
     output: Path
     """The file or directory it makes; removed when the stage must start afresh."""
-    run: Callable[[], None]
+    run: Callable[[], object]
     needs: tuple[str, ...] | None = None
     """Names of the stages it depends on; by default the one before it."""
     refused: Callable[[], list[str] | None] = lambda: None

@@ -99,6 +99,8 @@ class Trainer:
         self.directory.mkdir(parents=True, exist_ok=True)
         self.model.train()
         fresh = self.step_count == 0
+        if fresh and self.average is not None:
+            self.average.restart()  # the weights may have come from elsewhere by now
         sinks = open_sinks(self.recipe.logging, self.directory.resolve().parent.name, self.recipe.to_dict())
         last_step = None if fresh else self.step_count
         with Metrics(self.directory, last_step, sinks) as metrics, self.saver, stopping_on_interrupt(self.request_stop):
