@@ -26,7 +26,7 @@ def test_one_instruction_is_given_among_functions_and_followed_at_the_end():
 def test_distances_are_spread():
     found = [text.index("Assistant:") - text.index("User: ") for text in texts("train", 400)]
     assert sum(distance < 150 for distance in found) > 60
-    assert sum(distance > 1000 for distance in found) > 40
+    assert sum(distance > 600 for distance in found) > 40
     depths = [text.index("User: ") / text.index("Assistant:") for text in texts("train", 400)]
     assert sum(depth < 0.2 for depth in depths) > 40
 
