@@ -1,5 +1,11 @@
+import os
+
 import pytest
 import torch
+
+# Where there is no GPU, Triton interprets kernels; it looks when a kernel's file is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True, scope="session")
