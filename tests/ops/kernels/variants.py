@@ -35,7 +35,7 @@ def main() -> None:
     from triton.compiler import ASTSource, compile
 
     for each in variants():
-        source = ASTSource(each.kernel, each.types | {name: "constexpr" for name in each.constants}, each.constants)
+        source = ASTSource(each.kernel, each.types | dict.fromkeys(each.constants, "constexpr"), each.constants)
         made = compile(source, target=GPUTarget("cuda", 90, 32), options=each.options)
         name = each.kernel.__name__
         assert made.metadata.shared <= SHARED_MEMORY, f"{name} takes {made.metadata.shared} bytes of shared memory"

@@ -1,0 +1,1 @@
+"""What `dsv3 bench ops` measures, one file a family of operations."""

@@ -1,0 +1,29 @@
+"""One row of `dsv3 bench ops`: an operation at one shape, and the peer or limit it is measured against in the same run."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+Work = Callable[[], object]
+"""Does the work once, on tensors that were made before."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """What to time."""
+
+    op: str
+    shape: str
+    ours: Work
+    peer_name: str
+    """The peer, or "copy rate": then `bytes` over the time is compared with what a copy of 1 GB reaches in the run."""
+    peer: Work | None = None
+    """None for "copy rate", and for a peer that is not installed."""
+    bytes: float | None = None
+    """Read and written at least, for operations that memory limits."""
+    flops: float | None = None
+    """For operations that arithmetic limits: a multiply-add is two."""
+    target: float | None = None
+    """The figure to reach, in `unit`."""
+    unit: Literal["of the peer", "TB/s", "TFLOP/s", "us"] = "of the peer"
+    """"of the peer": the peer's time over ours, or our share of the copy rate. Only "us" is better when lower."""
