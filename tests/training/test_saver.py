@@ -51,7 +51,8 @@ def test_the_caller_goes_on_and_what_it_changes_then_is_not_saved(tmp_path, gate
     saver.finish()
     assert [filled_with(tmp_path / f"step-{n}") for n in (1, 2, 3)] == [1, 7, 3]
     assert latest_checkpoint(tmp_path).name == "step-3"
-    assert saver.seconds > 0
+    assert saver.spent.keys() == {"waiting", "preparing", "writing", "processor"}
+    assert all(seconds > 0 for seconds in saver.spent.values())
 
 
 def test_one_save_at_a_time(tmp_path, gate):

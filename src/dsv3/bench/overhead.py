@@ -13,6 +13,8 @@ from dsv3.training.device import device_name, pick_device
 
 TARGET = 0.03
 """Share of the training time that all of it together should stay below."""
+CHECKPOINTS = 2
+"""Written while measuring."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,10 @@ class Overhead:
     step: float
     """Of training: from the batch that is asked for to the figures that are read."""
     parts: Mapping[str, float]
-    """What the loop spends beside, or waits for, by name; of the threads beside it, the processor's time."""
+    """What the loop spends beside, or waits for, by name. On a CPU, where the threads beside the loop take its cores, their
+    processor time as well."""
+    threads: Mapping[str, float]
+    """Processor time of these threads; on a GPU they run beside it, and what they delay is among the parts."""
     shapes: Mapping[str, Any]
     machine: Mapping[str, str] = field(default_factory=machine)
 
@@ -35,7 +40,9 @@ class Overhead:
 def bench_overhead(recipe: Recipe, out: Path, steps: int = 60, progress: Progress = lambda **_: None) -> Overhead:
     """Trains for so many steps in `out`, with two checkpoints, and counts one for as many steps as the recipe has between two.
 
-    The tokenizer and the shards are made in `out` as well. Nothing is evaluated but a few bytes.
+    What only a run's first checkpoint takes is spread over the recipe's whole run. Waiting for the one before counts as far as
+    writing takes longer than the steps between two of the recipe's. The tokenizer and the shards are made in `out` as well.
+    Nothing is evaluated but a few bytes.
     """
     batch = recipe.schedule.batch_size
     size = int(batch if isinstance(batch, int | float) else batch[0].values[0])
@@ -43,21 +50,31 @@ def bench_overhead(recipe: Recipe, out: Path, steps: int = 60, progress: Progres
     content = recipe.to_dict()
     content["evaluation"] = {"bits_per_byte_bytes": 1}
     content["training"] |= {
-        "tokens": steps * size * recipe.data.sequence_length, "checkpoint_every_steps": -(-steps // 2),
+        "tokens": steps * size * recipe.data.sequence_length, "checkpoint_every_steps": -(-steps // CHECKPOINTS),
         "evaluate_every_steps": None,
     }  # fmt: skip
     short = Recipe.from_dict(content)
     *before, _ = pretraining_stages(short, out, progress, lambda _: None)
     run_stages(before, out, lambda *_: None)
     trainer = train(short, out, progress, lambda _: None)
-    parts = {name: 1000 * seconds / steps for name, seconds in trainer.spent.items()}
-    parts["thread of checkpoints"] = 1000 * trainer.saver.seconds / steps
+    step, saver = trainer.seconds / steps, trainer.saver.spent
+    parts = {name: seconds / steps for name, seconds in trainer.spent.items()}
+    blocked = trainer.spent["checkpoints"] - saver["waiting"] - saver["preparing"] + saver.get("copying", 0.0)
+    late = max(0.0, saver["writing"] / CHECKPOINTS - every * step)
+    whole_run = recipe.training.tokens / (size * recipe.data.sequence_length)
+    parts["checkpoints"] = (blocked / CHECKPOINTS + late) / every + saver["preparing"] / whole_run
+    threads = {"thread of checkpoints": saver["processor"] / CHECKPOINTS / every}
     if trainer.average is not None:
-        parts["thread of the average"] = 1000 * trainer.average.seconds / steps
-    for name in ("checkpoints", "thread of checkpoints"):
-        parts[name] *= steps / 2 / every
+        threads["thread of the average"] = trainer.average.seconds / steps
+    device = pick_device(recipe.training.device)
+    parts |= threads if device.type == "cpu" else {}
     shapes = {
         "preset": recipe.model.preset, "batch": size, "length": recipe.data.sequence_length, "steps": steps,
-        "steps between checkpoints": every, "device": device_name(pick_device(recipe.training.device)),
+        "steps between checkpoints": every, "device": device_name(device),
     }  # fmt: skip
-    return Overhead(1000 * trainer.seconds / steps, parts, shapes)
+    return Overhead(1000 * step, in_milliseconds(parts), in_milliseconds(threads), shapes)
+
+
+def in_milliseconds(seconds: Mapping[str, float]) -> dict[str, float]:
+    """The same, times 1,000."""
+    return {name: 1000 * each for name, each in seconds.items()}

@@ -96,6 +96,9 @@ def show_overhead(recipe: Path | None, steps: int, json_path: Path | None) -> No
     console.print(", ".join(f"{name} {value}" for name, value in found.shapes.items()), highlight=False, soft_wrap=True)
     for name, milliseconds in {"step": found.step, **found.parts}.items():
         console.print(f"{name:24} {milliseconds:9.3f} ms  {milliseconds / found.step:7.2%}", highlight=False)
+    for name, milliseconds in found.threads.items():
+        if name not in found.parts:
+            console.print(f"{name:24} {milliseconds:9.3f} ms  beside the GPU, not counted", highlight=False)
     aim = "met" if found.share < TARGET else "missed"
     console.print(f"{'beside the step':24} {'':12}  {found.share:7.2%}  below {TARGET:.0%}: {aim}", highlight=False)
     if json_path is not None:

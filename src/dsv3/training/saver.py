@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsv3.training.timing import timed
 from dsv3.weights.checkpoint import flatten, prune_checkpoints, save_checkpoint
 
 log = logging.getLogger(__name__)
@@ -33,33 +34,39 @@ class Saver:
         self.copy: dict[str, Tensor] = {}
         self.worker = ThreadPoolExecutor(1, "checkpoint")
         self.pending: Future[None] | None = None
-        self.seconds = 0.0
-        """Processor time of the thread so far."""
+        self.spent: dict[str, float] = {}
+        """Seconds so far by what they went into: `waiting` for the save before and `preparing` room for the copy, which the
+        steps wait for; `copying` on the GPU between two of them; and in the thread, `writing` and the `processor` time of it."""
 
     def save(
         self, directory: Path, tensors: Mapping[str, Any], state: Mapping[str, Any], files: Mapping[str, Path | bytes]
     ) -> None:
         """As `save_checkpoint`, in a thread; raises what went wrong in the save before."""
-        self.finish()
+        with timed(self.spent, "waiting"):
+            self.finish()
         given = flatten(tensors)
         if self.copy.keys() != given.keys():
-            self.copy = {
-                name: torch.empty_like(each, device="cpu", pin_memory=each.is_cuda) for name, each in given.items()
-            }
+            with timed(self.spent, "preparing"):
+                self.copy = {
+                    name: torch.empty_like(each, device="cpu", pin_memory=each.is_cuda) for name, each in given.items()
+                }
+        begun = copied = None
+        if any(each.is_cuda for each in given.values()):
+            begun, copied = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begun.record()
         for name, each in given.items():
             self.copy[name].copy_(each, non_blocking=True)
-        copied = torch.cuda.Event() if any(each.is_cuda for each in given.values()) else None
         if copied is not None:
             copied.record()
 
         def work() -> None:
-            started = time.thread_time()
-            if copied is not None:
+            if begun is not None and copied is not None:
                 copied.synchronize()
-            save_checkpoint(directory, self.copy, state, files)
-            if self.keep_last is not None:
-                prune_checkpoints(directory.parent, self.keep_last, self.keep_every_steps)
-            self.seconds += time.thread_time() - started
+                self.spent["copying"] = self.spent.get("copying", 0.0) + begun.elapsed_time(copied) / 1000
+            with timed(self.spent, "writing"), timed(self.spent, "processor", time.thread_time):
+                save_checkpoint(directory, self.copy, state, files)
+                if self.keep_last is not None:
+                    prune_checkpoints(directory.parent, self.keep_last, self.keep_every_steps)
 
         self.pending = self.worker.submit(work)
 

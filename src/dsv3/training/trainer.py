@@ -6,9 +6,8 @@ way: its figures are read while the next one computes.
 """
 
 import time
-from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ from dsv3.training.resume import find_continuation, refuse
 from dsv3.training.rng import random_state, restore_random_state
 from dsv3.training.saver import Saver
 from dsv3.training.sinks import check_sinks, open_sinks
+from dsv3.training.timing import timed
 from dsv3.training.transfer import Transfer
 from dsv3.weights.checkpoint import latest_checkpoint, load_checkpoint
 from dsv3.weights.released import EMA
@@ -90,7 +90,7 @@ class Trainer:
         self.changes: list[str] = []
         """What the recipe of the checkpoint that this run continues from had otherwise."""
         self.stop = False
-        self.spent: dict[str, float] = defaultdict(float)
+        self.spent: dict[str, float] = {}
         """Seconds of the loop in what is not the step itself, by name; see `dsv3 bench train --overhead`."""
 
     def run(self) -> None:
@@ -134,7 +134,7 @@ class Trainer:
         learning_rate = self.schedules.learning_rate.at(*at)
         speed = self.schedules.bias_update_speed.at(*at) if self.recipe.training.balance == "bias" else 0.0
         mtp_weight = self.schedules.mtp_weight.at(*at)
-        with self.timed("data"):
+        with timed(self.spent, "data"):
             batch = self.loader.batch(self.row_count, size)
         losses, load = self.gradients(batch, mtp_weight)
         norms = self.optimizer.clip()
@@ -144,12 +144,12 @@ class Trainer:
         self.optimizer.step(learning_rate, ~keep)
         update_biases(self.model, load, speed, keep)
         if self.average is not None:
-            with self.timed("average"):
+            with timed(self.spent, "average"):
                 self.average.update()
         first_row = self.row_count
         self.step_count, self.row_count = self.step_count + 1, self.row_count + size
         self.token_count += size * self.recipe.data.sequence_length
-        with self.timed("metrics"):
+        with timed(self.spent, "metrics"):
             measured = {"losses": losses, "skipped": ~keep}
             measured |= {f"norm {group}": norm for group, norm in norms.items()}
             measured |= {f"load {name}": each for name, each in load.items()}
@@ -175,9 +175,9 @@ class Trainer:
             step, started = self.pending.popleft(), time.perf_counter()
             values = step.transfer.read()
             self.seconds += time.perf_counter() - started
-            with self.timed("metrics"):
+            with timed(self.spent, "metrics"):
                 self.last = self.recorder.record(step, values, self.health, self.seconds)
-            with self.timed("logging"):
+            with timed(self.spent, "logging"):
                 metrics.step(self.last)
             first = self.health.skipped_from
             if first is not None and step.number - first >= self.recipe.training.max_skipped_steps:
@@ -188,7 +188,7 @@ class Trainer:
         figures = {key: self.last[key] for key in ("loss", "tokens_per_second") if self.last.get(key) is not None}
         if self.health.skipped:
             figures["skipped"] = self.health.skipped
-        with self.timed("logging"):
+        with timed(self.spent, "logging"):
             self.progress(
                 stage=self.directory.name,
                 done=self.token_count,
@@ -223,7 +223,7 @@ class Trainer:
             "random": random_state(self.device), "health": self.health.state(),
             "recipe": self.recipe.to_dict(), "model": self.recipe.model.config().to_hf(),
         }  # fmt: skip
-        with self.timed("checkpoints"):
+        with timed(self.spent, "checkpoints"):
             self.saver.save(self.checkpoint_directory, self.tensors(), state, self.files)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
@@ -272,13 +272,6 @@ class Trainer:
             f"{step.first_row + size - 1}, with the documents {', '.join(documents[:NAMED_DOCUMENTS])}{more}. The last good "
             f"checkpoint is {kept or 'none: none was written yet'}. Lower the learning rate, or look at these documents."
         )
-
-    @contextmanager
-    def timed(self, what: str) -> Iterator[None]:
-        """Adds the seconds it lasts to `spent`."""
-        started = time.perf_counter()
-        yield
-        self.spent[what] += time.perf_counter() - started
 
 
 def due(step: int, every: int | None) -> bool:
