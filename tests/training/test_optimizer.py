@@ -221,3 +221,14 @@ def test_a_step_that_may_be_skipped_and_is_not_is_the_step_itself():
                 fill_gradients(each, seed)
                 optimizer.step(0.01, skip)
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_every_step_shows_in_the_versions_of_the_weights(kind):
+    model = small_model()
+    optimizer = Optimizer(model, OptimizerSection(kind=kind))
+    for _ in range(2):
+        before = {name: each._version for name, each in model.named_parameters()}
+        fill_gradients(model, 0)
+        optimizer.step(1e-3)
+        assert all(each._version > before[name] for name, each in model.named_parameters())

@@ -10,7 +10,6 @@ V elements of a value head, C elements of the latent, L = C + R elements of a ca
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsv3.model.config import ModelConfig
@@ -18,8 +17,8 @@ from dsv3.model.linear import Linear, RMSNorm
 from dsv3.model.recompute import Recomputation
 from dsv3.model.rope import Rope
 from dsv3.ops.attention import attention
-from dsv3.ops.cast import cast
 from dsv3.ops.latent_attention import latent_attention
+from dsv3.precision.projection import Projection
 
 
 class Cache(Protocol):
@@ -53,14 +52,16 @@ class MultiHeadLatentAttention(nn.Module):
         self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, eps)
         self.kv_b_proj = Linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim))
         self.o_proj = Linear(heads * config.v_head_dim, config.hidden_size)
+        self.inputs_fp8: Projection | None = None
         self.recomputation: Recomputation | None = None
 
     def forward(self, x: Tensor, rope: Rope, segment_ids: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """Causal attention; with `segment_ids` (int [B, T]) within documents; with a cache, over what it holds as well."""
         if self.recomputation is not None and cache is None:
             return self.o_proj(self.recomputed(x, rope, segment_ids, self.recomputation).flatten(2))
-        q_nope, q_rope = self.queries(x, rope)
-        latent, key = self.latents(x, rope)
+        q, kv = self.inputs(x)
+        q_nope, q_rope = self.queries(q, rope)
+        latent, key = self.latents(kv, rope)
         cached = None
         if cache is not None:
             cache.store(self.name, latent, key)
@@ -71,10 +72,24 @@ class MultiHeadLatentAttention(nn.Module):
             out = self.absorbed(q_nope, q_rope, *cached)
         return self.o_proj(out.flatten(2))
 
-    def queries(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+    @property
+    def input_layers(self) -> tuple[Linear, Linear]:
+        """The two that read the input: queries' (their latent's, where they have one), and the key-value latent's."""
+        return self.q_proj if self.config.q_lora_rank is None else self.q_a_proj, self.kv_a_proj_with_mqa
+
+    def inputs(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What these two give, as it is."""
+        if self.inputs_fp8 is not None:
+            q, kv = self.inputs_fp8(x)
+            return q, kv
+        to_q, to_kv = self.input_layers
+        return to_q(x), to_kv(x)
+
+    def queries(self, q: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
         """(content part [B, T, H, N], rotated part [B, T, H, R])."""
-        q = self.q_proj(x) if self.config.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
-        return self.parts_of_queries(q, rope)
+        return self.parts_of_queries(
+            q if self.config.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(q)), rope
+        )
 
     def parts_of_queries(self, q: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
         """As `queries`, from the projection's output [B, T, H (N + R)]."""
@@ -83,10 +98,9 @@ class MultiHeadLatentAttention(nn.Module):
         q_nope, q_rope = q.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
         return q_nope, rope.rotate(q_rope)
 
-    def latents(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+    def latents(self, kv: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
         """What is cached: (normed latent [B, T, C], rotated key shared by all heads [B, T, R])."""
-        both = self.kv_a_proj_with_mqa(x)
-        latent, key = both.split([self.config.kv_lora_rank, self.config.qk_rope_head_dim], dim=-1)
+        latent, key = kv.split([self.config.kv_lora_rank, self.config.qk_rope_head_dim], dim=-1)
         return self.kv_a_layernorm(latent), rope.rotate(key.unsqueeze(2)).squeeze(2)
 
     def expanded(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, key: Tensor, segments: Tensor | None) -> Tensor:
@@ -104,16 +118,24 @@ class MultiHeadLatentAttention(nn.Module):
 
     def recomputed(self, x: Tensor, rope: Rope, segments: Tensor | None, recomputation: Recomputation) -> Tensor:
         """`expanded` of an input [B, T, D], its queries, keys and values made again from the latents in backward."""
-        low, up = x, self.q_proj if self.config.q_lora_rank is None else self.q_b_proj
-        if self.config.q_lora_rank is not None:
-            low = self.q_a_layernorm(self.q_a_proj(x))
-        latent, key = self.latents(x, rope)
+        to_q: Linear | None
+        if self.config.q_lora_rank is None and self.inputs_fp8 is None:
+            low, to_q, kv = x, self.q_proj, self.kv_a_proj_with_mqa(x)
+        else:
+            q, kv = self.inputs(x)
+            # Without a latent, queries in FP8 come out of one product with the key-value latent, and are kept.
+            low, to_q = (q, None) if self.config.q_lora_rank is None else (self.q_a_layernorm(q), self.q_b_proj)
+        latent, key = self.latents(kv, rope)
 
-        def heads(low: Tensor, latent: Tensor, key: Tensor, up_q: Tensor, up_kv: Tensor) -> tuple[Tensor, ...]:
-            q = torch.cat(self.parts_of_queries(F.linear(low, cast(up_q, low.dtype)), rope), dim=-1)
-            return q, *self.keys_and_values(F.linear(latent, cast(up_kv, latent.dtype)), key)
+        def heads(
+            low: Tensor, latent: Tensor, key: Tensor, up_kv: Tensor, up_q: Tensor | None = None
+        ) -> tuple[Tensor, ...]:
+            q = low if to_q is None or up_q is None else to_q.multiply(low, up_q)
+            q = torch.cat(self.parts_of_queries(q, rope), dim=-1)
+            return q, *self.keys_and_values(self.kv_b_proj.multiply(latent, up_kv), key)
 
-        q, k, v = recomputation(heads, low, latent, key, up.weight, self.kv_b_proj.weight)
+        weights = (self.kv_b_proj.weight,) if to_q is None else (self.kv_b_proj.weight, to_q.weight)
+        q, k, v = recomputation(heads, low, latent, key, *weights)
         return attention(q, k, v, self.config.softmax_scale, segments)
 
     def absorbed(self, q_nope: Tensor, q_rope: Tensor, entries_BSL: Tensor, bias_BTS: Tensor | None) -> Tensor:

@@ -20,6 +20,7 @@ from dsv3.ops.grouped_linear import grouped_linear, segments
 from dsv3.ops.permute import count_by_expert, permute, sort_by_expert, unpermute
 from dsv3.ops.router import add_loss, balance_loss, expert_frequency, select_experts
 from dsv3.ops.swiglu import swiglu
+from dsv3.precision.feed_forward import FeedForward
 
 
 class SwiGLU(nn.Module):
@@ -31,9 +32,12 @@ class SwiGLU(nn.Module):
         self.up_proj = Linear(hidden_size, intermediate_size)
         self.down_proj = Linear(intermediate_size, hidden_size)
         self.recomputation: Recomputation | None = None
+        self.fp8: FeedForward | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]; gate and up in one product, unless copying their weights would cost more than it saves."""
+        if self.fp8 is not None:
+            return self.fp8(x, (self.gate_proj.weight, self.up_proj.weight), self.down_proj.weight)
         if x.numel() < FEW_ROWS * x.shape[-1]:
             return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
         gate_up = torch.cat((self.gate_proj.weight_in(x.dtype), self.up_proj.weight_in(x.dtype)))
@@ -195,6 +199,7 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * inner, hidden))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, inner))
         self.recomputation: Recomputation | None = None
+        self.fp8: FeedForward | None = None
         self.register_buffer("gate_up_proj_scale_inv", None)
         self.register_buffer("down_proj_scale_inv", None)
 
@@ -209,6 +214,8 @@ class Experts(nn.Module):
         """Each expert's SwiGLU on its rows: [R, D] -> [R, D]."""
         if self.gate_up_proj_scale_inv is not None:
             return self.from_blocks(rows_RD, counts_E)
+        if self.fp8 is not None:
+            return self.fp8(rows_RD, (self.gate_up_proj,), self.down_proj, counts_E)
         gate_up = grouped_linear(rows_RD, self.gate_up_proj, counts_E)
         return grouped_linear(activated(gate_up, self.recomputation), self.down_proj, counts_E)
 

@@ -8,6 +8,7 @@ from dsv3.model.recompute import Recomputation
 from dsv3.ops.block_scaled import dequantize, scale_shape
 from dsv3.ops.cast import cast
 from dsv3.ops.rms_norm import rms_norm
+from dsv3.precision.projection import Projection
 
 
 class Linear(nn.Module):
@@ -19,6 +20,7 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.register_buffer("weight_scale_inv", None)
+        self.fp8: Projection | None = None
 
     def keep_in_fp8(self) -> None:
         """Makes room for released FP8 weights as they are: E4M3 and one FP32 scale a block, not to be trained."""
@@ -32,7 +34,15 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out] in x's dtype."""
+        if self.fp8 is not None:
+            return self.fp8(x)[0]
         return F.linear(x, self.weight_in(x.dtype))
+
+    def multiply(self, x: Tensor, weight: Tensor) -> Tensor:
+        """`forward` as a function of all that it reads."""
+        if self.fp8 is not None:
+            return self.fp8.multiply(x, weight)[0]
+        return F.linear(x, cast(weight, x.dtype))
 
 
 def fp8_storage(weight: Tensor, blocks_of: tuple[int, ...]) -> tuple[nn.Parameter, Tensor]:

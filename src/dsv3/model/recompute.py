@@ -40,7 +40,10 @@ class Call:
         self.made = None
         pairs = [(each, grad) for each, grad in zip(made, outputs, strict=True) if grad is not None]
         wanted = [each for each in inputs if each.requires_grad]
-        found = iter(torch.autograd.grad([each for each, _ in pairs], wanted, [grad for _, grad in pairs]))
+        # A weight's gradient may be left for later (precision/deferred.py).
+        found = iter(
+            torch.autograd.grad([each for each, _ in pairs], wanted, [grad for _, grad in pairs], allow_unused=True)
+        )
         return [next(found) if each.requires_grad else None for each in inputs]
 
 

@@ -22,6 +22,12 @@ from dsv3.model.mtp import MultiTokenPrediction
 from dsv3.model.recompute import Recomputation
 from dsv3.model.rope import Rope
 from dsv3.ops.cross_entropy import IGNORE, linear_cross_entropy
+from dsv3.precision.deferred import WeightGradients
+from dsv3.precision.feed_forward import FeedForward
+from dsv3.precision.projection import Projection
+
+FP8_MULTIPLE = 16
+"""Elements: tensor cores read FP8 matrices in pieces of 16 bytes."""
 
 
 @dataclass
@@ -123,6 +129,29 @@ class DeepSeekV3(nn.Module):
             for module in self.modules():
                 if isinstance(module, types):
                     module.recomputation = self.recomputation if kind in kinds else None
+
+    def compute_in_fp8(self, gradients: WeightGradients | None = None) -> "DeepSeekV3":
+        """Has the linear layers of attention and feed-forward compute in FP8, as the report trains them (section 3.3).
+
+        Weights stay in their dtype, the others (embedding, head, router, norms, MTP's `eh_proj`, attention itself) compute as
+        before. `gradients` is what may defer the gradients of these layers' weights. Raises `UserError` for weights already
+        in FP8, which cannot be trained, and for sizes that no FP8 product takes.
+        """
+        gradients = gradients or WeightGradients()
+        for block in self.blocks():
+            refuse_sizes(block)
+            attention = block.self_attn
+            attention.inputs_fp8 = Projection(attention.input_layers, gradients)
+            ups = (
+                [attention.kv_b_proj] if self.config.q_lora_rank is None else [attention.kv_b_proj, attention.q_b_proj]
+            )
+            for layer in ups:
+                layer.fp8 = Projection([layer], gradients)
+            attention.o_proj.fp8 = Projection([attention.o_proj], gradients, twelve_bits=True)
+            for module in block.modules():
+                if isinstance(module, SwiGLU | Experts):
+                    module.fp8 = FeedForward(gradients, power_of_two=isinstance(module, Experts))
+        return self
 
     def embed(self, tokens: Tensor) -> Tensor:
         """int [B, T] -> [B, T, D] in the compute dtype."""
@@ -228,6 +257,21 @@ class DeepSeekV3(nn.Module):
 def module_list(modules: Iterable[nn.Module]) -> Any:
     """A ModuleList that the type checker lets us call a sequence of what it holds."""
     return nn.ModuleList(modules)
+
+
+def refuse_sizes(block: Block) -> None:
+    """`UserError` where FP8 products cannot train a block's linear layers."""
+    for name, weight in block.named_parameters():
+        if weight.dim() == 1 or name.endswith("gate.weight"):
+            continue
+        where = f"{name} of block {block.name}"
+        if weight.dtype == torch.float8_e4m3fn:
+            raise UserError(f"{where} is in FP8 already, and cannot be trained: load it with dtype='bf16' or 'fp32'")
+        if odd := [size for size in weight.shape[-2:] if size % FP8_MULTIPLE]:
+            raise UserError(
+                f"{where} is {list(weight.shape)}: FP8 products need sizes that are multiples of {FP8_MULTIPLE}, and {odd[0]} "
+                "is none. Choose other sizes in [model], or training.precision = 'bf16'"
+            )
 
 
 def default_positions(tokens: Tensor) -> Tensor:

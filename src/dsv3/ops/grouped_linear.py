@@ -144,3 +144,34 @@ grouped_linear = Operation(
 The first counts[0] rows meet weight[0], the next counts[1] rows weight[1], and so on; the counts sum to R. The weight is
 cast to x's dtype.
 """
+
+
+def weight_gradient_reference(grad_RO: Tensor, x_RI: Tensor, counts_E: Tensor) -> Tensor:
+    """The definition: a loop over experts."""
+    gradient = x_RI.new_zeros(len(counts_E), grad_RO.shape[1], x_RI.shape[1])
+    for e, start, end in segments(counts_E):
+        torch.mm(grad_RO[start:end].t(), x_RI[start:end], out=gradient[e])
+    return gradient
+
+
+def weight_gradient_grouped_mm(grad_RO: Tensor, x_RI: Tensor, counts_E: Tensor) -> Tensor:
+    """Torch's grouped matrix product, over rows."""
+    return F.grouped_mm(grad_RO.t(), x_RI, offs=counts_E.cumsum(0, dtype=torch.int32))
+
+
+def fits_weight_gradient(grad_RO: Tensor, x_RI: Tensor, counts_E: Tensor) -> str | None:
+    """As for the product itself."""
+    return fits_grouped_mm(x_RI, grad_RO.t().unsqueeze(0), counts_E)
+
+
+grouped_weight_gradient = Operation(
+    "grouped_weight_gradient",
+    [
+        Implementation("grouped_mm", weight_gradient_grouped_mm, fits_weight_gradient),
+        Implementation("reference", weight_gradient_reference, anything),
+    ],
+)
+"""`grouped_weight_gradient(grad [R, O], x [R, I], counts [E] int) -> [E, O, I]`: grad^T x over each expert's rows, in x's dtype.
+
+Rows behind the last group count for nobody.
+"""

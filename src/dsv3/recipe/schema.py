@@ -135,8 +135,10 @@ class TrainingSection(Section):
     """Where the training stops, in tokens; the report: 14.8T."""
     seed: int = Field(default=0, ge=0)
     """Seed of the initial weights, the order of the data and everything else that is drawn."""
-    precision: Literal["fp32", "bf16"] = "bf16"
-    """Arithmetic of the matrix products; the weights the optimizer sees are FP32."""
+    precision: Literal["fp32", "bf16", "fp8"] = "bf16"
+    """Arithmetic of the matrix products; the weights the optimizer sees are FP32. `fp8` is the report's (section 3.3): the
+    linear layers of attention and feed-forward in E4M3, the rest in BF16. Where there are no FP8 tensor cores it is emulated,
+    slowly, with the same numbers up to the order of sums."""
     device: str = "auto"
     """Where to train: `cpu`, `cuda`, `cuda:1`, or `auto` for the first GPU if there is one."""
     micro_batch_size: Length | None = None

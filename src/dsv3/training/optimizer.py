@@ -143,6 +143,8 @@ class Optimizer:
                 group["lr"] = learning_rate * scale
             part.step()
             part.zero_grad(set_to_none=True)
+        # Torch's fused AdamW does not; copies of weights in FP8 are made again when the version is another.
+        torch.autograd.graph.increment_version(self.names)
 
     def tensors(self) -> dict[str, Tensor]:
         """All state, by parameter name and the optimizer's own word: `layers.0....exp_avg`; a checkpoint is read into it."""

@@ -42,7 +42,7 @@ Progress = Callable[..., None]
 Evaluate = Callable[[DeepSeekV3], dict[str, Any]]
 """What `evaluations.jsonl` holds beside step, tokens and seconds."""
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 NAMED_DOCUMENTS = 50
 """Most documents that a message names."""
 
@@ -75,6 +75,8 @@ class Trainer:
         model = DeepSeekV3(recipe.model.config(), compute_dtype=dtype)
         self.model = model.initialize(training.initialization, training.seed).to(self.device)
         self.model.recompute(training.recompute)
+        if training.precision == "fp8":
+            self.model.compute_in_fp8()
         self.optimizer = Optimizer(self.model, recipe.optimizer, muon_dtype=dtype)
         self.average = None if training.ema_decay is None else Average(self.model, training.ema_decay)
         self.saver = Saver(training.keep_last, training.keep_every_steps)

@@ -1,0 +1,74 @@
+"""SwiGLU's three layers in FP8, for one expert or a stack of them: inputs kept in FP8, the activation computed again in
+backward (report, section 3.3.3).
+
+Legend: R rows (tokens), D hidden, I inner, E experts.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsv3.ops.swiglu import swiglu_backward, swiglu_tiles
+from dsv3.ops.tiles import Tiles, dequantize_rows, quantize_rows
+from dsv3.precision.deferred import WeightGradients
+from dsv3.precision.products import product, weight_gradient
+from dsv3.precision.weights import BlockCache
+
+
+class FeedForward:
+    """`down(silu(gate x) * up x)` with all products in FP8.
+
+    The routed experts' inputs, and the gradients of their outputs, get scales that are powers of two (`power_of_two`): so the
+    report sends them to other GPUs, where they enter the product as they came.
+    """
+
+    def __init__(self, gradients: WeightGradients, power_of_two: bool = False):
+        self.gradients, self.power_of_two = gradients, power_of_two
+        self.up_cache, self.down_cache = BlockCache(), BlockCache()
+
+    def __call__(self, x: Tensor, gate_up: Sequence[Tensor], down: Tensor, counts_E: Tensor | None = None) -> Tensor:
+        """[..., D] -> [..., D].
+
+        `gate_up` are weights [I, D] of gate and up, or one [2I, D]; `down` is [D, I]. With counts, x holds each expert's rows
+        one after the other ([R, D]), and weights are stacked: one [E, 2I, D], and [E, D, I].
+        """
+        out: Tensor = Compute.apply(x.flatten(0, -2), self, counts_E, down, *gate_up)
+        return out.view(x.shape)
+
+
+class Compute(torch.autograd.Function):
+    """`FeedForward` of [R, D]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_RD: Tensor, layers: FeedForward, counts_E: Tensor | None, down: Tensor, *gate_up: Tensor
+    ) -> Tensor:
+        """[R, D]."""
+        ctx.layers, ctx.counts, ctx.weights, ctx.dtype = layers, counts_E, (down, *gate_up), x_RD.dtype
+        ctx.up, ctx.down = layers.up_cache.of(gate_up), layers.down_cache.of((down,))
+        x = quantize_rows(x_RD, layers.power_of_two)
+        inner = product(x, ctx.up, counts_E, x_RD.dtype)
+        if any(ctx.needs_input_grad):
+            kept = quantize_rows(inner)
+            ctx.save_for_backward(x.values, x.scale, kept.values, kept.scale)
+        return product(swiglu_tiles(inner), ctx.down, counts_E, x_RD.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x and of every weight."""
+        grad_RD, counts, dtype = grad_RD.contiguous(), ctx.counts, ctx.dtype
+        values, scale, inner_values, inner_scale = ctx.saved_tensors
+        grad_act = product(quantize_rows(grad_RD, ctx.layers.power_of_two), ctx.down.transposed, counts, dtype)
+        grad_inner, _, act = swiglu_backward(grad_act, dequantize_rows(Tiles(inner_values, inner_scale), dtype))
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = product(quantize_rows(grad_inner), ctx.up.transposed, counts, dtype)
+
+        def compute() -> Sequence[Tensor]:
+            up = weight_gradient(grad_inner, dequantize_rows(Tiles(values, scale), dtype), counts)
+            gate_up = up.split([each.shape[-2] for each in ctx.weights[1:]], dim=-2)
+            return weight_gradient(grad_RD, act, counts), *gate_up
+
+        return grad_x, None, None, *ctx.layers.gradients.take(ctx.weights, compute)
