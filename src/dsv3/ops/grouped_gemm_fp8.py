@@ -60,13 +60,13 @@ def masked_reference(
     return out
 
 
-def wgrad_reference(grad: Tiles, x: Tiles, counts_E: Tensor, out_ENK: Tensor | None = None) -> Tensor:
+def wgrad_reference(grad: Tiles, x: Tiles, counts_E: Tensor, out: Tensor | None = None) -> Tensor:
     """The definition: a loop over experts."""
-    if out_ENK is None:
-        out_ENK = torch.zeros(len(counts_E), len(grad.values), len(x.values), device=grad.values.device)
+    if out is None:
+        out = torch.zeros(len(counts_E), len(grad.values), len(x.values), device=grad.values.device)
     for e, start, end in segments(counts_E):
-        out_ENK[e] += columns_reference(columns_of(grad, start, end), columns_of(x, start, end))
-    return out_ENK
+        out[e] += columns_reference(columns_of(grad, start, end), columns_of(x, start, end))
+    return out
 
 
 def disagree(
@@ -102,13 +102,13 @@ def masked_disagree(
     return disagree(x, weight_ENK, scale_EPQ, counts_E)
 
 
-def wgrad_disagree(grad: Tiles, x: Tiles, counts_E: Tensor, out_ENK: Tensor | None = None) -> str | None:
+def wgrad_disagree(grad: Tiles, x: Tiles, counts_E: Tensor, out: Tensor | None = None) -> str | None:
     """What is wrong with the shapes."""
     if grad.values.shape[1] != x.values.shape[1]:
         return f"the gradient has {grad.values.shape[1]} tokens, the input {x.values.shape[1]}"
     expected = (len(counts_E), len(grad.values), len(x.values))
-    if out_ENK is not None and (out_ENK.shape != expected or out_ENK.dtype != torch.float32):
-        return f"adds to float32 {list(expected)}, not to {out_ENK.dtype} {list(out_ENK.shape)}"
+    if out is not None and (out.shape != expected or out.dtype != torch.float32):
+        return f"adds to float32 {list(expected)}, not to {out.dtype} {list(out.shape)}"
     return None
 
 
@@ -194,16 +194,16 @@ def masked_triton_serves(
     return masked_disagree(x, weight_ENK, scale_EPQ, counts_E, rows_per_group) or no_bulk_copies(x.values, weight_ENK)
 
 
-def wgrad_triton(grad: Tiles, x: Tiles, counts_E: Tensor, out_ENK: Tensor | None = None) -> Tensor:
+def wgrad_triton(grad: Tiles, x: Tiles, counts_E: Tensor, out: Tensor | None = None) -> Tensor:
     """The kernel."""
     from dsv3.ops.kernels.grouped_wgrad_fp8 import wgrad
 
-    return wgrad(grad, x, counts_E, out_ENK)
+    return wgrad(grad, x, counts_E, out)
 
 
-def wgrad_triton_serves(grad: Tiles, x: Tiles, counts_E: Tensor, out_ENK: Tensor | None = None) -> str | None:
+def wgrad_triton_serves(grad: Tiles, x: Tiles, counts_E: Tensor, out: Tensor | None = None) -> str | None:
     """Why it does not."""
-    return wgrad_disagree(grad, x, counts_E, out_ENK) or no_bulk_copies(grad.values, x.values)
+    return wgrad_disagree(grad, x, counts_E, out) or no_bulk_copies(grad.values, x.values)
 
 
 grouped_gemm_fp8 = Operation(

@@ -50,10 +50,13 @@ def masked_kernel(
         weight_scale_at = weight_scale + expert * weight_scale_expert + (n * BLOCK_N // BLOCK_K) * weight_scale_row
         sums = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
         for k in range(tl.cdiv(K, BLOCK_K)):
-            factor = tl.load(x_scale_at, mask=inside < count, other=0.0) * tl.load(weight_scale_at + k)
+            # Read here, multiplied below: they arrive while the tensor cores work.
+            left_factor = tl.load(weight_scale_at + k)
+            right_factor = tl.load(x_scale_at, mask=inside < count, other=0.0)
             left = weight.load([expert * N + n * BLOCK_N, k * BLOCK_K])
             right = x.load([row, k * BLOCK_K])
-            sums += tl.dot(left, right.T) * factor[None, :]
+            part = tl.dot(left, right.T)
+            sums += part * (left_factor * right_factor)[None, :]
             x_scale_at += x_scale_column
         columns = n * BLOCK_N + tl.arange(0, BLOCK_N)
         at = out + rows.to(tl.int64)[:, None] * N + columns[None, :]

@@ -49,11 +49,13 @@ def wgrad_kernel(
             x_scale_at = x_scale + columns + (start // BLOCK_R).to(tl.int64) * x_scale_column
             sums = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
             for step in range(tl.cdiv(count, BLOCK_R)):
+                # Read here, multiplied below: they arrive while the tensor cores work.
                 left_factor = tl.load(grad_scale_at, mask=rows < N, other=0.0)
                 right_factor = tl.load(x_scale_at, mask=columns < K, other=0.0)
                 left = grad.load([i * BLOCK_N, start + step * BLOCK_R])
                 right = x.load([j * BLOCK_K, start + step * BLOCK_R])
-                sums += tl.dot(left, right.T) * left_factor[:, None] * right_factor[None, :]
+                part = tl.dot(left, right.T)
+                sums += part * left_factor[:, None] * right_factor[None, :]
                 grad_scale_at += grad_scale_column
                 x_scale_at += x_scale_column
             at = out + (expert * N + rows).to(tl.int64)[:, None] * K + columns[None, :]
