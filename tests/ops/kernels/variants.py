@@ -26,7 +26,54 @@ class Variant:
 
 def variants() -> Iterator[Variant]:
     """All of them, one generator an operation."""
-    yield from ()
+    yield from products_fp8()
+
+
+def products_fp8() -> Iterator[Variant]:
+    """Grouped products; those of one group are the dense fallback."""
+    from dsv3.ops.kernels import grouped_gemm_fp8, grouped_gemm_fp8_masked, grouped_wgrad_fp8
+
+    def tile(rows: int) -> str:
+        return f"tensordesc<fp8e4nv[{rows}, 128]>"
+
+    sizes = dict.fromkeys(["R", "E", "N", "K", "x_scale_column", "weight_scale_expert", "weight_scale_row"], "i32")
+    scales = {"x_scale": "*fp32", "weight_scale": "*fp32"}
+    for config, counts, out in (
+        (grouped_gemm_fp8.LARGE, "*i64", "*bf16"),
+        (grouped_gemm_fp8.SMALL, "*i32", "*bf16"),
+        (grouped_gemm_fp8.LARGE, "*i32", "*fp32"),
+    ):
+        yield Variant(
+            grouped_gemm_fp8.contiguous_kernel,
+            {"x": tile(config.rows), "weight": tile(config.columns), "counts": counts, "out": out} | scales | sizes,
+            {"BLOCK_M": config.rows, "BLOCK_N": config.columns, "BLOCK_K": 128, "GROUP": config.group},
+            {"num_warps": config.warps, "num_stages": config.stages},
+            contains="wgmma.mma_async",
+        )
+    sizes["rows_per_group"] = sizes.pop("R")
+    del sizes["E"]
+    for rows in (1, 20, 256):
+        config = grouped_gemm_fp8_masked.choose(rows)
+        yield Variant(
+            grouped_gemm_fp8_masked.masked_kernel,
+            {"x": tile(config.rows), "weight": tile(config.columns), "counts": "*i64", "out": "*bf16"} | scales | sizes,
+            {"BLOCK_M": config.rows, "BLOCK_N": config.columns, "BLOCK_K": 128},
+            {"num_warps": config.warps, "num_stages": config.stages},
+            contains="wgmma.mma_async",
+        )
+    sizes = dict.fromkeys(["E", "N", "K", "grad_scale_column", "x_scale_column"], "i32")
+    config = grouped_wgrad_fp8.LARGE
+    for out, accumulate in (("*fp32", False), ("*fp32", True), ("*bf16", False)):
+        yield Variant(
+            grouped_wgrad_fp8.wgrad_kernel,
+            {"grad": tile(config.rows), "x": tile(config.columns), "grad_scale": "*fp32", "x_scale": "*fp32"}
+            | {"counts": "*i64", "out": out}
+            | sizes,
+            {"BLOCK_N": config.rows, "BLOCK_K": config.columns, "BLOCK_R": 128}
+            | {"GROUP": config.group, "ACCUMULATE": accumulate},
+            {"num_warps": config.warps, "num_stages": config.stages},
+            contains="wgmma.mma_async",
+        )
 
 
 def main() -> None:
