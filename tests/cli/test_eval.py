@@ -107,7 +107,7 @@ def test_published_weights_on_named_texts(published, tmp_path, capsys):
         (["--needle-lengths", "64,x"], "--needle-lengths '64,x': expected numbers of tokens"),
         (["--bytes", "many"], "--bytes 'many': expected a whole number"),
         (["--tasks", "needle", "--needle-lengths", "20"], "a needle in 20 tokens: expected at least"),
-        (["--tasks", "position", "--length", "4096"], "tokens in all; expected at least 4097"),
+        (["--tasks", "position", "--length", "4096"], "tokens in all; expected at least 7681"),
     ],
 )
 def test_refusals(run, options, said, capsys):

@@ -43,6 +43,45 @@ def test_losses_are_those_of_a_loop():
     assert found.between(4, 12) == pytest.approx((found.nats[1] + found.nats[2]) / 2)
 
 
+def test_sliding_rows_count_the_same_tokens_in_every_share():
+    model = DeepSeekV3(ModelConfig.preset("debug")).initialize("fan_in", 0).eval()
+    length, shares, text = 16, 4, "hello world, " * 3
+    ids = [0, *Bytes().encode(text), 1]
+    expected = [[] for _ in range(shares)]
+    rows = (len(ids) - 1 - length) // 4 + 1
+    assert rows > shares
+    for target in range(13, 13 + 4 * (rows - shares + 1)):
+        for share in range(shares):
+            start = (target - 1) // 4 * 4 - 4 * share
+            row = torch.tensor([ids[start : start + length + 1]])
+            log = model(row[:, :-1]).logits[0].log_softmax(-1)
+            expected[share].append(-log[target - 1 - start, ids[target]].item())
+    found = loss_by_position(model, Bytes(), [text], length=length, shares=shares, slide=True)
+    assert found.rows == rows
+    assert found.nats == pytest.approx([sum(each) / len(each) for each in expected], rel=1e-5)
+
+
+def test_a_model_that_sees_no_context_is_as_good_everywhere_when_rows_slide():
+    """Text that is harder at some places than at others makes no difference then; side by side it does."""
+
+    class Blind(torch.nn.Module):
+        def forward(self, tokens):
+            logits = torch.zeros(*tokens.shape, 300)
+            logits[..., 3 + ord("a")] = 3.0
+            return SimpleNamespace(hidden=logits)
+
+        def head(self, hidden):
+            return hidden
+
+    text = ("a" * 40 + "b" * 24) * 20
+    spread = {}
+    for slide in (False, True):
+        nats = loss_by_position(Blind(), Bytes(), [text], length=64, shares=8, slide=slide).nats
+        spread[slide] = max(nats) - min(nats)
+    assert spread[True] < 1e-6
+    assert spread[False] > 1
+
+
 def test_a_model_that_fails_beyond_its_length_is_told():
     """Sure and right on the first eight tokens, and sure and wrong from there on."""
 
@@ -65,6 +104,8 @@ def test_refusals():
     model = DeepSeekV3(ModelConfig.preset("debug")).initialize("fan_in", 0)
     with pytest.raises(UserError, match="the held-out texts have 7 tokens in all; expected at least 17"):
         loss_by_position(model, Bytes(), ["hello"], length=16)
+    with pytest.raises(UserError, match="have 18 tokens in all; expected at least 31"):
+        loss_by_position(model, Bytes(), ["a" * 16], length=16, slide=True)
     with pytest.raises(UserError, match="over 20 tokens: expected a multiple of 8"):
         loss_by_position(model, Bytes(), ["hello" * 9], length=20)
 

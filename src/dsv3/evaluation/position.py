@@ -3,6 +3,9 @@
 Texts are laid out as pre-training has them: each between `bos` and `eos`, one after the other, cut into rows of
 `length + 1` tokens without regard to where documents end. At a length the model was made for, loss falls with the
 position; beyond that it rises at once.
+
+Some text is harder than other, by more than what context is worth to a small model. So rows may slide: each starts a share of
+the length behind the one before, and the tokens that come to lie in every share are counted, once in each.
 """
 
 from collections.abc import Sequence
@@ -52,25 +55,33 @@ def loss_by_position(
     *,
     length: int,
     shares: int = 8,
+    slide: bool = False,
     device: torch.device | str = "cpu",
 ) -> LossByPosition:
-    """Scores as many whole rows as the texts fill. Raises `UserError` where that is none, or `length` no multiple of `shares`."""
+    """Scores as many rows as the texts fill side by side; with `slide` as many that slide, and at least two a share.
+
+    Raises `UserError` where the texts are too short for that, or `length` is no multiple of `shares`.
+    """
     if length % shares:
         raise UserError(f"loss by position over {length} tokens: expected a multiple of {shares}")
     ids = [token for text in texts for token in (tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id)]
-    count = (len(ids) - 1) // length
-    if count == 0:
+    step = length // shares if slide else length
+    possible = max(0, (len(ids) - 1 - length) // step + 1)
+    count = min(possible, max((len(ids) - 1) // length, 2 * shares)) if slide else possible
+    needed = length + (shares - 1) * step + 1 if slide else length + 1
+    if len(ids) < needed:
         raise UserError(
             f"loss by position over {length} tokens: the held-out texts have {len(ids)} tokens in all; expected at least "
-            f"{length + 1}: take a shorter length or more text"
+            f"{needed}: take a shorter length or more text"
         )
     # As in training, every token is a target once: rows share their last and first token.
-    rows = torch.tensor([ids[k * length : (k + 1) * length + 1] for k in range(count)])
+    rows = torch.tensor([ids[k * step : k * step + length + 1] for k in range(count)])
     was_training = model.training
     model.eval()
-    sums = torch.zeros(length, dtype=torch.float64)
+    losses_RS = torch.empty(count, shares, dtype=torch.float64)
     try:
-        for part in rows.split(max(TOKENS_A_PASS // length, 1)):
+        a_pass = max(TOKENS_A_PASS // length, 1)
+        for part, into in zip(rows.split(a_pass), losses_RS.split(a_pass), strict=True):
             tokens = part.to(device)
             hidden = model(tokens[:, :-1]).hidden.flatten(0, 1)
             target = tokens[:, 1:].flatten()
@@ -78,8 +89,13 @@ def loss_by_position(
                 F.cross_entropy(model.head(h).float(), t, reduction="none")
                 for h, t in zip(hidden.split(LOGITS_A_PASS), target.split(LOGITS_A_PASS), strict=True)
             ]
-            sums += torch.cat(losses).view(len(part), length).double().sum(0).cpu()
+            into.copy_(torch.cat(losses).view(len(part), shares, -1).double().mean(2))
     finally:
         model.train(was_training)
-    nats = (sums / count).view(shares, -1).mean(1).tolist()
+    # Share k of row r holds the tokens that lie r + k steps into the text.
+    everywhere = count - shares + 1
+    nats = [
+        float((losses_RS[shares - 1 - k : shares - 1 - k + everywhere] if slide else losses_RS)[:, k].mean())
+        for k in range(shares)
+    ]
     return LossByPosition(tuple(range(0, length + 1, length // shares)), tuple(nats), count)

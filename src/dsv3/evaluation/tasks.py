@@ -69,7 +69,7 @@ def run_tasks(
         found["loss_by_position"] = {}
         for done, (name, texts) in enumerate(plan.texts.items(), 1):
             found["loss_by_position"][name] = asdict(
-                loss_by_position(model, tokenizer, texts, length=plan.length, device=device)
+                loss_by_position(model, tokenizer, texts, length=plan.length, slide=True, device=device)
             )
             progress("position", done, len(plan.texts))
     return found
