@@ -73,8 +73,8 @@ def no_scaled_mm(a: Tensor, b: Tensor) -> str | None:
         return "needs tensors on a GPU of NVIDIA's"
     if a.dtype != torch.float8_e4m3fn or b.dtype != torch.float8_e4m3fn:
         return f"takes float8_e4m3fn, not {a.dtype} and {b.dtype}"
-    if a.shape[1] % 16 or b.shape[0] % 16:
-        return f"needs sizes that are multiples of 16, not {a.shape[1]} and {b.shape[0]}"
+    if a.shape[1] % TILE or b.shape[0] % 16:
+        return f"needs rows of whole tiles and a multiple of 16 columns, not {a.shape[1]} and {b.shape[0]}"
     if not a.shape[0] or not a.shape[1] or not b.shape[0]:
         return "needs at least one element"
     return no_block_scales(a.device)

@@ -17,7 +17,7 @@ SMALL = Config(64, 128, 4, 4, 8)
 """For groups of few rows, which larger tiles would mostly pad."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "E", "x_scale_column"])
 def contiguous_kernel(
     x,
     weight,
