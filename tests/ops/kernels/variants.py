@@ -28,6 +28,7 @@ def variants() -> Iterator[Variant]:
     """All of them, one generator an operation."""
     yield from permute()
     yield from sort()
+    yield from router()
 
 
 def permute() -> Iterator[Variant]:
@@ -73,6 +74,29 @@ def sort() -> Iterator[Variant]:
     constants = {"PART": PART, "EXPERTS": 256}
     yield Variant(place_kernel, types | {"real": "*u8"}, constants | {"ALIGNED": True}, warps)
     yield Variant(place_kernel, types, constants | {"ALIGNED": False, "real": None}, warps)
+
+
+def router() -> Iterator[Variant]:
+    """DeepSeek-V3's 256 experts in 8 groups, 64 without groups, and 72, which is no power of two."""
+    from dsv3.ops.kernels.router import GRADIENT_TOKENS, TOKENS_WARPS, gradient_kernel, select_kernel
+
+    tokens, warps = TOKENS_WARPS
+    types = {
+        "affinity": "*fp32", "bias": "*fp32", "weight": "*fp32", "expert": "*i64", "tokens": "i32", "scaling": "fp32",
+    }  # fmt: skip
+    for k, groups, size, kept, blocks in ((8, 8, 32, 4, (8, 32)), (6, 1, 64, 1, (1, 64)), (8, 1, 72, 1, (1, 128))):
+        constants = {
+            "K": k, "G": groups, "S": size, "KEPT": kept, "NORMALISE": True, "G_BLOCK": blocks[0], "S_BLOCK": blocks[1],
+            "TOKENS": tokens,
+        }  # fmt: skip
+        yield Variant(select_kernel, types, constants, {"num_warps": warps})
+    types = {
+        "grad_weight": "*fp32", "affinity": "*fp32", "expert": "*i64", "grad_affinity": "*fp32", "tokens": "i32",
+        "experts": "i32", "scaling": "fp32",
+    }  # fmt: skip
+    for normalise in (True, False):
+        constants = {"K": 8, "K_BLOCK": 8, "NORMALISE": normalise, "TOKENS": GRADIENT_TOKENS}
+        yield Variant(gradient_kernel, types, constants, {"num_warps": 4})
 
 
 def main() -> None:
