@@ -67,7 +67,8 @@ class Selected(torch.autograd.Function):
     def backward(ctx: Any, grad_weight_TK: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         from dsv3.ops.kernels.router import gradient_of_affinity
 
-        grad_TE = gradient_of_affinity(grad_weight_TK, *ctx.saved_tensors, ctx.normalise, ctx.scaling)
+        affinity_TE, expert_TK = ctx.saved_tensors
+        grad_TE = gradient_of_affinity(grad_weight_TK, affinity_TE, expert_TK, ctx.normalise, ctx.scaling)
         return grad_TE, None, None, None, None, None, None
 
 
