@@ -1,6 +1,7 @@
 """Rows of tokens to rows of experts and back.
 
-Legend: T tokens, K experts per token, E experts, R = T K rows sorted by expert, D hidden.
+Legend: T tokens, K experts per token, A = T K assignments, E experts, R rows sorted by expert (A, and padding where asked
+for), D hidden.
 """
 
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsv3.ops.kernels.available import no_triton
 from dsv3.ops.operation import Implementation, Operation, anything
 
 
@@ -17,13 +19,13 @@ class Permutation:
     """Which assignment (token t, its k-th expert; numbered t K + k) each row holds."""
 
     assignment_R: Tensor
-    """int64 [R]: the assignment of each row; a padding row repeats assignment 0."""
+    """int64 [R]: the assignment of each row; a row that is not real repeats assignment 0."""
     row_TK: Tensor
     """int64 [T, K]: the row of each assignment."""
     counts_E: Tensor
-    """int64 [E]: rows of each expert, its padding included."""
+    """int64 [E]: rows of each expert, its padding included; groups follow one another from row 0."""
     real_R: Tensor | None = None
-    """bool [R]: False at padding rows; None where there are none."""
+    """bool [R]: False at padding rows, and at those behind the last group; None where there are none."""
 
     @property
     def token_R(self) -> Tensor:
@@ -39,28 +41,50 @@ def count_by_expert(expert_A: Tensor, num_experts: int) -> Tensor:
     return expert_A.new_zeros(num_experts).scatter_add_(0, expert_A, torch.ones_like(expert_A))
 
 
-def sort_by_expert(expert_TK: Tensor, num_experts: int, equal_groups: int = 0) -> Permutation:
-    """The permutation that brings the rows of one expert together, tokens in order within it (a stable sort).
-
-    With `equal_groups` = n > 0, every group is padded to the same number of rows, a multiple of n, so that one batched
-    product serves all experts.
-    """
+def sort_reference(expert_TK: Tensor, num_experts: int, equal_groups: int = 0, aligned: int = 0) -> Permutation:
+    """The definition, by a stable sort of numbers that are the experts'."""
     expert_A = expert_TK.flatten()
     counts = count_by_expert(expert_A, num_experts)
     assignment_R = torch.argsort(expert_A, stable=True)
     numbers = torch.arange(len(assignment_R), device=assignment_R.device)
-    row_A = torch.empty_like(assignment_R)
-    if not equal_groups:
+    if equal_groups:
+        capacity = -(-int(counts.max()) // equal_groups) * equal_groups
+        padded, rows = torch.full_like(counts, capacity), num_experts * capacity
+    elif aligned:
+        padded, rows = (counts + aligned - 1) // aligned * aligned, aligned_rows(len(expert_A), num_experts, aligned)
+    else:
+        row_A = torch.empty_like(assignment_R)
         row_A[assignment_R] = numbers
         return Permutation(assignment_R, row_A.view_as(expert_TK), counts)
-    capacity = -(-int(counts.max()) // equal_groups) * equal_groups
-    within_group = numbers - (counts.cumsum(0) - counts).repeat_interleave(counts)
-    row_A[assignment_R] = expert_A[assignment_R] * capacity + within_group
-    real_R = torch.zeros(num_experts * capacity, dtype=torch.bool, device=row_A.device)
+    before_E = (padded.cumsum(0) - padded) - (counts.cumsum(0) - counts)
+    row_of_sorted = numbers + before_E[expert_A[assignment_R]]
+    row_A = torch.empty_like(assignment_R)
+    row_A[assignment_R] = row_of_sorted
+    real_R = torch.zeros(rows, dtype=torch.bool, device=row_A.device)
     real_R[row_A] = True
-    padded_R = torch.zeros(num_experts * capacity, dtype=torch.int64, device=row_A.device)
-    padded_R[row_A] = numbers
-    return Permutation(padded_R, row_A.view_as(expert_TK), torch.full_like(counts, capacity), real_R)
+    assignment_of_row = torch.zeros(rows, dtype=torch.int64, device=row_A.device)
+    assignment_of_row[row_A] = numbers
+    return Permutation(assignment_of_row, row_A.view_as(expert_TK), padded, real_R)
+
+
+def aligned_rows(assignments: int, num_experts: int, aligned: int) -> int:
+    """Rows that hold any distribution of the assignments over experts whose groups start at multiples of `aligned`."""
+    return -(-assignments // aligned) * aligned + num_experts * aligned
+
+
+def counting_sort(expert_TK: Tensor, num_experts: int, equal_groups: int = 0, aligned: int = 0) -> Permutation:
+    """By counts of parts and their prefix sums: three kernels, and nothing that the host would have to wait for."""
+    from dsv3.ops.kernels.sort import sort_assignments
+
+    chosen = expert_TK.shape[1]
+    rows = aligned_rows(expert_TK.numel(), num_experts, aligned) if aligned else expert_TK.numel()
+    assignment_R, row_A, counts_E, real_R = sort_assignments(expert_TK.flatten(), num_experts, aligned, rows)
+    return Permutation(assignment_R, row_A.view(-1, chosen), counts_E, real_R)
+
+
+def sorts_on_gpu(expert_TK: Tensor, num_experts: int, equal_groups: int = 0, aligned: int = 0) -> str | None:
+    """Groups of equal size are the CPU's."""
+    return "sorts without equal groups" if equal_groups else no_triton(expert_TK)
 
 
 def permute_reference(x_TD: Tensor, to: Permutation) -> Tensor:
@@ -115,19 +139,90 @@ class WeightedSum(torch.autograd.Function):
         return grad_RD.mul_(weight_R.unsqueeze(1).to(grad_RD.dtype)), grad_weight_R[to.row_TK], None
 
 
+class Copied(torch.autograd.Function):
+    """Kernels that read a token once and write it to its K rows, and that sum the K rows' gradients in FP32."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, to: Permutation) -> Tensor:
+        from dsv3.ops.kernels.permute import copy_rows
+
+        ctx.row_TK = to.row_TK
+        return copy_rows(x_TD, to.row_TK, len(to.assignment_R), to.real_R)
+
+    @staticmethod
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None]:
+        from dsv3.ops.kernels.permute import sum_rows
+
+        return sum_rows(grad_RD, None, ctx.row_TK), None
+
+
+class Summed(torch.autograd.Function):
+    """Kernels that read each row once: forward sums in FP32, backward makes both gradients at once."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_RD: Tensor, weight_TK: Tensor, to: Permutation) -> Tensor:
+        from dsv3.ops.kernels.permute import sum_rows
+
+        ctx.save_for_backward(rows_RD, weight_TK)
+        ctx.to = to
+        return sum_rows(rows_RD, weight_TK, to.row_TK)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None]:
+        from dsv3.ops.kernels.permute import products_of_rows
+
+        rows_RD, weight_TK = ctx.saved_tensors
+        to: Permutation = ctx.to
+        grad_RD, grad_weight_TK = products_of_rows(grad_TD, rows_RD, weight_TK, to.row_TK, to.real_R)
+        return grad_RD, grad_weight_TK.to(weight_TK.dtype), None
+
+
+def copies_on_gpu(x_TD: Tensor, to: Permutation) -> str | None:
+    """See `no_triton`."""
+    return no_triton(x_TD)
+
+
+def sums_on_gpu(rows_RD: Tensor, weight_TK: Tensor, to: Permutation) -> str | None:
+    """See `no_triton`."""
+    return no_triton(rows_RD, weight_TK)
+
+
+sort_by_expert = Operation(
+    "sort_by_expert",
+    [
+        Implementation("counting_sort", counting_sort, sorts_on_gpu),
+        Implementation("reference", sort_reference, anything),
+    ],
+)
+"""`sort_by_expert(expert [T, K] int64, num_experts, equal_groups=0, aligned=0) -> Permutation`: it brings the rows of one
+expert together, tokens in order within it (a stable sort).
+
+With `equal_groups` = n > 0, every group is padded to the same number of rows, a multiple of n, so that one batched product
+serves all experts; their number is read back from the device.
+With `aligned` = n > 0, every group starts at a multiple of n, its padding counted with it, and there are
+`round_up(T K, n) + E n` rows whatever the distribution, so that no host has to know it; those behind the last group are
+nobody's. Products in FP8 need groups of whole tiles (n = 128)."""
+
 permute = Operation(
     "permute",
-    [Implementation("gather", Gather.apply, anything), Implementation("reference", permute_reference, anything)],
+    [
+        Implementation("triton", Copied.apply, copies_on_gpu),
+        Implementation("gather", Gather.apply, anything),
+        Implementation("reference", permute_reference, anything),
+    ],
 )
-"""`permute(x [T, D], permutation) -> [R, D]`: every token once for each of its experts. Padding rows repeat token 0."""
+"""`permute(x [T, D], permutation) -> [R, D]`: every token once for each of its experts.
+
+Rows that are not real hold finite values that mean nothing: zeros, or token 0. Backward reads only real rows."""
 
 unpermute = Operation(
     "unpermute",
     [
+        Implementation("triton", Summed.apply, sums_on_gpu),
         Implementation("weighted_sum", WeightedSum.apply, anything),
         Implementation("reference", unpermute_reference, anything),
     ],
 )
 """`unpermute(rows [R, D], weight [T, K], permutation) -> [T, D]`: the weighted sum of each token's rows.
 
-Padding rows are read by nobody, and get gradients of zero."""
+Rows that are not real are read by nobody, and get gradients of zero."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsv3.ops.kernels.available import no_triton
 from dsv3.ops.operation import Implementation, Operation, anything
 
 
@@ -40,7 +41,70 @@ def select(
     return weight_TK * scaling, expert_TK
 
 
-select_experts = Operation("select_experts", [Implementation("reference", select, anything)])
+class Selected(torch.autograd.Function):
+    """One kernel each way. The gradient of the affinities is zero but for the chosen."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        affinity_TE: Tensor,
+        bias_E: Tensor,
+        num_experts: int,
+        n_group: int,
+        topk_group: int,
+        normalise: bool,
+        scaling: float,
+    ) -> tuple[Tensor, Tensor]:
+        from dsv3.ops.kernels.router import select
+
+        weight_TK, expert_TK = select(affinity_TE, bias_E, num_experts, n_group, topk_group, normalise, scaling)
+        ctx.mark_non_differentiable(expert_TK)
+        ctx.save_for_backward(affinity_TE, expert_TK)
+        ctx.normalise, ctx.scaling = normalise, scaling
+        return weight_TK, expert_TK
+
+    @staticmethod
+    def backward(ctx: Any, grad_weight_TK: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        from dsv3.ops.kernels.router import gradient_of_affinity
+
+        affinity_TE, expert_TK = ctx.saved_tensors
+        grad_TE = gradient_of_affinity(grad_weight_TK, affinity_TE, expert_TK, ctx.normalise, ctx.scaling)
+        return grad_TE, None, None, None, None, None, None
+
+
+MOST_EXPERTS = 1024
+"""A warp holds the affinities of two tokens in its registers."""
+
+
+def selects_on_gpu(
+    affinity_TE: Tensor,
+    bias_E: Tensor,
+    num_experts: int,
+    n_group: int,
+    topk_group: int,
+    normalise: bool,
+    scaling: float,
+) -> str | None:
+    """The reason why the kernel does not serve."""
+    if (reason := no_triton(affinity_TE, bias_E)) is not None:
+        return reason
+    if {affinity_TE.dtype, bias_E.dtype} != {torch.float32}:
+        return "takes affinities and a bias in float32"
+    experts = affinity_TE.shape[1]
+    if experts > MOST_EXPERTS:
+        return f"takes {MOST_EXPERTS} experts at most"
+    limited = topk_group < n_group
+    if limited and experts < 2 * n_group:
+        return "needs two experts a group"
+    if num_experts > (topk_group * experts // n_group if limited else experts):
+        return "needs as many experts to choose from as are chosen"
+    return None
+
+
+select_experts = Operation(
+    "select_experts",
+    [Implementation("triton", Selected.apply, selects_on_gpu), Implementation("reference", select, anything)],
+)
 """`select_experts(affinity [T, E] FP32, bias [E] FP32, K, n_group, topk_group, normalise, scaling) -> (weight [T, K] FP32,
 expert [T, K] int64, ascending)`."""
 
