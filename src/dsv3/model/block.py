@@ -86,7 +86,7 @@ class Block(nn.Module):
         """Tokens travel to their experts."""
         if self.moe is not None and carry.routing is not None:
             carry.rows, carry.counts, carry.handle = self.moe.dispatcher.dispatch(
-                carry.normed.flatten(0, 1), carry.routing
+                carry.normed.flatten(0, 1), carry.routing, self.moe.experts.alignment(carry.routing.expert.numel())
             )
 
     def experts(self, carry: Carry) -> None:

@@ -21,6 +21,7 @@ from dsv3.ops.permute import count_by_expert, permute, sort_by_expert, unpermute
 from dsv3.ops.router import add_loss, balance_loss, expert_frequency, select_experts
 from dsv3.ops.swiglu import swiglu
 from dsv3.precision.feed_forward import FeedForward
+from dsv3.precision.products import row_alignment
 
 
 class SwiGLU(nn.Module):
@@ -127,8 +128,11 @@ class Gate(nn.Module):
 class Dispatcher(Protocol):
     """Carries tokens to their experts and back. The local one is below; `parallel/` hands in those across GPUs."""
 
-    def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Any]:
-        """(rows [R, D] sorted by this rank's experts, counts [E of this rank], a handle for `combine`)."""
+    def dispatch(self, x_TD: Tensor, routing: Routing, alignment: int = 0) -> tuple[Tensor, Tensor, Any]:
+        """(rows [R, D] sorted by this rank's experts, counts [E of this rank], a handle for `combine`).
+
+        With `alignment` > 0, every expert's rows are padded to a multiple of it.
+        """
 
     def combine(self, rows_RD: Tensor, routing: Routing, handle: Any) -> Tensor:
         """The weighted sum of each token's rows: [T, D]."""
@@ -146,7 +150,7 @@ class Few(Enum):
 class LocalDispatcher:
     """All experts are here: dispatch is a permutation."""
 
-    def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Any]:
+    def dispatch(self, x_TD: Tensor, routing: Routing, alignment: int = 0) -> tuple[Tensor, Tensor, Any]:
         """See `Dispatcher`."""
         (tokens, hidden), chosen, experts = x_TD.shape, routing.expert.shape[1], routing.num_experts
         few = not torch.is_grad_enabled()
@@ -155,7 +159,8 @@ class LocalDispatcher:
             return x_TD.expand(experts, -1, -1).flatten(0, 1), counts, Few.EVERY_EXPERT
         if few and tokens == 1:
             return x_TD.expand(chosen, -1), routing.load, Few.ONE_TOKEN
-        permutation = sort_by_expert(routing.expert, routing.num_experts, equal_groups(routing))
+        equal = 0 if alignment else equal_groups(routing)
+        permutation = sort_by_expert(routing.expert, routing.num_experts, equal, alignment)
         return permute(x_TD, permutation), permutation.counts_E, permutation
 
     def combine(self, rows_RD: Tensor, routing: Routing, handle: Any) -> Tensor:
@@ -209,6 +214,10 @@ class Experts(nn.Module):
         self.gate_up_proj, scale = fp8_storage(self.gate_up_proj, (experts, 2, both // 2, hidden))
         self.gate_up_proj_scale_inv = scale.flatten(1, 2)
         self.down_proj, self.down_proj_scale_inv = fp8_storage(self.down_proj, tuple(self.down_proj.shape))
+
+    def alignment(self, rows: int) -> int:
+        """What each expert's rows should be padded to a multiple of, when there are so many in all; 0 for nothing."""
+        return 0 if self.fp8 is None else row_alignment(rows, len(self.down_proj))
 
     def forward(self, rows_RD: Tensor, counts_E: Tensor) -> Tensor:
         """Each expert's SwiGLU on its rows: [R, D] -> [R, D]."""
