@@ -26,7 +26,50 @@ class Variant:
 
 def variants() -> Iterator[Variant]:
     """All of them, one generator an operation."""
-    yield from ()
+    yield from of_tiles()
+
+
+def i32(names: str) -> dict[str, str]:
+    """Types of integers, named in one string."""
+    return dict.fromkeys(names.split(), "i32")
+
+
+def of_tiles() -> Iterator[Variant]:
+    """Quantisation along rows, columns, both, and back."""
+    from dsv3.ops.kernels import tiles
+
+    rows, warps = tiles.ROWS
+    columns, transposing_warps = tiles.TRANSPOSING
+    sizes, e4m3, scale = i32("rows columns"), "*fp8e4nv", "*fp32"
+    for x in ("*bf16", "*fp32"):
+        for power_of_two in (False, True):
+            yield Variant(
+                tiles.rows_kernel,
+                {"x": x, "values": e4m3, "scale": scale} | sizes | i32("x_stride scale_stride"),
+                {"POWER_OF_TWO": power_of_two, "ROWS": rows, "TILE": 128},
+                {"num_warps": warps},
+                "satfinite.e4m3x2.f32",
+            )
+        yield Variant(
+            tiles.dequantize_kernel,
+            {"values": e4m3, "scale": scale, "out": x} | sizes | i32("values_stride scale_row_stride scale_stride"),
+            {"ROWS": rows, "TILE": 128},
+            {"num_warps": warps},
+        )
+    strides = i32("x_stride x_scale_row_stride x_scale_stride scale_stride turned_scale_stride")
+    turned = {"turned": e4m3, "turned_scale": scale} | sizes | strides
+    shape = {"POWER_OF_TWO": False, "COLUMNS": columns, "TILE": 128}
+    nothing = dict.fromkeys(("values", "scale"))
+    for types, constants in (
+        ({"x": "*bf16"}, {"x_scale": None, "FROM_TILES": False, "WITH_ROWS": False} | nothing),
+        (
+            {"x": "*bf16", "values": e4m3, "scale": scale},
+            {"x_scale": None, "FROM_TILES": False, "WITH_ROWS": True},
+        ),
+        ({"x": e4m3, "x_scale": scale}, {"FROM_TILES": True, "WITH_ROWS": False} | nothing),
+    ):
+        warps = tiles.BOTH if constants["WITH_ROWS"] else transposing_warps
+        yield Variant(tiles.transposing_kernel, types | turned, constants | shape, {"num_warps": warps})
 
 
 def main() -> None:
