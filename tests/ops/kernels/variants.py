@@ -27,6 +27,7 @@ class Variant:
 def variants() -> Iterator[Variant]:
     """All of them, one generator an operation."""
     yield from of_tiles()
+    yield from of_blocks()
 
 
 def i32(names: str) -> dict[str, str]:
@@ -70,6 +71,18 @@ def of_tiles() -> Iterator[Variant]:
     ):
         warps = tiles.BOTH if constants["WITH_ROWS"] else transposing_warps
         yield Variant(tiles.transposing_kernel, types | turned, constants | shape, {"num_warps": warps})
+
+
+def of_blocks() -> Iterator[Variant]:
+    """Quantisation of weights, and their transposition."""
+    from dsv3.ops.kernels import blocks
+
+    sizes, options = i32("rows columns"), {"num_warps": blocks.WARPS}
+    for weight in ("*bf16", "*fp32"):
+        types = {"weight": weight, "values": "*fp8e4nv", "scale": "*fp32"} | sizes
+        yield Variant(blocks.quantize_kernel, types, {"POWER_OF_TWO": False, "BLOCK": 128}, options)
+    types = {"values": "*u8", "scale": "*fp32", "turned": "*u8", "turned_scale": "*fp32"} | sizes
+    yield Variant(blocks.transpose_kernel, types, {"BLOCK": 128}, options)
 
 
 def main() -> None:
