@@ -37,6 +37,11 @@ def empty_scale(rows: int, columns: int, device: torch.device) -> Tensor:
     return torch.empty(-(-columns // TILE), padded, dtype=torch.float32, device=device).t()[:rows]
 
 
+def empty_tiles(rows: int, columns: int, device: torch.device, dtype: torch.dtype = torch.float8_e4m3fn) -> Tiles:
+    """Uninitialised room for the tiles of `rows` x `columns` elements."""
+    return Tiles(torch.empty(rows, columns, dtype=dtype, device=device), empty_scale(rows, columns, device))
+
+
 def scale_of(largest: Tensor, power_of_two: bool) -> Tensor:
     """The scale of tiles whose largest magnitudes are given (FP32): that / 448, or the next power of two above.
 

@@ -28,6 +28,7 @@ def variants() -> Iterator[Variant]:
     """All of them, one generator an operation."""
     yield from of_tiles()
     yield from of_blocks()
+    yield from of_rms_norm()
 
 
 def i32(names: str) -> dict[str, str]:
@@ -83,6 +84,26 @@ def of_blocks() -> Iterator[Variant]:
         yield Variant(blocks.quantize_kernel, types, {"POWER_OF_TWO": False, "BLOCK": 128}, options)
     types = {"values": "*u8", "scale": "*fp32", "turned": "*u8", "turned_scale": "*fp32"} | sizes
     yield Variant(blocks.transpose_kernel, types, {"BLOCK": 128}, options)
+
+
+def of_rms_norm() -> Iterator[Variant]:
+    """With tiles and without, of the widths of DeepSeek-V3's norms."""
+    from dsv3.ops.kernels import rms_norm
+
+    elements, warps = rms_norm.FORWARD
+    types = {"x": "*bf16", "weight": "*fp32", "out": "*bf16"} | i32("rows columns x_stride") | {"eps": "fp32"}
+    tiles = {"values": "*fp8e4nv", "scale": "*fp32"} | i32("scale_stride")
+    for width in (512, 2048, 8192):
+        shape = {"ROWS": elements // width, "TILES": width // 128, "TILE": 128, "POWER_OF_TWO": False}
+        yield Variant(rms_norm.forward_kernel, types | tiles, {"QUANTISE": True} | shape, {"num_warps": warps})
+    nothing = {"QUANTISE": False, "values": None, "scale": None, "scale_stride": 0}
+    yield Variant(rms_norm.forward_kernel, types, nothing | shape, {"num_warps": warps})
+    elements, warps, stages = rms_norm.BACKWARD
+    types = dict.fromkeys(("grad", "x", "grad_x"), "*bf16") | dict.fromkeys(("weight", "partial"), "*fp32")
+    types |= i32("rows columns grad_stride x_stride") | {"eps": "fp32"}
+    for width in (512, 8192):
+        shape = {"ROWS": elements // width, "COLUMNS": width, "STAGES": stages}
+        yield Variant(rms_norm.backward_kernel, types, shape, {"num_warps": warps}, "cp.async")
 
 
 def main() -> None:

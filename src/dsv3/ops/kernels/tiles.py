@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dsv3.ops.kernels.scaling import magnitude_bits, quotient, scale_of
-from dsv3.ops.tiles import TILE, Tiles, empty_scale
+from dsv3.ops.tiles import TILE, Tiles, empty_tiles
 
 ROWS = (32, 4)
 """Of kernels that go along rows: rows of a program's tiles, warps."""
@@ -79,11 +79,6 @@ def transposing_kernel(
         tl.store(values + row[:, None] * columns + column[None, :], out, inside)
     out = quotient(wide, turned_factor[None, :], POWER_OF_TWO).to(turned.dtype.element_ty)
     tl.store(turned + column.to(tl.int64)[None, :] * rows + row[:, None], out, inside)
-
-
-def empty_tiles(rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> Tiles:
-    """Room for the tiles of a matrix."""
-    return Tiles(torch.empty(rows, columns, dtype=dtype, device=device), empty_scale(rows, columns, device))
 
 
 def quantize_rows(
