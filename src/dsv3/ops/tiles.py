@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dsv3.ops.kernels.available import no_triton
 from dsv3.ops.operation import Implementation, Operation, anything
 
 TILE = 128
@@ -34,6 +35,11 @@ def empty_scale(rows: int, columns: int, device: torch.device) -> Tensor:
     """Uninitialised room for the scales of `rows` x `columns` elements, laid out as `Tiles.scale` says."""
     padded = -(-rows // 4) * 4
     return torch.empty(-(-columns // TILE), padded, dtype=torch.float32, device=device).t()[:rows]
+
+
+def empty_tiles(rows: int, columns: int, device: torch.device, dtype: torch.dtype = torch.float8_e4m3fn) -> Tiles:
+    """Uninitialised room for the tiles of `rows` x `columns` elements."""
+    return Tiles(torch.empty(rows, columns, dtype=dtype, device=device), empty_scale(rows, columns, device))
 
 
 def scale_of(largest: Tensor, power_of_two: bool) -> Tensor:
@@ -85,19 +91,100 @@ def transpose_reference(tiles: Tiles, power_of_two: bool = False) -> Tiles:
     return rows_reference(dequantize_reference(tiles, torch.float32).t(), power_of_two)
 
 
-quantize_rows = Operation("quantize_rows", [Implementation("reference", rows_reference, anything)])
+def rows_triton(x_RK: Tensor, power_of_two: bool = False) -> Tiles:
+    """One program for some rows of one tile."""
+    from dsv3.ops.kernels.tiles import quantize_rows
+
+    return quantize_rows(x_RK, power_of_two)
+
+
+def columns_triton(x_RK: Tensor, power_of_two: bool = False) -> Tiles:
+    """One program for 128 rows of some channels."""
+    from dsv3.ops.kernels.tiles import quantize_columns
+
+    return quantize_columns(x_RK, power_of_two)
+
+
+def both_triton(x_RK: Tensor, power_of_two: bool = False) -> tuple[Tiles, Tiles]:
+    """One program for 128 rows of 128 channels, which are read once."""
+    from dsv3.ops.kernels.tiles import quantize_both
+
+    return quantize_both(x_RK, power_of_two)
+
+
+def dequantize_triton(tiles: Tiles, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """One program for some rows of one tile."""
+    from dsv3.ops.kernels.tiles import dequantize_rows
+
+    return dequantize_rows(tiles, dtype)
+
+
+def transpose_triton(tiles: Tiles, power_of_two: bool = False) -> Tiles:
+    """One program for 128 rows of 128 channels; the matrix in between stays in registers."""
+    from dsv3.ops.kernels.tiles import transpose_tiles
+
+    return transpose_tiles(tiles, power_of_two)
+
+
+def not_quantised_by_triton(x_RK: Tensor, power_of_two: bool = False) -> str | None:
+    """The reason why the kernels do not serve; None when they do."""
+    if x_RK.dim() != 2 or x_RK.stride(1) != 1:
+        return "needs a matrix with the elements of a row side by side"
+    if x_RK.dtype not in (torch.bfloat16, torch.float32):
+        return f"needs BF16 or FP32, not {x_RK.dtype}"
+    return no_triton(x_RK)
+
+
+def not_read_by_triton(tiles: Tiles, option: object = None) -> str | None:
+    """The reason why the kernels that read tiles do not serve; None when they do."""
+    if tiles.values.stride(1) != 1:
+        return "needs tiles with the values of a row side by side"
+    return no_triton(tiles.values, tiles.scale)
+
+
+quantize_rows = Operation(
+    "quantize_rows",
+    [
+        Implementation("triton", rows_triton, not_quantised_by_triton),
+        Implementation("reference", rows_reference, anything),
+    ],
+)
 """`quantize_rows(x [R, K] BF16 or FP32, power_of_two=False) -> Tiles` of x: 1 x 128 tiles."""
 
-quantize_columns = Operation("quantize_columns", [Implementation("reference", columns_reference, anything)])
+quantize_columns = Operation(
+    "quantize_columns",
+    [
+        Implementation("triton", columns_triton, not_quantised_by_triton),
+        Implementation("reference", columns_reference, anything),
+    ],
+)
 """`quantize_columns(x [R, K], power_of_two=False) -> Tiles` of x transposed ([K, R]): 128 x 1 tiles of x."""
 
-quantize_both = Operation("quantize_both", [Implementation("reference", both_reference, anything)])
+quantize_both = Operation(
+    "quantize_both",
+    [
+        Implementation("triton", both_triton, not_quantised_by_triton),
+        Implementation("reference", both_reference, anything),
+    ],
+)
 """`quantize_both(x [R, K], power_of_two=False) -> (quantize_rows(x), quantize_columns(x))`, from one reading of x."""
 
-dequantize_rows = Operation("dequantize_rows", [Implementation("reference", dequantize_reference, anything)])
+dequantize_rows = Operation(
+    "dequantize_rows",
+    [
+        Implementation("triton", dequantize_triton, not_read_by_triton),
+        Implementation("reference", dequantize_reference, anything),
+    ],
+)
 """`dequantize_rows(tiles, dtype=bfloat16) -> [R, K]`."""
 
-transpose_tiles = Operation("transpose_tiles", [Implementation("reference", transpose_reference, anything)])
+transpose_tiles = Operation(
+    "transpose_tiles",
+    [
+        Implementation("triton", transpose_triton, not_read_by_triton),
+        Implementation("reference", transpose_reference, anything),
+    ],
+)
 """`transpose_tiles(tiles, power_of_two=False) -> Tiles` of the transposed matrix, from what is left of it after quantisation:
 what the weight gradient does with an activation that was kept in FP8 (report, section 3.5.2). With scales that are powers of
 two on both sides, values that stay normal numbers are not rounded again."""

@@ -30,6 +30,9 @@ def variants() -> Iterator[Variant]:
     yield from permute()
     yield from sort()
     yield from router()
+    yield from of_tiles()
+    yield from of_blocks()
+    yield from of_rms_norm()
 
 
 def products_fp8() -> Iterator[Variant]:
@@ -145,6 +148,81 @@ def router() -> Iterator[Variant]:
     for normalise in (True, False):
         constants = {"K": 8, "K_BLOCK": 8, "NORMALISE": normalise, "TOKENS": GRADIENT_TOKENS}
         yield Variant(gradient_kernel, types, constants, {"num_warps": 4})
+
+
+def i32(names: str) -> dict[str, str]:
+    """Types of integers, named in one string."""
+    return dict.fromkeys(names.split(), "i32")
+
+
+def of_tiles() -> Iterator[Variant]:
+    """Quantisation along rows, columns, both, and back."""
+    from dsv3.ops.kernels import tiles
+
+    rows, warps = tiles.ROWS
+    columns, transposing_warps = tiles.TRANSPOSING
+    sizes, e4m3, scale = i32("rows columns"), "*fp8e4nv", "*fp32"
+    for x in ("*bf16", "*fp32"):
+        for power_of_two in (False, True):
+            yield Variant(
+                tiles.rows_kernel,
+                {"x": x, "values": e4m3, "scale": scale} | sizes | i32("x_stride scale_stride"),
+                {"POWER_OF_TWO": power_of_two, "ROWS": rows, "TILE": 128},
+                {"num_warps": warps},
+                "satfinite.e4m3x2.f32",
+            )
+        yield Variant(
+            tiles.dequantize_kernel,
+            {"values": e4m3, "scale": scale, "out": x} | sizes | i32("values_stride scale_row_stride scale_stride"),
+            {"ROWS": rows, "TILE": 128},
+            {"num_warps": warps},
+        )
+    strides = i32("x_stride x_scale_row_stride x_scale_stride scale_stride turned_scale_stride")
+    turned = {"turned": e4m3, "turned_scale": scale} | sizes | strides
+    shape = {"POWER_OF_TWO": False, "COLUMNS": columns, "TILE": 128}
+    nothing = dict.fromkeys(("values", "scale"))
+    for types, constants in (
+        ({"x": "*bf16"}, {"x_scale": None, "FROM_TILES": False, "WITH_ROWS": False} | nothing),
+        (
+            {"x": "*bf16", "values": e4m3, "scale": scale},
+            {"x_scale": None, "FROM_TILES": False, "WITH_ROWS": True},
+        ),
+        ({"x": e4m3, "x_scale": scale}, {"FROM_TILES": True, "WITH_ROWS": False} | nothing),
+    ):
+        warps = tiles.BOTH if constants["WITH_ROWS"] else transposing_warps
+        yield Variant(tiles.transposing_kernel, types | turned, constants | shape, {"num_warps": warps})
+
+
+def of_blocks() -> Iterator[Variant]:
+    """Quantisation of weights, and their transposition."""
+    from dsv3.ops.kernels import blocks
+
+    sizes, options = i32("rows columns"), {"num_warps": blocks.WARPS}
+    for weight in ("*bf16", "*fp32"):
+        types = {"weight": weight, "values": "*fp8e4nv", "scale": "*fp32"} | sizes
+        yield Variant(blocks.quantize_kernel, types, {"POWER_OF_TWO": False, "BLOCK": 128}, options)
+    types = {"values": "*u8", "scale": "*fp32", "turned": "*u8", "turned_scale": "*fp32"} | sizes
+    yield Variant(blocks.transpose_kernel, types, {"BLOCK": 128}, options)
+
+
+def of_rms_norm() -> Iterator[Variant]:
+    """With tiles and without, of the widths of DeepSeek-V3's norms."""
+    from dsv3.ops.kernels import rms_norm
+
+    elements, warps = rms_norm.FORWARD
+    types = {"x": "*bf16", "weight": "*fp32", "out": "*bf16"} | i32("rows columns x_stride") | {"eps": "fp32"}
+    tiles = {"values": "*fp8e4nv", "scale": "*fp32"} | i32("scale_stride")
+    for width in (512, 2048, 8192):
+        shape = {"ROWS": elements // width, "TILES": width // 128, "TILE": 128, "POWER_OF_TWO": False}
+        yield Variant(rms_norm.forward_kernel, types | tiles, {"QUANTISE": True} | shape, {"num_warps": warps})
+    nothing = {"QUANTISE": False, "values": None, "scale": None, "scale_stride": 0}
+    yield Variant(rms_norm.forward_kernel, types, nothing | shape, {"num_warps": warps})
+    elements, warps, stages = rms_norm.BACKWARD
+    types = dict.fromkeys(("grad", "x", "grad_x"), "*bf16") | dict.fromkeys(("weight", "partial"), "*fp32")
+    types |= i32("rows columns grad_stride x_stride") | {"eps": "fp32"}
+    for width in (512, 8192):
+        shape = {"ROWS": elements // width, "COLUMNS": width, "STAGES": stages}
+        yield Variant(rms_norm.backward_kernel, types, shape, {"num_warps": warps}, "cp.async")
 
 
 def main() -> None:

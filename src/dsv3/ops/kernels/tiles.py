@@ -1,0 +1,160 @@
+"""Quantisation to E4M3 with one scale a tile, along rows, along columns, and along both from one reading."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dsv3.ops.kernels.scaling import magnitude_bits, quotient, scale_of
+from dsv3.ops.tiles import TILE, Tiles, empty_tiles
+
+ROWS = (32, 4)
+"""Of kernels that go along rows: rows of a program's tiles, warps."""
+TRANSPOSING = (128, 8)
+"""Of kernels that transpose: columns of a program's 128 rows, warps."""
+BOTH = 16
+"""Warps of a program that makes both kinds of tiles, of 128 rows of 128 columns."""
+
+
+@triton.jit
+def rows_kernel(
+    x, values, scale, rows, columns, x_stride, scale_stride,
+    POWER_OF_TWO: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.cdiv(columns, TILE)
+    tile = tl.program_id(0) % tiles
+    row = (tl.program_id(0) // tiles * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    column = tile * TILE + tl.arange(0, TILE)
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    wide = tl.load(x + row[:, None] * x_stride + column[None, :], inside, other=0.0).to(tl.float32)
+    factor = scale_of(tl.max(magnitude_bits(wide), axis=1), POWER_OF_TWO)
+    tl.store(scale + tile.to(tl.int64) * scale_stride + row, factor, row < rows)
+    out = quotient(wide, factor[:, None], POWER_OF_TWO).to(values.dtype.element_ty)
+    tl.store(values + row[:, None] * columns + column[None, :], out, inside)
+
+
+@triton.jit
+def dequantize_kernel(
+    values, scale, out, rows, columns, values_stride, scale_row_stride, scale_stride,
+    ROWS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.cdiv(columns, TILE)
+    tile = tl.program_id(0) % tiles
+    row = (tl.program_id(0) // tiles * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    column = tile * TILE + tl.arange(0, TILE)
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    factor = tl.load(scale + row * scale_row_stride + tile.to(tl.int64) * scale_stride, row < rows, other=0.0)
+    wide = tl.load(values + row[:, None] * values_stride + column[None, :], inside, other=0.0).to(tl.float32)
+    wide = wide * factor[:, None]
+    tl.store(out + row[:, None] * columns + column[None, :], wide.to(out.dtype.element_ty), inside)
+
+
+@triton.jit
+def transposing_kernel(
+    x, x_scale, values, scale, turned, turned_scale, rows, columns,
+    x_stride, x_scale_row_stride, x_scale_stride, scale_stride, turned_scale_stride,
+    FROM_TILES: tl.constexpr, WITH_ROWS: tl.constexpr, POWER_OF_TWO: tl.constexpr,
+    COLUMNS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    across = tl.cdiv(columns, COLUMNS)
+    part = tl.program_id(0) % across
+    tile = tl.program_id(0) // across
+    row = (tile * TILE + tl.arange(0, TILE)).to(tl.int64)
+    column = part * COLUMNS + tl.arange(0, COLUMNS)
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    wide = tl.load(x + row[:, None] * x_stride + column[None, :], inside, other=0.0).to(tl.float32)
+    if FROM_TILES:
+        of_row = x_scale + row * x_scale_row_stride + (part * COLUMNS // TILE).to(tl.int64) * x_scale_stride
+        factor = tl.load(of_row, row < rows, other=0.0)
+        wide = wide * factor[:, None]
+        # What lies beyond the last column is no part of a tile, even where a scale is NaN.
+        wide = tl.where(inside, wide, 0.0)
+    bits = magnitude_bits(wide)
+    turned_factor = scale_of(tl.max(bits, axis=0), POWER_OF_TWO)
+    tl.store(turned_scale + tile.to(tl.int64) * turned_scale_stride + column, turned_factor, column < columns)
+    if WITH_ROWS:
+        factor = scale_of(tl.max(bits, axis=1), POWER_OF_TWO)
+        tl.store(scale + part.to(tl.int64) * scale_stride + row, factor, row < rows)
+        out = quotient(wide, factor[:, None], POWER_OF_TWO).to(values.dtype.element_ty)
+        tl.store(values + row[:, None] * columns + column[None, :], out, inside)
+    out = quotient(wide, turned_factor[None, :], POWER_OF_TWO).to(turned.dtype.element_ty)
+    tl.store(turned + column.to(tl.int64)[None, :] * rows + row[:, None], out, inside)
+
+
+def quantize_rows(
+    x: Tensor, power_of_two: bool = False, dtype: torch.dtype = torch.float8_e4m3fn, config: tuple[int, int] = ROWS
+) -> Tiles:
+    """[R, K] with columns that lie together -> its tiles; values in FP32 are the quotients before their rounding."""
+    rows, columns = x.shape
+    block, warps = config
+    out = empty_tiles(rows, columns, x.device, dtype)
+    grid = (triton.cdiv(rows, block) * triton.cdiv(columns, TILE),)
+    rows_kernel[grid](
+        x, out.values, out.scale, rows, columns, x.stride(0), out.scale.stride(1), power_of_two, block, TILE,
+        num_warps=warps,
+    )  # fmt: skip
+    return out
+
+
+def dequantize_rows(tiles: Tiles, dtype: torch.dtype = torch.bfloat16, config: tuple[int, int] = ROWS) -> Tensor:
+    """Tiles -> [R, K]."""
+    (rows, columns), (block, warps) = tiles.values.shape, config
+    out = torch.empty(rows, columns, dtype=dtype, device=tiles.values.device)
+    grid = (triton.cdiv(rows, block) * triton.cdiv(columns, TILE),)
+    dequantize_kernel[grid](
+        tiles.values, tiles.scale, out, rows, columns, tiles.values.stride(0), *tiles.scale.stride(), block, TILE,
+        num_warps=warps,
+    )  # fmt: skip
+    return out
+
+
+def quantize_columns(
+    x: Tensor,
+    power_of_two: bool = False,
+    dtype: torch.dtype = torch.float8_e4m3fn,
+    config: tuple[int, int] = TRANSPOSING,
+) -> Tiles:
+    """[R, K] -> the tiles of its transpose."""
+    rows, columns = x.shape
+    turned = empty_tiles(columns, rows, x.device, dtype)
+    launch_transposing(x, None, None, turned, power_of_two, config)
+    return turned
+
+
+def quantize_both(
+    x: Tensor, power_of_two: bool = False, dtype: torch.dtype = torch.float8_e4m3fn, warps: int = BOTH
+) -> tuple[Tiles, Tiles]:
+    """[R, K] -> its tiles and those of its transpose."""
+    rows, columns = x.shape
+    out, turned = empty_tiles(rows, columns, x.device, dtype), empty_tiles(columns, rows, x.device, dtype)
+    launch_transposing(x, None, out, turned, power_of_two, (TILE, warps))
+    return out, turned
+
+
+def transpose_tiles(
+    tiles: Tiles,
+    power_of_two: bool = False,
+    dtype: torch.dtype = torch.float8_e4m3fn,
+    config: tuple[int, int] = TRANSPOSING,
+) -> Tiles:
+    """Tiles of a matrix -> tiles of its transpose."""
+    rows, columns = tiles.values.shape
+    turned = empty_tiles(columns, rows, tiles.values.device, dtype)
+    launch_transposing(tiles.values, tiles.scale, None, turned, power_of_two, config)
+    return turned
+
+
+def launch_transposing(
+    x: Tensor, x_scale: Tensor | None, out: Tiles | None, turned: Tiles, power_of_two: bool, config: tuple[int, int]
+) -> None:
+    """Fills `turned`, and `out` where there is one, from x (times the scale of its row's tile where there are scales)."""
+    (rows, columns), (block, warps) = x.shape, config
+    values, scale, scale_stride = (None, None, 0) if out is None else (out.values, out.scale, out.scale.stride(1))
+    strides = (0, 0) if x_scale is None else x_scale.stride()
+    grid = (triton.cdiv(rows, TILE) * triton.cdiv(columns, block),)
+    transposing_kernel[grid](
+        x, x_scale, values, scale, turned.values, turned.scale, rows, columns,
+        x.stride(0), *strides, scale_stride, turned.scale.stride(1),
+        x_scale is not None, out is not None, power_of_two, block, TILE,
+        num_warps=warps,
+    )  # fmt: skip
