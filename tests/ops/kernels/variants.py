@@ -29,6 +29,7 @@ def variants() -> Iterator[Variant]:
     yield from permute()
     yield from sort()
     yield from router()
+    yield from cross_entropy()
 
 
 def permute() -> Iterator[Variant]:
@@ -97,6 +98,18 @@ def router() -> Iterator[Variant]:
     for normalise in (True, False):
         constants = {"K": 8, "K_BLOCK": 8, "NORMALISE": normalise, "TOKENS": GRADIENT_TOKENS}
         yield Variant(gradient_kernel, types, constants, {"num_warps": 4})
+
+
+def cross_entropy() -> Iterator[Variant]:
+    """Logits in BF16; with their gradient, and the losses alone."""
+    from dsv3.ops.kernels.cross_entropy import COLUMNS_WARPS_ROWS, loss_kernel
+
+    columns, warps, _ = COLUMNS_WARPS_ROWS
+    types = {
+        "logits": "*bf16", "target": "*i64", "loss": "*fp32", "rows": "i32", "vocabulary": "i32", "scale": "fp32", "ignore": "i32",
+    }  # fmt: skip
+    for gradient in (True, False):
+        yield Variant(loss_kernel, types, {"COLUMNS": columns, "GRADIENT": gradient}, {"num_warps": warps})
 
 
 def main() -> None:
