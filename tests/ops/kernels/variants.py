@@ -30,6 +30,7 @@ def variants() -> Iterator[Variant]:
     yield from permute()
     yield from sort()
     yield from router()
+<<<<<<< HEAD
     yield from of_tiles()
     yield from of_blocks()
     yield from of_rms_norm()
@@ -80,6 +81,9 @@ def products_fp8() -> Iterator[Variant]:
             {"num_warps": config.warps, "num_stages": config.stages},
             contains="wgmma.mma_async",
         )
+=======
+    yield from cross_entropy()
+>>>>>>> k2
 
 
 def permute() -> Iterator[Variant]:
@@ -150,6 +154,7 @@ def router() -> Iterator[Variant]:
         yield Variant(gradient_kernel, types, constants, {"num_warps": 4})
 
 
+<<<<<<< HEAD
 def i32(names: str) -> dict[str, str]:
     """Types of integers, named in one string."""
     return dict.fromkeys(names.split(), "i32")
@@ -223,6 +228,18 @@ def of_rms_norm() -> Iterator[Variant]:
     for width in (512, 8192):
         shape = {"ROWS": elements // width, "COLUMNS": width, "STAGES": stages}
         yield Variant(rms_norm.backward_kernel, types, shape, {"num_warps": warps}, "cp.async")
+=======
+def cross_entropy() -> Iterator[Variant]:
+    """Logits in BF16; with their gradient, and the losses alone."""
+    from dsv3.ops.kernels.cross_entropy import COLUMNS_WARPS_ROWS, loss_kernel
+
+    columns, warps, _ = COLUMNS_WARPS_ROWS
+    types = {
+        "logits": "*bf16", "target": "*i64", "loss": "*fp32", "rows": "i32", "vocabulary": "i32", "scale": "fp32", "ignore": "i32",
+    }  # fmt: skip
+    for gradient in (True, False):
+        yield Variant(loss_kernel, types, {"COLUMNS": columns, "GRADIENT": gradient}, {"num_warps": warps})
+>>>>>>> k2
 
 
 def main() -> None:
