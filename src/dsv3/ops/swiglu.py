@@ -39,3 +39,17 @@ swiglu = Operation(
     [Implementation("input_kept", InputKept.apply, in_training), Implementation("reference", reference, anything)],
 )
 """`swiglu(gate_up [..., 2I]) -> [..., I]`: the first half of the last dimension passes through SiLU."""
+
+
+def swiglu_tiles(gate_up, weight_R=None, power_of_two=False):
+    from dsv3.ops.tiles import quantize_rows
+
+    act = reference(gate_up)
+    return quantize_rows(act if weight_R is None else act * weight_R[:, None], power_of_two)
+
+
+def swiglu_backward(grad, gate_up, weight_R=None):
+    with torch.enable_grad():
+        x = gate_up.detach().requires_grad_()
+        act = reference(x)
+        return torch.autograd.grad(act, x, grad)[0], None, act.detach()

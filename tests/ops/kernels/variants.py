@@ -26,135 +26,16 @@ class Variant:
 
 def variants() -> Iterator[Variant]:
     """All of them, one generator an operation."""
-    yield from products_fp8()
-    yield from permute()
-    yield from sort()
-    yield from router()
-<<<<<<< HEAD
     yield from of_tiles()
     yield from of_blocks()
     yield from of_rms_norm()
-
-
-def products_fp8() -> Iterator[Variant]:
-    """Grouped products; those of one group are the dense fallback."""
-    from dsv3.ops.kernels import grouped_gemm_fp8, grouped_gemm_fp8_masked, grouped_wgrad_fp8
-
-    def tile(rows: int) -> str:
-        return f"tensordesc<fp8e4nv[{rows}, 128]>"
-
-    sizes = dict.fromkeys(["R", "E", "N", "K", "x_scale_column", "weight_scale_expert", "weight_scale_row"], "i32")
-    scales = {"x_scale": "*fp32", "weight_scale": "*fp32"}
-    for config, counts, out in (
-        (grouped_gemm_fp8.LARGE, "*i64", "*bf16"),
-        (grouped_gemm_fp8.SMALL, "*i32", "*bf16"),
-        (grouped_gemm_fp8.LARGE, "*i32", "*fp32"),
-    ):
-        yield Variant(
-            grouped_gemm_fp8.contiguous_kernel,
-            {"x": tile(config.rows), "weight": tile(config.columns), "counts": counts, "out": out} | scales | sizes,
-            {"BLOCK_M": config.rows, "BLOCK_N": config.columns, "BLOCK_K": 128, "GROUP": config.group},
-            {"num_warps": config.warps, "num_stages": config.stages},
-            contains="wgmma.mma_async",
-        )
-    sizes["rows_per_group"] = sizes.pop("R")
-    del sizes["E"]
-    for rows in (1, 20, 256):
-        config = grouped_gemm_fp8_masked.choose(rows)
-        yield Variant(
-            grouped_gemm_fp8_masked.masked_kernel,
-            {"x": tile(config.rows), "weight": tile(config.columns), "counts": "*i64", "out": "*bf16"} | scales | sizes,
-            {"BLOCK_M": config.rows, "BLOCK_N": config.columns, "BLOCK_K": 128},
-            {"num_warps": config.warps, "num_stages": config.stages},
-            contains="wgmma.mma_async",
-        )
-    sizes = dict.fromkeys(["E", "N", "K", "grad_scale_column", "x_scale_column"], "i32")
-    config = grouped_wgrad_fp8.LARGE
-    for out, accumulate in (("*fp32", False), ("*fp32", True), ("*bf16", False)):
-        yield Variant(
-            grouped_wgrad_fp8.wgrad_kernel,
-            {"grad": tile(config.rows), "x": tile(config.columns), "grad_scale": "*fp32", "x_scale": "*fp32"}
-            | {"counts": "*i64", "out": out}
-            | sizes,
-            {"BLOCK_N": config.rows, "BLOCK_K": config.columns, "BLOCK_R": 128}
-            | {"GROUP": config.group, "ACCUMULATE": accumulate},
-            {"num_warps": config.warps, "num_stages": config.stages},
-            contains="wgmma.mma_async",
-        )
-=======
+    yield from permute()
+    yield from sort()
+    yield from router()
     yield from cross_entropy()
->>>>>>> k2
+    yield from products_fp8()
 
 
-def permute() -> Iterator[Variant]:
-    """Rows in BF16, weights in FP32; eight experts a token, and six."""
-    from dsv3.ops.kernels.permute import COLUMNS_WARPS, PADDING_ROWS, copy_kernel, products_kernel, sum_kernel
-
-    size, warps = COLUMNS_WARPS["copy"]
-    for k, padded in ((8, True), (6, False)):
-        real = {"real": "*u8"} if padded else {}
-        nothing = {} if padded else {"real": None}
-        constants = {"K": k, "COLUMNS": size, "PADDED": padded, "ROWS": PADDING_ROWS}
-        types = {"x": "*bf16", "row": "*i64", "out": "*bf16", "tokens": "i32", "rows": "i32", "columns": "i32"}
-        yield Variant(copy_kernel, types | real, constants | nothing, {"num_warps": warps})
-        size, warps = COLUMNS_WARPS["products"]
-        types = {
-            "grad": "*bf16", "rows": "*bf16", "weight": "*fp32", "row": "*i64", "grad_rows": "*bf16",
-            "grad_weight": "*fp32", "tokens": "i32", "num_rows": "i32", "columns": "i32",
-        }  # fmt: skip
-        yield Variant(products_kernel, types | real, constants | nothing | {"K_BLOCK": 8}, {"num_warps": warps})
-    size, warps = COLUMNS_WARPS["sum"]
-    for weight in ("*fp32", None):
-        constants = {"K": 8, "COLUMNS": size, "WEIGHTED": weight is not None}
-        types = {"rows": "*bf16", "row": "*i64", "out": "*bf16", "columns": "i32"}
-        if weight is None:
-            yield Variant(sum_kernel, types, constants | {"weight": None}, {"num_warps": warps})
-        else:
-            yield Variant(sum_kernel, types | {"weight": weight}, constants, {"num_warps": warps})
-
-
-def sort() -> Iterator[Variant]:
-    """256 experts, with alignment and without."""
-    from dsv3.ops.kernels.sort import EXPERTS, PART, PARTS, count_kernel, place_kernel, prefix_kernel
-
-    warps = {"num_warps": 4}
-    types = {"expert": "*i64", "count": "*i32", "assignments": "i32", "experts": "i32"}
-    yield Variant(count_kernel, types, {"PART": PART, "EXPERTS": 256}, warps)
-    types = {"count": "*i32", "before": "*i32", "total": "*i32", "parts": "i32", "experts": "i32"}
-    yield Variant(prefix_kernel, types, {"PARTS": PARTS, "EXPERTS": EXPERTS}, warps)
-    types = {
-        "expert": "*i64", "before": "*i32", "total": "*i32", "assignment": "*i64", "row": "*i64", "counts": "*i64",
-        "assignments": "i32", "experts": "i32", "aligned": "i32",
-    }  # fmt: skip
-    constants = {"PART": PART, "EXPERTS": 256}
-    yield Variant(place_kernel, types | {"real": "*u8"}, constants | {"ALIGNED": True}, warps)
-    yield Variant(place_kernel, types, constants | {"ALIGNED": False, "real": None}, warps)
-
-
-def router() -> Iterator[Variant]:
-    """DeepSeek-V3's 256 experts in 8 groups, 64 without groups, and 72, which is no power of two."""
-    from dsv3.ops.kernels.router import GRADIENT_TOKENS, TOKENS_WARPS, gradient_kernel, select_kernel
-
-    tokens, warps = TOKENS_WARPS
-    types = {
-        "affinity": "*fp32", "bias": "*fp32", "weight": "*fp32", "expert": "*i64", "tokens": "i32", "scaling": "fp32",
-    }  # fmt: skip
-    for k, groups, size, kept, blocks in ((8, 8, 32, 4, (8, 32)), (6, 1, 64, 1, (1, 64)), (8, 1, 72, 1, (1, 128))):
-        constants = {
-            "K": k, "G": groups, "S": size, "KEPT": kept, "NORMALISE": True, "G_BLOCK": blocks[0], "S_BLOCK": blocks[1],
-            "TOKENS": tokens,
-        }  # fmt: skip
-        yield Variant(select_kernel, types, constants, {"num_warps": warps})
-    types = {
-        "grad_weight": "*fp32", "affinity": "*fp32", "expert": "*i64", "grad_affinity": "*fp32", "tokens": "i32",
-        "experts": "i32", "scaling": "fp32",
-    }  # fmt: skip
-    for normalise in (True, False):
-        constants = {"K": 8, "K_BLOCK": 8, "NORMALISE": normalise, "TOKENS": GRADIENT_TOKENS}
-        yield Variant(gradient_kernel, types, constants, {"num_warps": 4})
-
-
-<<<<<<< HEAD
 def i32(names: str) -> dict[str, str]:
     """Types of integers, named in one string."""
     return dict.fromkeys(names.split(), "i32")
@@ -228,7 +109,76 @@ def of_rms_norm() -> Iterator[Variant]:
     for width in (512, 8192):
         shape = {"ROWS": elements // width, "COLUMNS": width, "STAGES": stages}
         yield Variant(rms_norm.backward_kernel, types, shape, {"num_warps": warps}, "cp.async")
-=======
+
+
+def permute() -> Iterator[Variant]:
+    """Rows in BF16, weights in FP32; eight experts a token, and six."""
+    from dsv3.ops.kernels.permute import COLUMNS_WARPS, PADDING_ROWS, copy_kernel, products_kernel, sum_kernel
+
+    size, warps = COLUMNS_WARPS["copy"]
+    for k, padded in ((8, True), (6, False)):
+        real = {"real": "*u8"} if padded else {}
+        nothing = {} if padded else {"real": None}
+        constants = {"K": k, "COLUMNS": size, "PADDED": padded, "ROWS": PADDING_ROWS}
+        types = {"x": "*bf16", "row": "*i64", "out": "*bf16", "tokens": "i32", "rows": "i32", "columns": "i32"}
+        yield Variant(copy_kernel, types | real, constants | nothing, {"num_warps": warps})
+        size, warps = COLUMNS_WARPS["products"]
+        types = {
+            "grad": "*bf16", "rows": "*bf16", "weight": "*fp32", "row": "*i64", "grad_rows": "*bf16",
+            "grad_weight": "*fp32", "tokens": "i32", "num_rows": "i32", "columns": "i32",
+        }  # fmt: skip
+        yield Variant(products_kernel, types | real, constants | nothing | {"K_BLOCK": 8}, {"num_warps": warps})
+    size, warps = COLUMNS_WARPS["sum"]
+    for weight in ("*fp32", None):
+        constants = {"K": 8, "COLUMNS": size, "WEIGHTED": weight is not None}
+        types = {"rows": "*bf16", "row": "*i64", "out": "*bf16", "columns": "i32"}
+        if weight is None:
+            yield Variant(sum_kernel, types, constants | {"weight": None}, {"num_warps": warps})
+        else:
+            yield Variant(sum_kernel, types | {"weight": weight}, constants, {"num_warps": warps})
+
+
+def sort() -> Iterator[Variant]:
+    """256 experts, with alignment and without."""
+    from dsv3.ops.kernels.sort import EXPERTS, PART, PARTS, count_kernel, place_kernel, prefix_kernel
+
+    warps = {"num_warps": 4}
+    types = {"expert": "*i64", "count": "*i32", "assignments": "i32", "experts": "i32"}
+    yield Variant(count_kernel, types, {"PART": PART, "EXPERTS": 256}, warps)
+    types = {"count": "*i32", "before": "*i32", "total": "*i32", "parts": "i32", "experts": "i32"}
+    yield Variant(prefix_kernel, types, {"PARTS": PARTS, "EXPERTS": EXPERTS}, warps)
+    types = {
+        "expert": "*i64", "before": "*i32", "total": "*i32", "assignment": "*i64", "row": "*i64", "counts": "*i64",
+        "assignments": "i32", "experts": "i32", "aligned": "i32",
+    }  # fmt: skip
+    constants = {"PART": PART, "EXPERTS": 256}
+    yield Variant(place_kernel, types | {"real": "*u8"}, constants | {"ALIGNED": True}, warps)
+    yield Variant(place_kernel, types, constants | {"ALIGNED": False, "real": None}, warps)
+
+
+def router() -> Iterator[Variant]:
+    """DeepSeek-V3's 256 experts in 8 groups, 64 without groups, and 72, which is no power of two."""
+    from dsv3.ops.kernels.router import GRADIENT_TOKENS, TOKENS_WARPS, gradient_kernel, select_kernel
+
+    tokens, warps = TOKENS_WARPS
+    types = {
+        "affinity": "*fp32", "bias": "*fp32", "weight": "*fp32", "expert": "*i64", "tokens": "i32", "scaling": "fp32",
+    }  # fmt: skip
+    for k, groups, size, kept, blocks in ((8, 8, 32, 4, (8, 32)), (6, 1, 64, 1, (1, 64)), (8, 1, 72, 1, (1, 128))):
+        constants = {
+            "K": k, "G": groups, "S": size, "KEPT": kept, "NORMALISE": True, "G_BLOCK": blocks[0], "S_BLOCK": blocks[1],
+            "TOKENS": tokens,
+        }  # fmt: skip
+        yield Variant(select_kernel, types, constants, {"num_warps": warps})
+    types = {
+        "grad_weight": "*fp32", "affinity": "*fp32", "expert": "*i64", "grad_affinity": "*fp32", "tokens": "i32",
+        "experts": "i32", "scaling": "fp32",
+    }  # fmt: skip
+    for normalise in (True, False):
+        constants = {"K": 8, "K_BLOCK": 8, "NORMALISE": normalise, "TOKENS": GRADIENT_TOKENS}
+        yield Variant(gradient_kernel, types, constants, {"num_warps": 4})
+
+
 def cross_entropy() -> Iterator[Variant]:
     """Logits in BF16; with their gradient, and the losses alone."""
     from dsv3.ops.kernels.cross_entropy import COLUMNS_WARPS_ROWS, loss_kernel
@@ -239,7 +189,53 @@ def cross_entropy() -> Iterator[Variant]:
     }  # fmt: skip
     for gradient in (True, False):
         yield Variant(loss_kernel, types, {"COLUMNS": columns, "GRADIENT": gradient}, {"num_warps": warps})
->>>>>>> k2
+
+
+def products_fp8() -> Iterator[Variant]:
+    """Grouped products; those of one group are the dense fallback."""
+    from dsv3.ops.kernels import grouped_gemm_fp8, grouped_gemm_fp8_masked, grouped_wgrad_fp8
+
+    def tile(rows: int) -> str:
+        return f"tensordesc<fp8e4nv[{rows}, 128]>"
+
+    sizes = dict.fromkeys(["R", "E", "N", "K", "x_scale_column", "weight_scale_expert", "weight_scale_row"], "i32")
+    scales = {"x_scale": "*fp32", "weight_scale": "*fp32"}
+    for config, counts, out in (
+        (grouped_gemm_fp8.LARGE, "*i64", "*bf16"),
+        (grouped_gemm_fp8.SMALL, "*i32", "*bf16"),
+        (grouped_gemm_fp8.LARGE, "*i32", "*fp32"),
+    ):
+        yield Variant(
+            grouped_gemm_fp8.contiguous_kernel,
+            {"x": tile(config.rows), "weight": tile(config.columns), "counts": counts, "out": out} | scales | sizes,
+            {"BLOCK_M": config.rows, "BLOCK_N": config.columns, "BLOCK_K": 128, "GROUP": config.group},
+            {"num_warps": config.warps, "num_stages": config.stages},
+            contains="wgmma.mma_async",
+        )
+    sizes["rows_per_group"] = sizes.pop("R")
+    del sizes["E"]
+    for rows in (1, 20, 256):
+        config = grouped_gemm_fp8_masked.choose(rows)
+        yield Variant(
+            grouped_gemm_fp8_masked.masked_kernel,
+            {"x": tile(config.rows), "weight": tile(config.columns), "counts": "*i64", "out": "*bf16"} | scales | sizes,
+            {"BLOCK_M": config.rows, "BLOCK_N": config.columns, "BLOCK_K": 128},
+            {"num_warps": config.warps, "num_stages": config.stages},
+            contains="wgmma.mma_async",
+        )
+    sizes = dict.fromkeys(["E", "N", "K", "grad_scale_column", "x_scale_column"], "i32")
+    config = grouped_wgrad_fp8.LARGE
+    for out, accumulate in (("*fp32", False), ("*fp32", True), ("*bf16", False)):
+        yield Variant(
+            grouped_wgrad_fp8.wgrad_kernel,
+            {"grad": tile(config.rows), "x": tile(config.columns), "grad_scale": "*fp32", "x_scale": "*fp32"}
+            | {"counts": "*i64", "out": out}
+            | sizes,
+            {"BLOCK_N": config.rows, "BLOCK_K": config.columns, "BLOCK_R": 128}
+            | {"GROUP": config.group, "ACCUMULATE": accumulate},
+            {"num_warps": config.warps, "num_stages": config.stages},
+            contains="wgmma.mma_async",
+        )
 
 
 def main() -> None:
