@@ -7,22 +7,20 @@ from typing import TYPE_CHECKING
 
 import click
 
+from dsv3.cli.bench_ops import ops
+from dsv3.cli.bench_options import json_option, threads_option, write_json
 from dsv3.errors import UserError
 
 if TYPE_CHECKING:
     from dsv3.bench.measure import Result, Spread
 
-json_option = click.option(
-    "--json", "json_path", type=click.Path(path_type=Path), help="Also write everything measured to this file."
-)
-threads_option = click.option(
-    "--threads", type=click.IntRange(1), help="CPU threads of both sides; what torch takes when not given."
-)
-
 
 @click.group()
 def bench() -> None:
     """Speeds of this machine, each as a ratio to a named peer measured in the same run."""
+
+
+bench.add_command(ops)
 
 
 @bench.command()
@@ -143,15 +141,6 @@ def memory(preset: str, batch: int, length: int, device: str, precision: str, js
     console.print(table)
     if json_path is not None:
         write_json(json_path, [asdict(row) for row in rows])
-
-
-def write_json(path: Path, content: object) -> None:
-    """The file that was asked for, with its directory."""
-    import json
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n")
-    click.echo(f"written: {path}")
 
 
 @bench.command()

@@ -1,0 +1,67 @@
+"""A call of every operation as training or serving DeepSeek-V3 makes it, small: what `dsv3 info ops` explains."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsv3.ops import attention, block_scaled, cross_entropy, e5m6, gemm_fp8, grouped_gemm_fp8, grouped_linear
+from dsv3.ops import latent_attention, permute, rms_norm, router, swiglu, tiles
+from dsv3.ops.operation import Operation
+
+Call = tuple[Operation, tuple[Any, ...]]
+ROWS, SIZE, EXPERTS, CHOSEN = 256, 256, 4, 2
+
+
+def calls(device: torch.device) -> Iterator[Call]:
+    """(operation, arguments) in BF16 or FP8 on a device."""
+
+    def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.randn(shape, device=device, dtype=dtype)
+
+    def heads(size: int) -> Tensor:
+        return random(1, 128, 4, size).requires_grad_()
+
+    x = random(ROWS, SIZE).requires_grad_()
+    rows, weight = x.detach(), random(SIZE, SIZE, dtype=torch.float32)
+    yield attention.attention, (heads(192), heads(192), heads(128), 0.1)
+    yield latent_attention.latent_attention, (random(2, 1, 4, 576), random(2, 64, 576), None, 512, 0.1)
+    yield rms_norm.rms_norm, (x, weight[0], 1e-6)
+    yield rms_norm.rms_norm_tiles, (rows, weight[0], 1e-6)
+    yield swiglu.swiglu, (x,)
+    yield swiglu.swiglu_tiles, (rows,)
+    yield swiglu.swiglu_backward, (random(ROWS, SIZE // 2), rows)
+    target = torch.zeros(ROWS, dtype=torch.int64, device=device)
+    yield cross_entropy.linear_cross_entropy, (x, weight, target, 1.0)
+    yield cross_entropy.token_losses, (rows, weight, target)
+
+    affinity = random(ROWS, EXPERTS, dtype=torch.float32).sigmoid()
+    expert = affinity.topk(CHOSEN).indices
+    yield router.select_experts, (affinity, affinity[0], CHOSEN, 1, 1, True, 1.0)
+    yield permute.sort_by_expert, (expert, EXPERTS)
+    order = permute.sort_by_expert(expert, EXPERTS)
+    yield permute.permute, (x, order)
+    yield permute.unpermute, (random(ROWS * CHOSEN, SIZE).requires_grad_(), random(ROWS, CHOSEN, dtype=torch.float32), order)
+    counts = torch.full((EXPERTS,), ROWS // EXPERTS, device=device)
+    yield grouped_linear.grouped_linear, (x, random(EXPERTS, SIZE, SIZE, dtype=torch.float32), counts)
+    yield grouped_linear.grouped_weight_gradient, (rows, rows, counts)
+
+    for operation in (tiles.quantize_rows, tiles.quantize_columns, tiles.quantize_both, e5m6.pack_e5m6):
+        yield operation, (rows,)
+    across, down = tiles.quantize_both(rows)
+    yield tiles.dequantize_rows, (across,)
+    yield tiles.transpose_tiles, (across,)
+    yield e5m6.unpack_e5m6, (e5m6.pack_e5m6(rows),)
+    yield block_scaled.quantize_blocks, (weight,)
+    blocks, scale = block_scaled.quantize_blocks(weight)
+    yield block_scaled.transpose_blocks, (blocks, scale)
+    yield gemm_fp8.gemm_fp8, (across, blocks, scale)
+    yield gemm_fp8.gemm_fp8_columns, (down, down)
+    experts = blocks.expand(EXPERTS, -1, -1).contiguous(), scale.expand(EXPERTS, -1, -1).contiguous()
+    yield grouped_gemm_fp8.grouped_gemm_fp8, (across, *experts, counts)
+    yield grouped_gemm_fp8.grouped_gemm_fp8_masked, (across, *experts, counts // 2, ROWS // EXPERTS)
+    yield grouped_gemm_fp8.grouped_wgrad_fp8, (down, down, torch.tensor([TILE, TILE, 0, 0], device=device))
+
+
+TILE = tiles.TILE

@@ -1,0 +1,142 @@
+"""`dsv3 bench ops`: every operation beside the peer or the limit it is measured against, in one run on one GPU."""
+
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from dsv3.bench.kernels import products, quantise, routing
+from dsv3.bench.kernels.case import Case, Work
+from dsv3.bench.measure import Progress
+from dsv3.errors import UserError
+from dsv3.ops.kernels.available import no_kernels
+
+FAMILIES: dict[str, Callable[[torch.device], Iterator[Case]]] = {
+    "quantise": quantise.cases, "routing": routing.cases, "products": products.cases,
+}  # fmt: skip
+COPIED = 2**30
+"""Bytes of the copy that gives the copy rate: each is read once and written once."""
+FLUSHED = 2**29
+"""Bytes written before each call: no cache holds its inputs then, and the host is ahead of the GPU when it begins."""
+WARM_UP = 3
+ROUNDS = 3
+MILLISECONDS_A_TURN = 8.0
+"""How long one side is measured in a round, in calls; at least `FEWEST` of them."""
+FEWEST = 5
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One row."""
+
+    op: str
+    shape: str
+    microseconds: float
+    terabytes: float | None
+    """A second."""
+    teraflops: float | None
+    """A second."""
+    peer: str
+    peer_microseconds: float | None
+    """None where the peer is the copy rate, or is not installed."""
+    of_the_peer: float | None
+    """The peer's time over ours, or our share of the copy rate."""
+    target: float | None
+    unit: str
+
+    @property
+    def reached(self) -> float | None:
+        """The figure that the target is about."""
+        figures = {
+            "of the peer": self.of_the_peer,
+            "TB/s": self.terabytes,
+            "TFLOP/s": self.teraflops,
+            "us": self.microseconds,
+        }
+        return figures[self.unit]
+
+    @property
+    def met(self) -> bool | None:
+        """None where there is no target, or nothing to compare with."""
+        if self.target is None or self.reached is None:
+            return None
+        return self.reached <= self.target if self.unit == "us" else self.reached >= self.target
+
+
+def gpu() -> torch.device:
+    """The GPU to measure on; `UserError` where there is none that runs the kernels."""
+    if not torch.cuda.is_available():
+        raise UserError("dsv3 bench ops measures kernels and needs a GPU of compute capability 9.0; found none")
+    device = torch.device("cuda", torch.cuda.current_device())
+    if (reason := no_kernels(device)) is not None:
+        raise UserError(f"dsv3 bench ops cannot run on {torch.cuda.get_device_name(device)}: it {reason}")
+    return device
+
+
+def bench_ops(families: Sequence[str], progress: Progress = lambda **_: None) -> tuple[float, list[Measured]]:
+    """(copy rate in TB/s, one row a case) of the named families of `FAMILIES`."""
+    device = gpu()
+    flush = torch.empty(FLUSHED, dtype=torch.uint8, device=device)
+    copy_rate, rows = measured_copy_rate(flush), list[Measured]()
+    for number, family in enumerate(families, 1):
+        rows += [measure(case, copy_rate, flush) for case in FAMILIES[family](device)]
+        progress(stage="bench ops", done=number, total=len(families))
+    return copy_rate, rows
+
+
+def measured_copy_rate(flush: torch.Tensor) -> float:
+    """TB/s."""
+    source = torch.empty(COPIED, dtype=torch.uint8, device=flush.device)
+    target = torch.empty_like(source)
+    return 2 * COPIED / times([lambda: target.copy_(source)], flush)[0] / 1e6
+
+
+def warm(families: Sequence[str], progress: Progress = lambda **_: None) -> int:
+    """Runs every case once, so that its kernels are compiled and in Triton's cache on the disk; how many there were."""
+    device, count = gpu(), 0
+    for number, family in enumerate(families, 1):
+        for case in FAMILIES[family](device):
+            case.ours()
+            count += 1
+        progress(stage="compiling", done=number, total=len(families))
+    torch.cuda.synchronize()
+    return count
+
+
+def measure(case: Case, copy_rate: float, flush: torch.Tensor) -> Measured:
+    """Ours and the peer in turns."""
+    ours, *peers = times([case.ours] if case.peer is None else [case.ours, case.peer], flush)
+    terabytes = None if case.bytes is None else case.bytes / ours / 1e6
+    share = peers[0] / ours if peers else None
+    if case.peer_name == "copy rate" and terabytes is not None:
+        share = terabytes / copy_rate
+    return Measured(
+        case.op, case.shape, ours, terabytes, None if case.flops is None else case.flops / ours / 1e6,
+        case.peer_name, peers[0] if peers else None, share, case.target, case.unit,
+    )  # fmt: skip
+
+
+def times(works: Sequence[Work], flush: torch.Tensor) -> list[float]:
+    """Median microseconds of each on the GPU, sides in turns; every call finds caches that hold nothing of its own."""
+    for work in works:
+        for _ in range(WARM_UP):
+            work()
+    calls = [max(FEWEST, int(MILLISECONDS_A_TURN * 1000 / max(timed(work, 2, flush)[1], 1.0))) for work in works]
+    found: list[list[float]] = [[] for _ in works]
+    for _ in range(ROUNDS):
+        for number, work in enumerate(works):
+            found[number] += timed(work, min(calls[number], 50), flush)
+    return [statistics.median(each) for each in found]
+
+
+def timed(work: Work, calls: int, flush: torch.Tensor) -> list[float]:
+    """Microseconds of each call."""
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
+    for begin, end in events:
+        flush.zero_()
+        begin.record()
+        work()
+        end.record()
+    torch.cuda.synchronize()
+    return [1000 * begin.elapsed_time(end) for begin, end in events]
