@@ -29,6 +29,7 @@ def variants() -> Iterator[Variant]:
     yield from of_tiles()
     yield from of_blocks()
     yield from of_rms_norm()
+    yield from of_swiglu()
 
 
 def i32(names: str) -> dict[str, str]:
@@ -104,6 +105,26 @@ def of_rms_norm() -> Iterator[Variant]:
     for width in (512, 8192):
         shape = {"ROWS": elements // width, "COLUMNS": width, "STAGES": stages}
         yield Variant(rms_norm.backward_kernel, types, shape, {"num_warps": warps}, "cp.async")
+
+
+def of_swiglu() -> Iterator[Variant]:
+    """With tiles and without, with weights and without."""
+    from dsv3.ops.kernels import swiglu
+
+    rows, warps = swiglu.QUANTISING
+    tiles = {"gate_up": "*bf16", "values": "*fp8e4nv", "scale": "*fp32"} | i32("rows columns stride scale_stride")
+    shape = {"POWER_OF_TWO": False, "ROWS": rows, "TILE": 128}
+    yield Variant(swiglu.tiles_kernel, tiles, {"WEIGHTED": False, "weight": None} | shape, {"num_warps": warps})
+    yield Variant(swiglu.tiles_kernel, tiles | {"weight": "*fp32"}, {"WEIGHTED": True} | shape, {"num_warps": warps})
+    block, warps = swiglu.ALONE
+    types = {"gate_up": "*bf16", "out": "*bf16"} | i32("columns stride")
+    yield Variant(swiglu.forward_kernel, types, {"BLOCK": block}, {"num_warps": warps})
+    types = dict.fromkeys(("grad", "gate_up", "grad_gate_up"), "*bf16") | i32("columns grad_stride stride")
+    nothing = dict.fromkeys(("weight", "grad_weight", "act")) | {"WEIGHTED": False, "WITH_ACT": False}
+    yield Variant(swiglu.backward_kernel, types, nothing | {"BLOCK": block}, {"num_warps": warps})
+    types |= {"weight": "*fp32", "grad_weight": "*fp32", "act": "*bf16"}
+    everything = {"WEIGHTED": True, "WITH_ACT": True, "BLOCK": block}
+    yield Variant(swiglu.backward_kernel, types, everything, {"num_warps": warps})
 
 
 def main() -> None:
