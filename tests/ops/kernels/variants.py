@@ -104,7 +104,7 @@ def of_rms_norm() -> Iterator[Variant]:
     types |= i32("rows columns grad_stride x_stride") | {"eps": "fp32"}
     for width in (512, 8192):
         shape = {"ROWS": elements // width, "COLUMNS": width, "STAGES": stages}
-        yield Variant(rms_norm.backward_kernel, types, shape, {"num_warps": warps}, "cp.async")
+        yield Variant(rms_norm.backward_kernel, types, shape, {"num_warps": warps})
 
 
 def of_swiglu() -> Iterator[Variant]:
