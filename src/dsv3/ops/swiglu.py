@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dsv3.ops.kernels.available import no_triton
 from dsv3.ops.operation import Implementation, Operation, anything, in_training
+from dsv3.ops.tiles import Tiles, empty_tiles, rows_reference
 
 
 def reference(gate_up: Tensor) -> Tensor:
@@ -34,12 +36,110 @@ class InputKept(torch.autograd.Function):
         return grad_gate_up
 
 
+class OneKernel(torch.autograd.Function):
+    """`InputKept` in one kernel forward and one backward."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        from dsv3.ops.kernels.swiglu import forward
+
+        ctx.save_for_backward(gate_up)
+        return forward(gate_up.reshape(-1, gate_up.shape[-1])).view(*gate_up.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        from dsv3.ops.kernels.swiglu import backward
+
+        (gate_up,) = ctx.saved_tensors
+        rows, grad_rows = gate_up.reshape(-1, gate_up.shape[-1]), side_by_side(grad.reshape(-1, grad.shape[-1]))
+        return backward(grad_rows, rows, None, with_act=False)[0].view(gate_up.shape)
+
+
+def side_by_side(grad: Tensor) -> Tensor:
+    """A gradient may come expanded from a sum."""
+    return grad if grad.stride(-1) == 1 else grad.contiguous()
+
+
+def not_by_triton(gate_up: Tensor, weight_R: Tensor | None = None, power_of_two: bool = False) -> str | None:
+    """The reason why the kernels do not serve; None when they do."""
+    if gate_up.dtype not in (torch.bfloat16, torch.float32):
+        return f"needs BF16 or FP32, not {gate_up.dtype}"
+    if gate_up.stride(-1) != 1:
+        return "needs rows whose elements are side by side"
+    if weight_R is not None and (weight_R.dtype != torch.float32 or not weight_R.is_contiguous()):
+        return "needs contiguous weights in FP32"
+    return no_triton(gate_up)
+
+
+def training_not_by_triton(gate_up: Tensor) -> str | None:
+    """For training alone, as `in_training` says."""
+    return in_training() or not_by_triton(gate_up)
+
+
+def activation(gate_up_RJ: Tensor, weight_R: Tensor | None) -> Tensor:
+    """FP32 [R, I]: times the weight of its row."""
+    act = reference(gate_up_RJ.float())
+    return act if weight_R is None else act * weight_R.unsqueeze(1)
+
+
+def tiles_reference(gate_up_RJ: Tensor, weight_R: Tensor | None = None, power_of_two: bool = False) -> Tiles:
+    """The definition, in FP32 until it is quantised."""
+    return rows_reference(activation(gate_up_RJ, weight_R), power_of_two)
+
+
+def tiles_triton(gate_up_RJ: Tensor, weight_R: Tensor | None = None, power_of_two: bool = False) -> Tiles:
+    """One program for some rows of one tile."""
+    from dsv3.ops.kernels.swiglu import quantise
+
+    rows, columns = gate_up_RJ.shape
+    tiles = empty_tiles(rows, columns // 2, gate_up_RJ.device)
+    quantise(gate_up_RJ, weight_R, tiles, power_of_two)
+    return tiles
+
+
+def backward_reference(
+    grad_RI: Tensor, gate_up_RJ: Tensor, weight_R: Tensor | None = None
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The definition, in FP32."""
+    gate, up = gate_up_RJ.float().chunk(2, dim=-1)
+    grad, sigmoid = grad_RI.float(), gate.sigmoid()
+    silu = gate * sigmoid
+    act = silu * up
+    grad_weight = None
+    if weight_R is not None:
+        grad_weight = (grad * act).sum(1)
+        grad, act = grad * weight_R.unsqueeze(1), act * weight_R.unsqueeze(1)
+    grad_gate = grad * up * (sigmoid + silu * (1 - sigmoid))
+    return torch.cat((grad_gate, grad * silu), dim=1).to(gate_up_RJ.dtype), grad_weight, act.to(gate_up_RJ.dtype)
+
+
+def backward_triton(
+    grad_RI: Tensor, gate_up_RJ: Tensor, weight_R: Tensor | None = None
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """One program a row."""
+    from dsv3.ops.kernels.swiglu import backward
+
+    grad_gate_up, grad_weight, act = backward(side_by_side(grad_RI), gate_up_RJ, weight_R)
+    assert act is not None
+    return grad_gate_up, grad_weight, act
+
+
+def backward_not_by_triton(grad_RI: Tensor, gate_up_RJ: Tensor, weight_R: Tensor | None = None) -> str | None:
+    """The reason why the kernel does not serve; None when it does."""
+    return no_triton(grad_RI) or not_by_triton(gate_up_RJ, weight_R)
+
+
 swiglu = Operation(
     "swiglu",
-    [Implementation("input_kept", InputKept.apply, in_training), Implementation("reference", reference, anything)],
+    [
+        Implementation("triton", OneKernel.apply, training_not_by_triton),
+        Implementation("input_kept", InputKept.apply, in_training),
+        Implementation("reference", reference, anything),
+    ],
 )
 """`swiglu(gate_up [..., 2I]) -> [..., I]`: the first half of the last dimension passes through SiLU."""
 
+<<<<<<< HEAD
 
 def swiglu_tiles(gate_up, weight_R=None, power_of_two=False):
     from dsv3.ops.tiles import quantize_rows
@@ -53,3 +153,23 @@ def swiglu_backward(grad, gate_up, weight_R=None):
         x = gate_up.detach().requires_grad_()
         act = reference(x)
         return torch.autograd.grad(act, x, grad)[0], None, act.detach()
+=======
+swiglu_tiles = Operation(
+    "swiglu_tiles",
+    [Implementation("triton", tiles_triton, not_by_triton), Implementation("reference", tiles_reference, anything)],
+)
+"""`swiglu_tiles(gate_up [R, 2I], weight [R] FP32 or None, power_of_two=False) -> Tiles` of `silu(gate) up weight`, [R, I]: the input
+of the down projection, with the routing weight of each row, if given, applied before it. In FP32 until it is quantised; without
+gradients: `swiglu_backward` makes them."""
+
+swiglu_backward = Operation(
+    "swiglu_backward",
+    [
+        Implementation("triton", backward_triton, backward_not_by_triton),
+        Implementation("reference", backward_reference, anything),
+    ],
+)
+"""`swiglu_backward(grad [R, I], gate_up [R, 2I], weight [R] FP32 or None) -> (grad of gate_up [R, 2I], grad of weight FP32 [R] or
+None, silu(gate) up weight [R, I])`: the gradients of what `swiglu_tiles` quantises, and that itself computed again, in gate_up's
+dtype, for the weight gradient of the down projection."""
+>>>>>>> k1

@@ -29,6 +29,7 @@ def variants() -> Iterator[Variant]:
     yield from of_tiles()
     yield from of_blocks()
     yield from of_rms_norm()
+    yield from of_swiglu()
     yield from permute()
     yield from sort()
     yield from router()
@@ -108,7 +109,27 @@ def of_rms_norm() -> Iterator[Variant]:
     types |= i32("rows columns grad_stride x_stride") | {"eps": "fp32"}
     for width in (512, 8192):
         shape = {"ROWS": elements // width, "COLUMNS": width, "STAGES": stages}
-        yield Variant(rms_norm.backward_kernel, types, shape, {"num_warps": warps}, "cp.async")
+        yield Variant(rms_norm.backward_kernel, types, shape, {"num_warps": warps})
+
+
+def of_swiglu() -> Iterator[Variant]:
+    """With tiles and without, with weights and without."""
+    from dsv3.ops.kernels import swiglu
+
+    rows, warps = swiglu.QUANTISING
+    tiles = {"gate_up": "*bf16", "values": "*fp8e4nv", "scale": "*fp32"} | i32("rows columns stride scale_stride")
+    shape = {"POWER_OF_TWO": False, "ROWS": rows, "TILE": 128}
+    yield Variant(swiglu.tiles_kernel, tiles, {"WEIGHTED": False, "weight": None} | shape, {"num_warps": warps})
+    yield Variant(swiglu.tiles_kernel, tiles | {"weight": "*fp32"}, {"WEIGHTED": True} | shape, {"num_warps": warps})
+    block, warps = swiglu.ALONE
+    types = {"gate_up": "*bf16", "out": "*bf16"} | i32("columns stride")
+    yield Variant(swiglu.forward_kernel, types, {"BLOCK": block}, {"num_warps": warps})
+    types = dict.fromkeys(("grad", "gate_up", "grad_gate_up"), "*bf16") | i32("columns grad_stride stride")
+    nothing = dict.fromkeys(("weight", "grad_weight", "act")) | {"WEIGHTED": False, "WITH_ACT": False}
+    yield Variant(swiglu.backward_kernel, types, nothing | {"BLOCK": block}, {"num_warps": warps})
+    types |= {"weight": "*fp32", "grad_weight": "*fp32", "act": "*bf16"}
+    everything = {"WEIGHTED": True, "WITH_ACT": True, "BLOCK": block}
+    yield Variant(swiglu.backward_kernel, types, everything, {"num_warps": warps})
 
 
 def permute() -> Iterator[Variant]:
@@ -193,7 +214,7 @@ def cross_entropy() -> Iterator[Variant]:
 
 def products_fp8() -> Iterator[Variant]:
     """Grouped products; those of one group are the dense fallback."""
-    from dsv3.ops.kernels import grouped_gemm_fp8, grouped_gemm_fp8_masked, grouped_wgrad_fp8
+    from dsv3.ops.kernels import grouped_gemm_fp8, grouped_gemm_fp8_gluon, grouped_gemm_fp8_masked, grouped_wgrad_fp8
 
     def tile(rows: int) -> str:
         return f"tensordesc<fp8e4nv[{rows}, 128]>"
@@ -210,6 +231,18 @@ def products_fp8() -> Iterator[Variant]:
             {"x": tile(config.rows), "weight": tile(config.columns), "counts": counts, "out": out} | scales | sizes,
             {"BLOCK_M": config.rows, "BLOCK_N": config.columns, "BLOCK_K": 128, "GROUP": config.group},
             {"num_warps": config.warps, "num_stages": config.stages},
+            contains="wgmma.mma_async",
+        )
+    kernel, operand = grouped_gemm_fp8_gluon.contiguous_kernel, grouped_gemm_fp8_gluon.OPERAND
+    for out in ("*bf16", "*fp32"):
+        yield Variant(
+            kernel,
+            {"x": f"tensordesc<fp8e4nv[128, 128],{operand!r}>", "weight": f"tensordesc<fp8e4nv[256, 128],{operand!r}>"}
+            | {"counts": "*i64", "out": out}
+            | scales
+            | sizes,
+            {"BLOCK_M": 128, "BLOCK_N": 256, "STAGES": grouped_gemm_fp8_gluon.STAGES, "GROUP": 8},
+            {"num_warps": 4},
             contains="wgmma.mma_async",
         )
     sizes["rows_per_group"] = sizes.pop("R")
