@@ -89,6 +89,40 @@ def test_grouped_linear_of_inference(name, counts):
         assert len(set(counts)) > 1 or sum(counts) == 0
 
 
+@pytest.mark.parametrize("implementation", grouped_linear.implementations, ids=lambda each: each.name)
+@pytest.mark.parametrize("counts", [[4, 0, 8], [4, 4, 4], [0, 0]], ids=str)
+@pytest.mark.parametrize("training", [True, False])
+def test_grouped_linear_leaves_rows_behind_the_last_group_alone(implementation, counts, training):
+    used, x, weight = sum(counts), torch.randn(24, 8), torch.randn(len(counts), 6, 8)
+    x[used:] = torch.nan
+    leaves = x.requires_grad_(training), weight.requires_grad_(training)
+    with torch.set_grad_enabled(training):
+        if (reason := implementation.supports(*leaves, torch.tensor(counts))) is not None:
+            pytest.skip(reason)
+        out = implementation.run(*leaves, torch.tensor(counts))
+    assert out.shape == (24, 6)
+    rows, weights = x[:used].detach().requires_grad_(), weight.detach().requires_grad_()
+    expected = grouped_linear(rows, weights, torch.tensor(counts))
+    torch.testing.assert_close(out[:used], expected)
+    if training:
+        grad = torch.randn(24, 6)
+        wanted = torch.autograd.grad(expected, (rows, weights), grad[:used])
+        grad[used:] = torch.nan
+        found = torch.autograd.grad(out, leaves, grad)
+        torch.testing.assert_close((found[0][:used], found[1]), wanted)
+
+
+@pytest.mark.parametrize("aligned", [0, 8])
+def test_experts_do_the_same_with_aligned_groups(aligned):
+    x, weight, expert = torch.randn(11, 8, requires_grad=True), torch.randn(5, 8, 8), routed(11, 3, 5)
+    to = sort_by_expert(expert, 5, aligned=aligned)
+    out = unpermute(grouped_linear(permute(x, to), weight, to.counts_E), torch.rand(11, 3).fill_(0.5), to)
+    expected = 0.5 * torch.einsum("tkoi,ti->to", weight[expert], x)
+    torch.testing.assert_close(out, expected)
+    grad = torch.randn(11, 8)
+    torch.testing.assert_close(*(torch.autograd.grad(each, x, grad)[0] for each in (out, expected)))
+
+
 def test_grouped_linear_is_one_product_a_row():
     counts = [2, 0, 3]
     x, weight = torch.randn(5, 4), torch.randn(3, 6, 4)

@@ -25,8 +25,10 @@ def segments(counts_E: Tensor) -> Iterator[tuple[int, int, int]]:
 
 def reference(x_RI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor:
     """The definition: a loop over experts."""
-    groups = zip(x_RI.split(counts_E.tolist()), weight_EOI.to(x_RI.dtype), strict=True)
-    return torch.cat([F.linear(rows, weight) for rows, weight in groups])
+    counts = counts_E.tolist()
+    groups = zip(x_RI[: sum(counts)].split(counts), weight_EOI.to(x_RI.dtype), strict=True)
+    nobodys = x_RI.new_zeros(len(x_RI) - sum(counts), weight_EOI.shape[1])
+    return torch.cat([*(F.linear(rows, weight) for rows, weight in groups), nobodys])
 
 
 class Loop(torch.autograd.Function):
@@ -84,7 +86,7 @@ def equal_on_cpu(x_RI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> str | No
     """Reading the counts costs nothing there; on a GPU it would wait for the device."""
     if x_RI.device.type != "cpu":
         return "for tensors on the CPU"
-    equal = len(x_RI) > 0 and bool((counts_E == len(x_RI) // len(counts_E)).all())
+    equal = len(x_RI) > 0 and bool((counts_E * len(counts_E) == len(x_RI)).all())
     return None if equal and x_RI.is_contiguous() else "needs equally long groups in a contiguous tensor"
 
 
@@ -96,7 +98,10 @@ def batched(x_RI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor:
 def loop(x_RI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor:
     """`Loop` without a graph; groups without rows cost nothing."""
     parts = [F.linear(x_RI[start:end], cast(weight_EOI[e], x_RI.dtype)) for e, start, end in segments(counts_E)]
-    return torch.cat(parts) if parts else x_RI.new_empty(0, weight_EOI.shape[1])
+    nobodys = len(x_RI) - sum(map(len, parts))
+    if nobodys or not parts:
+        parts.append(x_RI.new_empty(nobodys, weight_EOI.shape[1]))
+    return torch.cat(parts)
 
 
 def loop_in_inference(x_RI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> str | None:
@@ -108,7 +113,8 @@ def equal_in_inference(x_RI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> st
     """Reading the counts costs nothing on CPU; on a GPU it would wait for the device."""
     if torch.is_grad_enabled() or x_RI.device.type != "cpu":
         return "for inference on the CPU"
-    return None if len(x_RI) and len(set(counts_E.tolist())) == 1 else "needs equally long groups"
+    equal = len(x_RI) > 0 and set(counts_E.tolist()) == {len(x_RI) / len(counts_E)}
+    return None if equal else "needs equally long groups"
 
 
 def grouped_mm(x_RI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor:
@@ -141,8 +147,8 @@ grouped_linear = Operation(
 )
 """`grouped_linear(x [R, I], weight [E, O, I], counts [E] int) -> [R, O]`.
 
-The first counts[0] rows meet weight[0], the next counts[1] rows weight[1], and so on; the counts sum to R. The weight is
-cast to x's dtype.
+The first counts[0] rows meet weight[0], the next counts[1] rows weight[1], and so on. The counts sum to R at most: rows
+behind the last group are nobody's, in results and gradients too, where they hold anything. The weight is cast to x's dtype.
 """
 
 
