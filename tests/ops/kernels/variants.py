@@ -31,7 +31,7 @@ def variants() -> Iterator[Variant]:
 
 def products_fp8() -> Iterator[Variant]:
     """Grouped products; those of one group are the dense fallback."""
-    from dsv3.ops.kernels import grouped_gemm_fp8, grouped_gemm_fp8_masked, grouped_wgrad_fp8
+    from dsv3.ops.kernels import grouped_gemm_fp8, grouped_gemm_fp8_gluon, grouped_gemm_fp8_masked, grouped_wgrad_fp8
 
     def tile(rows: int) -> str:
         return f"tensordesc<fp8e4nv[{rows}, 128]>"
@@ -48,6 +48,18 @@ def products_fp8() -> Iterator[Variant]:
             {"x": tile(config.rows), "weight": tile(config.columns), "counts": counts, "out": out} | scales | sizes,
             {"BLOCK_M": config.rows, "BLOCK_N": config.columns, "BLOCK_K": 128, "GROUP": config.group},
             {"num_warps": config.warps, "num_stages": config.stages},
+            contains="wgmma.mma_async",
+        )
+    kernel, operand = grouped_gemm_fp8_gluon.contiguous_kernel, grouped_gemm_fp8_gluon.OPERAND
+    for out in ("*bf16", "*fp32"):
+        yield Variant(
+            kernel,
+            {"x": f"tensordesc<fp8e4nv[128, 128],{operand!r}>", "weight": f"tensordesc<fp8e4nv[256, 128],{operand!r}>"}
+            | {"counts": "*i64", "out": out}
+            | scales
+            | sizes,
+            {"BLOCK_M": 128, "BLOCK_N": 256, "STAGES": grouped_gemm_fp8_gluon.STAGES, "GROUP": 8},
+            {"num_warps": 4},
             contains="wgmma.mma_async",
         )
     sizes["rows_per_group"] = sizes.pop("R")
@@ -80,9 +92,11 @@ def main() -> None:
     """Compiles all; raises what the compiler raises."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
+    from triton.experimental.gluon._runtime import GluonASTSource
 
     for each in variants():
-        source = ASTSource(each.kernel, each.types | dict.fromkeys(each.constants, "constexpr"), each.constants)
+        make = GluonASTSource if each.kernel.is_gluon() else ASTSource
+        source = make(each.kernel, each.types | dict.fromkeys(each.constants, "constexpr"), each.constants)
         made = compile(source, target=GPUTarget("cuda", 90, 32), options=each.options)
         name = each.kernel.__name__
         assert made.metadata.shared <= SHARED_MEMORY, f"{name} takes {made.metadata.shared} bytes of shared memory"
