@@ -61,8 +61,6 @@ def test_each_group_meets_its_own_weight(counts, inner, across):
     assert found.dtype == BF16
     assert difference(found[:used], expected[:used]) < 1e-5
     assert torch.equal(found[used:], torch.zeros_like(found[used:]))
-    assert torch.equal(grouped_gemm_fp8(x, weight, scale, counts.int()), found)
-    assert difference(grouped_gemm_fp8(x, weight, scale, counts, FP32)[:used], expected[:used]) < 1e-6
 
 
 # Columns that end within a tile's first half, within its second, with it.
@@ -91,6 +89,7 @@ def test_close_to_bf16_at_an_experts_size():
     x, blocks = rows_reference(rows), quantize(weight)
     expected = torch.nn.functional.grouped_mm(rows, weight.mT, offs=counts.cumsum(0).int())
     assert difference(triton(x, *blocks, counts), expected) < 1e-3
+    assert torch.equal(triton(x, *blocks, counts.int()), triton(x, *blocks, counts))
     assert difference(grouped_gemm_fp8(x, *blocks, counts, aligned=True), expected) < 1e-3
 
 

@@ -175,7 +175,7 @@ def compute(
         tile += gl.num_programs(0)
 
 
-@gluon.jit(do_not_specialize=["R", "E", "x_scale_column"])
+@gluon.jit(do_not_specialize=["R", "E", "K", "x_scale_column", "weight_scale_expert", "weight_scale_row"])
 def contiguous_kernel(
     x,
     weight,
