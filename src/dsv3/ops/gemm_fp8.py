@@ -151,7 +151,7 @@ def triton(x: Tiles, weight_NK: Tensor, scale_PQ: Tensor, out_dtype: torch.dtype
     """The kernel of grouped products, with one group."""
     from dsv3.ops.kernels.grouped_gemm_fp8 import contiguous
 
-    count = torch.full((1,), len(x.values), dtype=torch.int32, device=x.values.device)
+    count = torch.full((1,), len(x.values), device=x.values.device)
     return contiguous(x, weight_NK.unsqueeze(0), scale_PQ.unsqueeze(0), count, out_dtype)
 
 
@@ -159,7 +159,7 @@ def columns_triton(a: Tiles, b: Tiles, out_dtype: torch.dtype = torch.float32) -
     """The kernel of grouped weight gradients, with one group."""
     from dsv3.ops.kernels.grouped_wgrad_fp8 import wgrad
 
-    count = torch.full((1,), a.values.shape[1], dtype=torch.int32, device=a.values.device)
+    count = torch.full((1,), a.values.shape[1], device=a.values.device)
     return wgrad(a, b, count, out_dtype=out_dtype)[0]
 
 

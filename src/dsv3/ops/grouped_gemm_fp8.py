@@ -5,6 +5,9 @@ How many rows each expert has is known to the device alone: nothing here waits f
 Legend: R rows, E experts, N elements out, K elements in, P = ceil(N / 128), Q = ceil(K / 128).
 """
 
+from functools import cache
+from importlib import import_module
+
 import torch
 from torch import Tensor
 
@@ -168,6 +171,43 @@ def triton_serves(
     return disagree(x, weight_ENK, scale_EPQ, counts_E) or no_bulk_copies(x.values, weight_ENK)
 
 
+def gluon(
+    x: Tiles,
+    weight_ENK: Tensor,
+    scale_EPQ: Tensor,
+    counts_E: Tensor,
+    out_dtype: torch.dtype = torch.bfloat16,
+    aligned: bool = False,
+) -> Tensor:
+    """The kernel whose warps share the work out."""
+    from dsv3.ops.kernels.grouped_gemm_fp8_gluon import contiguous
+
+    return contiguous(x, weight_ENK, scale_EPQ, counts_E, out_dtype)
+
+
+def gluon_serves(
+    x: Tiles,
+    weight_ENK: Tensor,
+    scale_EPQ: Tensor,
+    counts_E: Tensor,
+    out_dtype: torch.dtype = torch.bfloat16,
+    aligned: bool = False,
+) -> str | None:
+    """Why it does not."""
+    if len(x.values) <= 64 * len(weight_ENK):
+        return "pays from 64 rows an expert"
+    return triton_serves(x, weight_ENK, scale_EPQ, counts_E, out_dtype) or no_gluon(x.values.device)
+
+
+@cache
+def no_gluon(device: torch.device) -> str | None:
+    """The reason why what is written in Gluon does not run: it changes with every release."""
+    if torch.cuda.get_device_capability(device)[0] != 9:
+        return "needs a GPU of compute capability 9.0"
+    installed = str(import_module("triton").__version__)
+    return None if installed.startswith("3.6.") else f"is written for triton 3.6, not {installed}"
+
+
 def masked_triton(
     x: Tiles,
     weight_ENK: Tensor,
@@ -211,6 +251,7 @@ grouped_gemm_fp8 = Operation(
     [
         Implementation("deep_gemm", deep_gemm, deep_gemm_serves),
         Implementation("triton", triton, triton_serves),
+        Implementation("gluon", gluon, gluon_serves),
         Implementation("reference", reference, disagree),
     ],
 )

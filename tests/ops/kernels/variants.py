@@ -275,9 +275,11 @@ def main() -> None:
     """Compiles all; raises what the compiler raises."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
+    from triton.experimental.gluon._runtime import GluonASTSource
 
     for each in variants():
-        source = ASTSource(each.kernel, each.types | dict.fromkeys(each.constants, "constexpr"), each.constants)
+        make = GluonASTSource if each.kernel.is_gluon() else ASTSource
+        source = make(each.kernel, each.types | dict.fromkeys(each.constants, "constexpr"), each.constants)
         made = compile(source, target=GPUTarget("cuda", 90, 32), options=each.options)
         name = each.kernel.__name__
         assert made.metadata.shared <= SHARED_MEMORY, f"{name} takes {made.metadata.shared} bytes of shared memory"

@@ -36,9 +36,10 @@ def cases(device: torch.device) -> Iterator[Case]:
         yield dense(device, name, across, inner)
     for across, inner in EXPERT:
         yield dense_wgrad(device, across, inner)
-    for across, inner in EXPERT:
-        yield grouped(device, 32, 1024, across, inner)
-        yield grouped(device, 8, 4096, across, inner)
+    for name in ("triton", "gluon"):
+        for across, inner in EXPERT:
+            yield grouped(device, name, 32, 1024, across, inner)
+            yield grouped(device, name, 8, 4096, across, inner)
     for across, inner in EXPERT:
         yield masked(device, 32, 20, 128, across, inner)
         yield masked(device, 32, 192, 192, across, inner)
@@ -107,8 +108,9 @@ def dense_wgrad(device: torch.device, across: int, inner: int) -> Case:
     )
 
 
-def grouped(device: torch.device, experts: int, rows: int, across: int, inner: int) -> Case:
-    """Equal groups; our own kernel, which is not told so."""
+def grouped(device: torch.device, name: str, experts: int, rows: int, across: int, inner: int) -> Case:
+    """Equal groups; our own kernels, which are not told so."""
+    (run,) = (each.run for each in grouped_gemm_fp8.implementations if each.name == name)
     x, (weight, scale) = tiles(device, experts * rows, inner), blocks(device, experts, across, inner)
     counts = torch.full((experts,), rows, device=device)
     peer: Work | None = None
@@ -121,9 +123,9 @@ def grouped(device: torch.device, experts: int, rows: int, across: int, inner: i
             library.m_grouped_fp8_gemm_nt_contiguous((x.values, x.scale), (weight, scale), out, layout)
 
     return Case(
-        op="grouped_gemm_fp8",
+        op=f"grouped_gemm_fp8, {name}",
         shape=f"{experts}x{rows} {across}x{inner}",
-        ours=lambda: grouped_gemm_fp8(x, weight, scale, counts),
+        ours=lambda: run(x, weight, scale, counts),
         peer_name="DeepGEMM",
         peer=peer,
         flops=2 * experts * rows * across * inner,

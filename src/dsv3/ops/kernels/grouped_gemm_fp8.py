@@ -17,7 +17,7 @@ SMALL = Config(64, 128, 4, 4, 8)
 """For groups of few rows, which larger tiles would mostly pad."""
 
 
-@triton.jit(do_not_specialize=["R", "E", "x_scale_column"])
+@triton.jit(do_not_specialize=["R", "E", "K", "x_scale_column", "weight_scale_expert", "weight_scale_row"])
 def contiguous_kernel(
     x,
     weight,

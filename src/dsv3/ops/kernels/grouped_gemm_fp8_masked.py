@@ -20,7 +20,7 @@ def choose(rows_per_group: int) -> Config:
     return Config(min(64, max(16, triton.next_power_of_2(rows_per_group))), 128, 4, 4)
 
 
-@triton.jit(do_not_specialize=["rows_per_group", "x_scale_column"])
+@triton.jit(do_not_specialize=["rows_per_group", "K", "x_scale_column", "weight_scale_expert", "weight_scale_row"])
 def masked_kernel(
     x,
     weight,

@@ -15,7 +15,7 @@ from dsv3.ops.tiles import TILE, Tiles
 LARGE = Config(128, 128, 8, 4, 8)
 
 
-@triton.jit(do_not_specialize=["E", "grad_scale_column", "x_scale_column"])
+@triton.jit(do_not_specialize=["E", "N", "grad_scale_column", "x_scale_column"])
 def wgrad_kernel(
     grad,
     x,
