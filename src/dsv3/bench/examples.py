@@ -6,8 +6,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv3.ops import attention, block_scaled, cross_entropy, e5m6, gemm_fp8, grouped_gemm_fp8, grouped_linear
-from dsv3.ops import latent_attention, permute, rms_norm, router, swiglu, tiles
+from dsv3.ops import (
+    attention,
+    block_scaled,
+    cross_entropy,
+    e5m6,
+    gemm_fp8,
+    grouped_gemm_fp8,
+    grouped_linear,
+    latent_attention,
+    permute,
+    rms_norm,
+    router,
+    swiglu,
+    tiles,
+)
 from dsv3.ops.operation import Operation
 
 Call = tuple[Operation, tuple[Any, ...]]
@@ -42,7 +55,10 @@ def calls(device: torch.device) -> Iterator[Call]:
     yield permute.sort_by_expert, (expert, EXPERTS)
     order = permute.sort_by_expert(expert, EXPERTS)
     yield permute.permute, (x, order)
-    yield permute.unpermute, (random(ROWS * CHOSEN, SIZE).requires_grad_(), random(ROWS, CHOSEN, dtype=torch.float32), order)
+    yield (
+        permute.unpermute,
+        (random(ROWS * CHOSEN, SIZE).requires_grad_(), random(ROWS, CHOSEN, dtype=torch.float32), order),
+    )
     counts = torch.full((EXPERTS,), ROWS // EXPERTS, device=device)
     yield grouped_linear.grouped_linear, (x, random(EXPERTS, SIZE, SIZE, dtype=torch.float32), counts)
     yield grouped_linear.grouped_weight_gradient, (rows, rows, counts)

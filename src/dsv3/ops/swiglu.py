@@ -139,21 +139,6 @@ swiglu = Operation(
 )
 """`swiglu(gate_up [..., 2I]) -> [..., I]`: the first half of the last dimension passes through SiLU."""
 
-<<<<<<< HEAD
-
-def swiglu_tiles(gate_up, weight_R=None, power_of_two=False):
-    from dsv3.ops.tiles import quantize_rows
-
-    act = reference(gate_up)
-    return quantize_rows(act if weight_R is None else act * weight_R[:, None], power_of_two)
-
-
-def swiglu_backward(grad, gate_up, weight_R=None):
-    with torch.enable_grad():
-        x = gate_up.detach().requires_grad_()
-        act = reference(x)
-        return torch.autograd.grad(act, x, grad)[0], None, act.detach()
-=======
 swiglu_tiles = Operation(
     "swiglu_tiles",
     [Implementation("triton", tiles_triton, not_by_triton), Implementation("reference", tiles_reference, anything)],
@@ -172,4 +157,3 @@ swiglu_backward = Operation(
 """`swiglu_backward(grad [R, I], gate_up [R, 2I], weight [R] FP32 or None) -> (grad of gate_up [R, 2I], grad of weight FP32 [R] or
 None, silu(gate) up weight [R, I])`: the gradients of what `swiglu_tiles` quantises, and that itself computed again, in gate_up's
 dtype, for the weight gradient of the down projection."""
->>>>>>> k1
