@@ -63,7 +63,7 @@ def contiguous_kernel(
                 x_scale_at += x_scale_column
             columns = n * BLOCK_N + tl.arange(0, BLOCK_N)
             at = out + rows.to(tl.int64)[:, None] * N + columns[None, :]
-            own = (rows < start + count)[:, None] & (columns < N)[None, :]
+            own = (rows < tl.minimum(start + count, R))[:, None] & (columns < N)[None, :]
             tl.store(at, sums.to(out.dtype.element_ty), mask=own)
             tile += tl.num_programs(0)
         first_tile += down * across

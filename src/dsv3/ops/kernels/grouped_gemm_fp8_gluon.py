@@ -162,8 +162,9 @@ def compute(
                 mbarrier.arrive(free.index(stage))
                 lower += part * (lower_factor * factor)[:, None]
                 step += 1
-            write(out, upper, row, start + count, column, N)
-            write(out, lower, row + 64, start + count, column, N)
+            end = gl.minimum(start + count, R)
+            write(out, upper, row, end, column, N)
+            write(out, lower, row + 64, end, column, N)
             tile += gl.num_programs(0)
         first_tile += down * across
         start += count

@@ -41,7 +41,7 @@ def masked_kernel(
     m = tl.program_id(0)
     n = tl.program_id(1)
     expert = tl.program_id(2)
-    count = tl.load(counts + expert).to(tl.int32)
+    count = tl.minimum(tl.load(counts + expert).to(tl.int32), rows_per_group)
     if m * BLOCK_M < count:
         inside = m * BLOCK_M + tl.arange(0, BLOCK_M)
         row = expert * rows_per_group + m * BLOCK_M
