@@ -63,6 +63,20 @@ def test_e4m3_rounds_a_corrected_product_like_the_quotient(stride):
     assert sum(map(wrong_sides, divisors(stride))) == 0
 
 
+@pytest.mark.parametrize("off", range(-2, 3))
+def test_e4m3_rounds_products_of_bf16_by_an_inverse_in_two_parts_like_quotients(off):
+    significands = 1 + np.arange(128) / 128
+    scale = fp32(significands / 448)[:, None]
+    x = (significands[:, None] * 2.0 ** np.arange(-20, 1)).reshape(1, -1)
+    inverse = neighbour(fp32(1 / scale), off)
+    most = neighbour(inverse, -3)
+    rest = fp32(fp32(1 - most * scale) * inverse)
+    assert (rest > 0).all()
+    found, expected = fp32(x * most + fp32(x * rest)), fp32(x / scale)
+    found, expected = (torch.from_numpy(each).clamp(max=448).to(torch.float8_e4m3fn) for each in (found, expected))
+    assert torch.equal(found.float(), expected.float())
+
+
 def test_without_correction_it_would_not():
     divisor = next(divisors(997))
     middle = 17 / 16

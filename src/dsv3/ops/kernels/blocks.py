@@ -23,7 +23,11 @@ def quantize_kernel(weight, values, scale, rows, columns, POWER_OF_TWO: tl.const
     wide = tl.load(weight + offset, inside, other=0.0).to(tl.float32)
     factor = scale_of(tl.max(magnitude_bits(wide)), POWER_OF_TWO)
     tl.store(scale + block, factor)
-    tl.store(values + offset, quotient(wide, factor, POWER_OF_TWO).to(values.dtype.element_ty), inside)
+    tl.store(
+        values + offset,
+        quotient(wide, factor, POWER_OF_TWO, weight.dtype.element_ty == tl.bfloat16).to(values.dtype.element_ty),
+        inside,
+    )
 
 
 @triton.jit

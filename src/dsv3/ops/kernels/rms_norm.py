@@ -38,7 +38,7 @@ def forward_kernel(
         factor_of_tile = scale_of(tl.max(magnitude_bits(rounded), axis=2), POWER_OF_TWO)
         used = (row < rows)[:, None] & (tile * TILE < columns)[None, :]
         tl.store(scale + tile.to(tl.int64)[None, :] * scale_stride + row[:, None], factor_of_tile, used)
-        out_of_tile = quotient(rounded, factor_of_tile[:, :, None], POWER_OF_TWO)
+        out_of_tile = quotient(rounded, factor_of_tile[:, :, None], POWER_OF_TWO, x.dtype.element_ty == tl.bfloat16)
         tl.store(values + offset, out_of_tile.to(values.dtype.element_ty), inside)
 
 

@@ -35,18 +35,27 @@ def inverse_of(divisor):
 
 
 @triton.jit
-def quotient(x, scale, POWER_OF_TWO: tl.constexpr):
+def quotient(x, scale, POWER_OF_TWO: tl.constexpr, SHORT: tl.constexpr):
     """FP32 `x / scale` as E4M3 sees it; 0 where the scale is NaN. The cast to E4M3 that follows saturates.
 
     A division rounded to nearest costs more than memory leaves time for. With a power of two, the product by the inverse is
-    exact. With other scales, a product corrected once is not always the nearest FP32 number, but it lies on the same side of
-    every value where E4M3's rounding changes: tests/ops/kernels/test_scaling.py tries all 2^23 significands of a scale.
+    exact. With other scales, what is computed is not always the nearest FP32 number, but lies on the same side of every value
+    where E4M3's rounding changes. SHORT says that x holds BF16 numbers, and the scale comes from one: then the product by an
+    inverse in two parts does, for scales up to 2^100. Else a product is corrected once. tests/ops/kernels/test_scaling.py tries
+    all significands.
     """
     finite = scale == scale
     x = tl.where(finite, x, 0.0)
-    bits = tl.where(finite, scale, 1.0).to(tl.int32, bitcast=True)
+    scale = tl.where(finite, scale, 1.0)
+    bits = scale.to(tl.int32, bitcast=True)
     if POWER_OF_TWO:
         return x * (0x7F000000 - bits).to(tl.float32, bitcast=True)
+    if SHORT:
+        inverse = 1.0 / scale
+        # Below the inverse for certain, so that what is left is positive, and zeros keep their sign.
+        most = (inverse.to(tl.int32, bitcast=True) - 3).to(tl.float32, bitcast=True)
+        rest = tl.fma(most, -scale, 1.0) * inverse
+        return tl.fma(x, most, x * rest)
     # Shifted by a power of two, so that the remainder is a normal number however small the scale is; negative, as is the inverse,
     # so that zeros keep their sign.
     shift = (0x7F000000 - (bits & 0x7F800000) | -0x80000000).to(tl.float32, bitcast=True)

@@ -32,7 +32,7 @@ def tiles_kernel(
         act *= tl.load(weight + row, row < rows, other=0.0)[:, None]
     factor = scale_of(tl.max(magnitude_bits(act), axis=1), POWER_OF_TWO)
     tl.store(scale + tile.to(tl.int64) * scale_stride + row, factor, row < rows)
-    out = quotient(act, factor[:, None], POWER_OF_TWO).to(values.dtype.element_ty)
+    out = quotient(act, factor[:, None], POWER_OF_TWO, True).to(values.dtype.element_ty)
     tl.store(values + row[:, None] * columns + column[None, :], out, inside)
 
 

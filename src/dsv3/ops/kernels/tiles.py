@@ -29,7 +29,7 @@ def rows_kernel(
     wide = tl.load(x + row[:, None] * x_stride + column[None, :], inside, other=0.0).to(tl.float32)
     factor = scale_of(tl.max(magnitude_bits(wide), axis=1), POWER_OF_TWO)
     tl.store(scale + tile.to(tl.int64) * scale_stride + row, factor, row < rows)
-    out = quotient(wide, factor[:, None], POWER_OF_TWO).to(values.dtype.element_ty)
+    out = quotient(wide, factor[:, None], POWER_OF_TWO, x.dtype.element_ty == tl.bfloat16).to(values.dtype.element_ty)
     tl.store(values + row[:, None] * columns + column[None, :], out, inside)
 
 
@@ -75,9 +75,13 @@ def transposing_kernel(
     if WITH_ROWS:
         factor = scale_of(tl.max(bits, axis=1), POWER_OF_TWO)
         tl.store(scale + part.to(tl.int64) * scale_stride + row, factor, row < rows)
-        out = quotient(wide, factor[:, None], POWER_OF_TWO).to(values.dtype.element_ty)
+        out = quotient(wide, factor[:, None], POWER_OF_TWO, x.dtype.element_ty == tl.bfloat16).to(
+            values.dtype.element_ty
+        )
         tl.store(values + row[:, None] * columns + column[None, :], out, inside)
-    out = quotient(wide, turned_factor[None, :], POWER_OF_TWO).to(turned.dtype.element_ty)
+    out = quotient(wide, turned_factor[None, :], POWER_OF_TWO, x.dtype.element_ty == tl.bfloat16).to(
+        turned.dtype.element_ty
+    )
     tl.store(turned + column.to(tl.int64)[None, :] * rows + row[:, None], out, inside)
 
 
