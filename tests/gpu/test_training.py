@@ -17,9 +17,10 @@ from tests.training.conftest import *  # noqa: F403  # its fixtures
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 GPU = ["training.device=cuda", "training.precision=bf16", "model.moe_intermediate_size=16"]
+FP8 = ["training.precision=fp8", "model.preset=tiny"]
 
 
-@pytest.mark.parametrize("more", [[], ["optimizer.kind=muon"], ["training.ema_decay=0.9"], ['training.recompute=["norms", "mla_up", "swiglu"]']])  # fmt: skip
+@pytest.mark.parametrize("more", [[], FP8, ["optimizer.kind=muon"], ["training.ema_decay=0.9"], ['training.recompute=["norms", "mla_up", "swiglu"]']])  # fmt: skip
 def test_a_step_waits_for_nothing(tmp_path: Path, make_trainer: Callable, more: list[str]) -> None:
     trainer = make_trainer(tmp_path, *GPU, *more)
     for _ in range(3):
