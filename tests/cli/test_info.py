@@ -110,3 +110,16 @@ def test_a_checkpoint_of_a_run(checkpoint: Path, capsys: pytest.CaptureFixture[s
 def test_refuses_where_nothing_can_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["info", "checkpoint", str(tmp_path)]) == 2
     assert "holds no model" in capsys.readouterr().err
+
+
+def test_ops_says_what_serves_and_why_the_faster_ones_do_not(capsys):
+    assert run(["info", "ops", "--device", "cpu", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["device"] == "CPU"
+    product = found["operations"]["grouped_gemm_fp8"]
+    assert product["triton"] == "needs tensors on a GPU"
+    assert product["reference"] is None
+    assert run(["info", "ops", "--device", "cpu"]) == 0
+    said = capsys.readouterr().out
+    assert "grouped_gemm_fp8_masked" in said
+    assert "needs tensors on a GPU" in said

@@ -35,10 +35,10 @@ def test_a_gpu_gives_what_the_reference_gives(rows: int, recompute: list[str], m
     assert found_loss == pytest.approx(loss, rel=2e-3)
     assert found_loss == pytest.approx(bf16_loss, rel=1e-2)
     for name, each in found.items():
-        # A value that falls to the other side of a step of E4M3 changes by 6%, and an expert by a token.
+        # A value on the other side of a step of E4M3 changes by 6%, and an expert by a token: 10% were seen, BF16 gives 15%.
         routed = ".experts" in name or ".gate." in name
         assert each.isfinite().all(), name
-        assert (each - expected[name]).norm() < (0.5 if routed else 0.1) * expected[name].norm(), name
+        assert (each - expected[name]).norm() < (0.5 if routed else 0.2) * expected[name].norm(), name
         assert (each - bf16[name]).norm() < (0.7 if routed else 0.3) * bf16[name].norm(), name
 
 

@@ -38,10 +38,11 @@ def calls(device: torch.device) -> Iterator[Call]:
 
     x = random(ROWS, SIZE).requires_grad_()
     rows, weight = x.detach(), random(SIZE, SIZE, dtype=torch.float32)
-    yield attention.attention, (heads(192), heads(192), heads(128), 0.1)
+    yield attention.attention, (heads(192), heads(192), heads(128), 0.1, None)
     yield latent_attention.latent_attention, (random(2, 1, 4, 576), random(2, 64, 576), None, 512, 0.1)
     yield rms_norm.rms_norm, (x, weight[0], 1e-6)
     yield rms_norm.rms_norm_tiles, (rows, weight[0], 1e-6)
+    yield rms_norm.rms_norm_backward, (rows, rows, weight[0], 1e-6)
     yield swiglu.swiglu, (x,)
     yield swiglu.swiglu_tiles, (rows,)
     yield swiglu.swiglu_backward, (random(ROWS, SIZE // 2), rows)
@@ -77,7 +78,4 @@ def calls(device: torch.device) -> Iterator[Call]:
     experts = blocks.expand(EXPERTS, -1, -1).contiguous(), scale.expand(EXPERTS, -1, -1).contiguous()
     yield grouped_gemm_fp8.grouped_gemm_fp8, (across, *experts, counts)
     yield grouped_gemm_fp8.grouped_gemm_fp8_masked, (across, *experts, counts // 2, ROWS // EXPERTS)
-    yield grouped_gemm_fp8.grouped_wgrad_fp8, (down, down, torch.tensor([TILE, TILE, 0, 0], device=device))
-
-
-TILE = tiles.TILE
+    yield grouped_gemm_fp8.grouped_wgrad_fp8, (down, down, torch.tensor([tiles.TILE, tiles.TILE, 0, 0], device=device))

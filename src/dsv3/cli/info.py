@@ -1,4 +1,4 @@
-"""`dsv3 info`: what a model is, and what a directory of weights holds."""
+"""`dsv3 info`: what a model is, what a directory of weights holds, and which implementations serve on this machine."""
 
 import json
 from dataclasses import asdict
@@ -23,7 +23,7 @@ class Figure(NamedTuple):
 
 @click.group()
 def info() -> None:
-    """What a model is, and what a directory of weights holds."""
+    """What a model is, what a directory of weights holds, what this machine will use."""
 
 
 @info.command()
@@ -77,6 +77,44 @@ def checkpoint(path: Path, as_json: bool) -> None:
         click.echo(json.dumps(values(found), indent=2))
     else:
         print_description(found)
+
+
+@info.command()
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1 or auto.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
+def ops(device: str, as_json: bool) -> None:
+    """Which implementation of every operation serves on this machine, and why those before it do not.
+
+    DSV3_OPS="grouped_gemm_fp8=reference,..." in the environment forces others.
+    """
+    from dsv3.bench.examples import calls
+    from dsv3.training.device import device_name, pick_device
+
+    where = pick_device(device)
+    found = {operation.name: operation.explain(*arguments) for operation, arguments in calls(where)}
+    if as_json:
+        click.echo(
+            json.dumps({"device": device_name(where), "operations": {k: dict(v) for k, v in found.items()}}, indent=2)
+        )
+        return
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD)
+    for name in ("operation", "serves", "not"):
+        table.add_column(name, no_wrap=True)
+    table.add_column("because")
+    for name, implementations in found.items():
+        number, serving = next((i, each) for i, (each, reason) in enumerate(implementations) if reason is None)
+        before = implementations[:number] or [("", "")]
+        for row, (faster, reason) in enumerate(before):
+            table.add_row(*((name, serving) if row == 0 else ("", "")), faster, reason)
+    console = Console()
+    console.print(
+        f"{device_name(where)}: calls in BF16 or FP8, as training makes them", highlight=False, soft_wrap=True
+    )
+    console.print(table)
 
 
 def find_config(model: str) -> ModelConfig:

@@ -30,7 +30,7 @@ COMMANDS = {
     "compare": ("dsv3.cli.compare:compare", "Runs side by side, and the report's signs."),
     "ablate": ("dsv3.cli.ablate:ablate", "Every recipe of a directory with several seeds, then `compare`."),
     "bench": ("dsv3.cli.bench:bench", "Speeds of this machine, each as a ratio to a peer's."),
-    "info": ("dsv3.cli.info:info", "What a model is, or a directory of weights holds."),
+    "info": ("dsv3.cli.info:info", "What a model is, a directory of weights holds, this machine uses."),
 }
 """Every command: the function behind it, and its line in the help."""
 
