@@ -135,7 +135,7 @@ def not_quantised_by_triton(x_RK: Tensor, power_of_two: bool = False) -> str | N
     return no_triton(x_RK)
 
 
-def not_read_by_triton(tiles: Tiles, option: object = None) -> str | None:
+def not_read_by_triton(tiles: Tiles, *option: object, **named: object) -> str | None:
     """The reason why the kernels that read tiles do not serve; None when they do."""
     if tiles.values.stride(1) != 1:
         return "needs tiles with the values of a row side by side"

@@ -3,7 +3,20 @@
 import pytest
 import torch
 
-from dsv3.ops.tiles import E4M3_MAX, TILE, Tiles, dequantize_reference, empty_scale, rows_reference, scale_of
+from dsv3.ops.tiles import (
+    E4M3_MAX,
+    TILE,
+    Tiles,
+    dequantize_reference,
+    dequantize_rows,
+    empty_scale,
+    quantize_both,
+    quantize_columns,
+    quantize_rows,
+    rows_reference,
+    scale_of,
+    transpose_tiles,
+)
 
 pytest.importorskip("triton")
 if torch.cuda.is_available():
@@ -109,3 +122,14 @@ def test_the_twin_is_the_unrounded_one_cast():
     assert torch.equal(
         rows_reference(x).values.float(), expected.values.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).float()
     )
+
+
+def test_without_a_gpu_the_twins_serve():
+    x = torch.randn(3, 200)
+    for operation in (quantize_rows, quantize_columns, quantize_both):
+        assert operation.explain(x, power_of_two=True)[0] == ("triton", "needs tensors on a GPU")
+    tiles = quantize_rows(x)
+    assert dequantize_rows.explain(tiles, dtype=F32)[0] == ("triton", "needs tensors on a GPU")
+    assert transpose_tiles.explain(tiles, power_of_two=True)[0] == ("triton", "needs tensors on a GPU")
+    assert quantize_rows.explain(x.half())[0] == ("triton", "needs BF16 or FP32, not torch.float16")
+    assert quantize_rows.explain(x.t())[0] == ("triton", "needs a matrix with the elements of a row side by side")

@@ -19,7 +19,7 @@ class Variant:
     types: dict[str, str]
     constants: dict[str, Any]
     options: dict[str, Any] = field(default_factory=dict)
-    """num_warps, num_stages."""
+    """num_warps, num_stages, maxnreg."""
     contains: str = ""
     """What its PTX must hold, such as "wgmma"."""
 
@@ -76,8 +76,10 @@ def of_tiles() -> Iterator[Variant]:
         ),
         ({"x": e4m3, "x_scale": scale}, {"FROM_TILES": True, "WITH_ROWS": False} | nothing),
     ):
-        warps = tiles.BOTH if constants["WITH_ROWS"] else transposing_warps
-        yield Variant(tiles.transposing_kernel, types | turned, constants | shape, {"num_warps": warps})
+        options: dict[str, Any] = {"num_warps": transposing_warps}
+        if constants["WITH_ROWS"]:
+            options = dict(zip(("num_warps", "maxnreg"), tiles.BOTH, strict=True))
+        yield Variant(tiles.transposing_kernel, types | turned, constants | shape, options)
 
 
 def of_blocks() -> Iterator[Variant]:

@@ -12,8 +12,9 @@ ROWS = (32, 4)
 """Of kernels that go along rows: rows of a program's tiles, warps."""
 TRANSPOSING = (128, 8)
 """Of kernels that transpose: columns of a program's 128 rows, warps."""
-BOTH = 16
-"""Warps of a program that makes both kinds of tiles, of 128 rows of 128 columns."""
+BOTH = (8, 128)
+"""Warps of a program that makes both kinds of tiles, of 128 rows of 128 columns; registers a thread, so that two programs share a
+multiprocessor."""
 
 
 @triton.jit
@@ -126,12 +127,15 @@ def quantize_columns(
 
 
 def quantize_both(
-    x: Tensor, power_of_two: bool = False, dtype: torch.dtype = torch.float8_e4m3fn, warps: int = BOTH
+    x: Tensor,
+    power_of_two: bool = False,
+    dtype: torch.dtype = torch.float8_e4m3fn,
+    config: tuple[int, int | None] = BOTH,
 ) -> tuple[Tiles, Tiles]:
     """[R, K] -> its tiles and those of its transpose."""
     rows, columns = x.shape
     out, turned = empty_tiles(rows, columns, x.device, dtype), empty_tiles(columns, rows, x.device, dtype)
-    launch_transposing(x, None, out, turned, power_of_two, (TILE, warps))
+    launch_transposing(x, None, out, turned, power_of_two, (TILE, config[0]), config[1])
     return out, turned
 
 
@@ -149,7 +153,13 @@ def transpose_tiles(
 
 
 def launch_transposing(
-    x: Tensor, x_scale: Tensor | None, out: Tiles | None, turned: Tiles, power_of_two: bool, config: tuple[int, int]
+    x: Tensor,
+    x_scale: Tensor | None,
+    out: Tiles | None,
+    turned: Tiles,
+    power_of_two: bool,
+    config: tuple[int, int],
+    registers: int | None = None,
 ) -> None:
     """Fills `turned`, and `out` where there is one, from x (times the scale of its row's tile where there are scales)."""
     (rows, columns), (block, warps) = x.shape, config
@@ -160,5 +170,5 @@ def launch_transposing(
         x, x_scale, values, scale, turned.values, turned.scale, rows, columns,
         x.stride(0), *strides, scale_stride, turned.scale.stride(1),
         x_scale is not None, out is not None, power_of_two, block, TILE,
-        num_warps=warps,
+        num_warps=warps, maxnreg=registers,
     )  # fmt: skip
