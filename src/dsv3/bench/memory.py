@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_leaves
 from dsv3.bench.measure import Progress
 from dsv3.model.config import ModelConfig
 from dsv3.model.transformer import DeepSeekV3
-from dsv3.recipe.schema import Recomputable
+from dsv3.recipe.schema import Precision, Recomputable
+from dsv3.training.device import COMPUTE_DTYPES
 
 KINDS: tuple[str, ...] = get_args(Recomputable)
 CHOICES: tuple[tuple[str, ...], ...] = ((), *((kind,) for kind in KINDS), KINDS)
@@ -23,7 +24,7 @@ CHOICES: tuple[tuple[str, ...], ...] = ((), *((kind,) for kind in KINDS), KINDS)
 
 @dataclass(frozen=True)
 class Memory:
-    """One forward and backward pass; weights and gradients, there before and after, are not counted."""
+    """One forward and backward pass; weights, their copies in FP8 and gradients, there before and after, are not counted."""
 
     recompute: tuple[str, ...]
     kept: int
@@ -69,7 +70,7 @@ def bench_memory(
     batch: int = 8,
     length: int = 1024,
     device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.bfloat16,
+    precision: Precision = "bf16",
     rounds: int = 3,
     choices: Sequence[tuple[str, ...]] = CHOICES,
     progress: Progress = lambda **_: None,
@@ -77,7 +78,9 @@ def bench_memory(
     """One row for each choice of `training.recompute`, MTP included."""
     config = ModelConfig.preset(preset)
     config = config.replace(max_position_embeddings=max(length, config.max_position_embeddings))
-    model = DeepSeekV3(config, compute_dtype=dtype).initialize("fan_in").to(device)
+    model = DeepSeekV3(config, compute_dtype=COMPUTE_DTYPES[precision]).initialize("fan_in").to(device)
+    if precision == "fp8":
+        model.compute_in_fp8()
     tokens = torch.randint(config.vocab_size, (batch, length + 1), generator=torch.Generator().manual_seed(0))
     tokens = tokens.to(device)
     rows = []

@@ -13,6 +13,7 @@ from dsv3.errors import UserError
 
 if TYPE_CHECKING:
     from dsv3.bench.measure import Result, Spread
+    from dsv3.recipe.schema import Precision
 
 
 @click.group()
@@ -108,9 +109,9 @@ def show_overhead(recipe: Path | None, steps: int, json_path: Path | None) -> No
 @click.option("--batch", type=click.IntRange(1), default=8, show_default=True)
 @click.option("--length", type=click.IntRange(4), default=1024, show_default=True)
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1 or auto.")
-@click.option("--precision", type=click.Choice(["bf16", "fp32"]), default="bf16", show_default=True)
+@click.option("--precision", type=click.Choice(["bf16", "fp32", "fp8"]), default="bf16", show_default=True)
 @json_option
-def memory(preset: str, batch: int, length: int, device: str, precision: str, json_path: Path | None) -> None:
+def memory(preset: str, batch: int, length: int, device: str, precision: Precision, json_path: Path | None) -> None:
     """What waits for the backward pass, and what training.recompute saves of it."""
     from dataclasses import asdict
 
@@ -121,13 +122,10 @@ def memory(preset: str, batch: int, length: int, device: str, precision: str, js
     from dsv3.bench.memory import bench_memory
     from dsv3.cli.ui import Progress
     from dsv3.training.device import device_name, pick_device
-    from dsv3.training.trainer import DTYPES
 
     where = pick_device(device)
     with Progress() as progress:
-        rows = bench_memory(
-            preset, batch=batch, length=length, device=where, dtype=DTYPES[precision], progress=progress
-        )
+        rows = bench_memory(preset, batch=batch, length=length, device=where, precision=precision, progress=progress)
     console = Console()
     console.print(f"{preset}, {batch} x {length} tokens, {precision}, {device_name(where)}", highlight=False)
     table = Table("computed again", box=box.SIMPLE_HEAD)

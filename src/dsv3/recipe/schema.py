@@ -17,6 +17,7 @@ from dsv3.recipe.section import Section
 from dsv3.recipe.segment import Scheduled, ScheduledCount, Segment, as_segments
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Precision = Literal["fp32", "bf16", "fp8"]
 Recomputable = Literal["norms", "mla_up", "swiglu"]
 Sink = Literal["wandb", "trackio"]
 
@@ -135,7 +136,7 @@ class TrainingSection(Section):
     """Where the training stops, in tokens; the report: 14.8T."""
     seed: int = Field(default=0, ge=0)
     """Seed of the initial weights, the order of the data and everything else that is drawn."""
-    precision: Literal["fp32", "bf16", "fp8"] = "bf16"
+    precision: Precision = "bf16"
     """Arithmetic of the matrix products; the weights the optimizer sees are FP32. `fp8` is the report's (section 3.3): the
     linear layers of attention and feed-forward in E4M3, the rest in BF16. Where there are no FP8 tensor cores it is emulated,
     slowly, with the same numbers up to the order of sums."""

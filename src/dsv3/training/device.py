@@ -14,6 +14,9 @@ PEAK_BF16 = {
 """Dense BF16 FLOP/s on the manufacturer's data sheets, by part of the name. Utilisation is against this in every precision,
 as in the published figures."""
 
+COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
+"""What activations have, by `training.precision`; in FP8 some layers quantise them."""
+
 
 def pick_device(name: str) -> torch.device:
     """`auto` is the first GPU if there is one, else the CPU. A GPU has its index: torch asks for it in some places."""

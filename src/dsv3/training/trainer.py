@@ -20,7 +20,7 @@ from dsv3.model.transformer import DeepSeekV3
 from dsv3.recipe.schedule import Schedules
 from dsv3.recipe.schema import Recipe
 from dsv3.training.balance import routing_biases, update_biases
-from dsv3.training.device import pick_device
+from dsv3.training.device import COMPUTE_DTYPES, pick_device
 from dsv3.training.ema import Average
 from dsv3.training.gradients import batch_gradients
 from dsv3.training.health import Health
@@ -42,7 +42,6 @@ Progress = Callable[..., None]
 Evaluate = Callable[[DeepSeekV3], dict[str, Any]]
 """What `evaluations.jsonl` holds beside step, tokens and seconds."""
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 NAMED_DOCUMENTS = 50
 """Most documents that a message names."""
 
@@ -71,7 +70,7 @@ class Trainer:
         self.device = pick_device(training.device)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-        dtype = DTYPES[training.precision]
+        dtype = COMPUTE_DTYPES[training.precision]
         model = DeepSeekV3(recipe.model.config(), compute_dtype=dtype)
         self.model = model.initialize(training.initialization, training.seed).to(self.device)
         self.model.recompute(training.recompute)
