@@ -64,3 +64,9 @@ def test_without_a_gpu_it_says_so(capsys):
 def test_an_unknown_family_is_refused_with_the_nearest(capsys):
     assert main.run(["bench", "ops", "--only", "routng"]) == 2
     assert "did you mean 'routing'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("share", "met"), [(0.5, True), (0.6, False)])
+def test_a_share_of_the_peer_can_serve_instead(clock, share, met):
+    row = ops.measure(case(flops=4e9, unit="TFLOP/s", target=1000, or_of_the_peer=share), 4.0, clock)
+    assert row.met is met

@@ -44,6 +44,7 @@ class Measured:
     """The peer's time over ours, or our share of the copy rate."""
     target: float | None
     unit: str
+    or_of_the_peer: float | None = None
 
     @property
     def reached(self) -> float | None:
@@ -61,6 +62,8 @@ class Measured:
         """None where there is no target, or nothing to compare with."""
         if self.target is None or self.reached is None:
             return None
+        if self.or_of_the_peer is not None and self.of_the_peer is not None and self.of_the_peer >= self.or_of_the_peer:
+            return True
         return self.reached <= self.target if self.unit == "us" else self.reached >= self.target
 
 
@@ -113,7 +116,7 @@ def measure(case: Case, copy_rate: float, flush: torch.Tensor) -> Measured:
         share = terabytes / copy_rate
     return Measured(
         case.op, case.shape, ours, terabytes, None if case.flops is None else case.flops / ours / 1e6,
-        case.peer_name, peers[0] if peers else None, share, case.target, case.unit,
+        case.peer_name, peers[0] if peers else None, share, case.target, case.unit, case.or_of_the_peer,
     )  # fmt: skip
 
 

@@ -250,8 +250,8 @@ grouped_gemm_fp8 = Operation(
     "grouped_gemm_fp8",
     [
         Implementation("deep_gemm", deep_gemm, deep_gemm_serves),
-        Implementation("triton", triton, triton_serves),
         Implementation("gluon", gluon, gluon_serves),
+        Implementation("triton", triton, triton_serves),
         Implementation("reference", reference, disagree),
     ],
 )

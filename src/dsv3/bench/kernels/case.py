@@ -27,3 +27,5 @@ class Case:
     """The figure to reach, in `unit`."""
     unit: Literal["of the peer", "TB/s", "TFLOP/s", "us"] = "of the peer"
     """"of the peer": the peer's time over ours, or our share of the copy rate. Only "us" is better when lower."""
+    or_of_the_peer: float | None = None
+    """For targets in other units: also met at this share of the peer."""

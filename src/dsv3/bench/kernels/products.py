@@ -129,8 +129,9 @@ def grouped(device: torch.device, name: str, experts: int, rows: int, across: in
         peer_name="DeepGEMM",
         peer=peer,
         flops=2 * experts * rows * across * inner,
-        target=1000 if peer is None else 0.87,
-        unit="TFLOP/s" if peer is None else "of the peer",
+        target=1000,
+        unit="TFLOP/s",
+        or_of_the_peer=0.87,
     )
 
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-COLUMNS_WARPS_ROWS = (16_384, 32, 1)
+COLUMNS_WARPS_ROWS = (16_384, 16, 1)
 """Columns that a block takes at a time, its warps, and the rows under way on a multiprocessor: with one, those of a whole
 H200 (132 of 0.26 MB for DeepSeek-V3's vocabulary) fit into its cache."""
 VECTOR = tl.constexpr(8)

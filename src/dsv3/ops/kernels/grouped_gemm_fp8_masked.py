@@ -17,7 +17,7 @@ from dsv3.ops.tiles import TILE, Tiles
 
 def choose(rows_per_group: int) -> Config:
     """The narrowest tile that holds a group, or 64 rows."""
-    return Config(min(64, max(16, triton.next_power_of_2(rows_per_group))), 128, 4, 4)
+    return Config(min(64, max(16, triton.next_power_of_2(rows_per_group))), 128, 4, 3)
 
 
 @triton.jit(do_not_specialize=["rows_per_group", "K", "x_scale_column", "weight_scale_expert", "weight_scale_row"])

@@ -12,7 +12,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from dsv3.ops.kernels.product import Config, processors
 from dsv3.ops.tiles import TILE, Tiles
 
-LARGE = Config(128, 128, 8, 4, 8)
+LARGE = Config(128, 128, 8, 3, 8)
 
 
 @triton.jit(do_not_specialize=["E", "N", "grad_scale_column", "x_scale_column"])

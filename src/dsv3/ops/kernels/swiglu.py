@@ -8,7 +8,7 @@ from torch import Tensor
 from dsv3.ops.kernels.scaling import magnitude_bits, quotient, scale_of
 from dsv3.ops.tiles import TILE, Tiles
 
-QUANTISING = (32, 4)
+QUANTISING = (16, 4)
 """Rows of a program's tiles, warps."""
 ALONE = (2048, 8)
 """Of what goes along one row: elements at a time, warps."""

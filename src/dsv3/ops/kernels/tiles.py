@@ -12,9 +12,8 @@ ROWS = (32, 4)
 """Of kernels that go along rows: rows of a program's tiles, warps."""
 TRANSPOSING = (128, 8)
 """Of kernels that transpose: columns of a program's 128 rows, warps."""
-BOTH = (8, 128)
-"""Warps of a program that makes both kinds of tiles, of 128 rows of 128 columns; registers a thread, so that two programs share a
-multiprocessor."""
+BOTH = (4, None)
+"""Warps of a program that makes both kinds of tiles, of 128 rows of 128 columns; most registers a thread, None for no limit."""
 
 
 @triton.jit
