@@ -17,7 +17,7 @@ PRETRAIN = {
         "sequence_length": 4096,  # "the maximum sequence length to 4K"
         "fim_rate": 0.1,  # section 4.1
     },
-    "optimizer": {"kind": "adamw", "betas": [0.9, 0.95], "weight_decay": 0.1, "clip_norm": 1.0},
+    "optimizer": {"kind": "adamw", "betas": [0.9, 0.95], "moments": "bf16", "weight_decay": 0.1, "clip_norm": 1.0},
     "schedule": {
         "learning_rate": [
             {"kind": "linear", "from": 0, "to": 0.00022, "steps": 2000},
@@ -41,7 +41,7 @@ PRETRAIN = {
     },
     "training": {
         "tokens": 14_800_000_000_000,
-        "precision": "bf16",  # the report trains in FP8, which this recipe does not ask for yet
+        "precision": "fp8",
         "balance_alpha": 0.0001,
         "initialization": 0.006,
     },
@@ -60,7 +60,7 @@ TO_32K = {
     "data": {**PRETRAIN["data"], "sequence_length": 32768},
     "optimizer": PRETRAIN["optimizer"],
     "schedule": {"learning_rate": 0.0000073, "batch_size": 1920, "mtp_weight": 0.1, "bias_update_speed": 0},
-    "training": {"tokens": 1000 * 1920 * 32768, "precision": "bf16", "balance_alpha": 0.0001},
+    "training": {"tokens": 1000 * 1920 * 32768, "precision": "fp8", "balance_alpha": 0.0001},
 }
 TO_128K = {
     **TO_32K,

@@ -101,7 +101,7 @@ def test_every_field_is_documented() -> None:
         ({"data": {"sources": [{"name": "../a", "uri": "x"}]}}, ["data.sources.0.name = '../a'"]),
         ({"optimizer": {"betas": [0.9, 1.0]}}, ["betas", "1.0"]),
         ({"training": {"initialization": "fanin"}}, ["training.initialization = 'fanin'", "'fan_in'"]),
-        ({"training": {"precision": "fp8"}}, ["training.precision = 'fp8'", "'fp32' or 'bf16'"]),
+        ({"training": {"precision": "fp4"}}, ["training.precision = 'fp4'", "'fp32', 'bf16' or 'fp8'"]),
         ({"optimizer": {"clip_norm": float("nan")}}, ["optimizer.clip_norm", "finite"]),
         ({"training": {"balance": "batch"}}, ["training.balance = 'batch'", "training.balance_alpha", "0.003"]),
         ({"training": {"balance": "loss"}}, ["training.balance = 'loss'", "'bias', 'sequence' or 'batch'"]),

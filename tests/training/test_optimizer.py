@@ -7,7 +7,14 @@ from torch import nn
 from dsv3.model.config import ModelConfig
 from dsv3.model.transformer import DeepSeekV3
 from dsv3.recipe.schema import OptimizerSection
+from dsv3.training import adamw
 from dsv3.training.optimizer import Muon, Optimizer, is_hidden_matrix, orthogonalise
+
+KINDS = {
+    "adamw": {"kind": "adamw"},
+    "adamw with moments in bf16": {"kind": "adamw", "moments": "bf16"},
+    "muon": {"kind": "muon"},
+}
 
 
 def small_model(seed=0):
@@ -66,17 +73,31 @@ def test_muon_equals_a_loop_over_matrices():
         torch.testing.assert_close(parameter.data, weight, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("part", [2**26, 100])
+@pytest.mark.parametrize("moments", ["fp32", "bf16"])
 @pytest.mark.parametrize("decay_norms", [False, True])
-def test_adamw_equals_the_papers_loop_and_decay_spares_gains(decay_norms):
-    """Loshchilov & Hutter 2019, algorithm 2, with the schedule's rate in front of the decay as well."""
+def test_adamw_equals_the_papers_loop_and_decay_spares_gains(decay_norms, moments, part, monkeypatch):
+    """Loshchilov & Hutter 2019, algorithm 2, with the schedule's rate in front of the decay as well; between two steps
+    moments are what their dtype holds."""
+    monkeypatch.setattr(adamw, "PART", part)
     model = small_model()
     section = OptimizerSection(
-        kind="adamw", clip_norm=1e9, weight_decay=0.1, eps=1e-8, betas=(0.9, 0.95), decay_norms=decay_norms
+        kind="adamw",
+        clip_norm=1e9,
+        weight_decay=0.1,
+        eps=1e-8,
+        betas=(0.9, 0.95),
+        decay_norms=decay_norms,
+        moments=moments,
     )
     optimizer = Optimizer(model, section)
     weights = {name: p.detach().clone().double() for name, p in model.named_parameters()}
     first = {name: torch.zeros_like(w) for name, w in weights.items()}
     second = {name: torch.zeros_like(w) for name, w in weights.items()}
+
+    def kept(moment):
+        return moment.float().bfloat16().double() if moments == "bf16" else moment
+
     for t, rate in ((1, 0.02), (2, 0.01), (3, 0.005)):
         fill_gradients(model, seed=t)
         gradients = {name: p.grad.double() for name, p in model.named_parameters()}
@@ -84,13 +105,15 @@ def test_adamw_equals_the_papers_loop_and_decay_spares_gains(decay_norms):
         optimizer.step(rate)
         for name, weight in weights.items():
             g = gradients[name]
-            first[name] = 0.9 * first[name] + 0.1 * g
-            second[name] = 0.95 * second[name] + 0.05 * g * g
+            first[name] = 0.9 * kept(first[name]) + 0.1 * g
+            second[name] = 0.95 * kept(second[name]) + 0.05 * g * g
             corrected = (first[name] / (1 - 0.9**t)) / ((second[name] / (1 - 0.95**t)).sqrt() + 1e-8)
             decay = 0.0 if weight.dim() == 1 and not decay_norms else 0.1
             weights[name] = weight - rate * (corrected + decay * weight)
     for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.double(), weights[name], atol=2e-6, rtol=1e-5, msg=name)
+        off = (parameter.double() - weights[name]).abs() > 2e-6 + 1e-5 * weights[name].abs()
+        # A moment that lies between two numbers of BF16 may be rounded to the other one: one in thousands is.
+        assert off.sum() <= (0 if moments == "fp32" else 1e-3 * off.numel() + 1), name
         assert parameter.grad is None
 
 
@@ -113,9 +136,9 @@ def test_muon_takes_the_matrices_of_all_blocks_and_of_the_mtp_modules_and_nothin
     assert [part.param_groups[0]["lr"] for part, _ in optimizer.parts] == [0.01, 0.005]
 
 
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_state_goes_round_by_name_and_what_follows_is_the_same_bit_for_bit(kind):
-    section = OptimizerSection(kind=kind)
+    section = OptimizerSection(**KINDS[kind])
     model, other = small_model(), small_model(seed=1)
     optimizer, resumed = Optimizer(model, section), Optimizer(other, section)
     names = {name: tensor.dtype for name, tensor in resumed.tensors().items()}
@@ -135,10 +158,10 @@ def test_state_goes_round_by_name_and_what_follows_is_the_same_bit_for_bit(kind)
         assert torch.equal(a, resumed.tensors()[name]), name
 
 
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_state_is_whole_whatever_had_a_gradient(kind):
     model = small_model()
-    optimizer = Optimizer(model, OptimizerSection(kind=kind))
+    optimizer = Optimizer(model, OptimizerSection(**KINDS[kind]))
     model.lm_head.weight.grad = torch.ones_like(model.lm_head.weight)
     before = model.layers[0].mlp.down_proj.weight.detach().clone()
     optimizer.step(0.01)
@@ -189,11 +212,11 @@ def test_norms_are_told_apart_by_module():
         assert float(norms[group]) == pytest.approx(squares**0.5, rel=1e-5), group
 
 
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_skipped_step_leaves_weights_and_moments_to_the_bit(kind, bad):
     model = small_model()
-    optimizer = Optimizer(model, OptimizerSection(kind=kind))
+    optimizer = Optimizer(model, OptimizerSection(**KINDS[kind]))
     fill_gradients(model, 1)
     optimizer.clip()
     optimizer.step(0.01, torch.tensor(False))
@@ -213,20 +236,20 @@ def test_a_skipped_step_leaves_weights_and_moments_to_the_bit(kind, bad):
 
 
 def test_a_step_that_may_be_skipped_and_is_not_is_the_step_itself():
-    for kind in ("adamw", "muon"):
+    for kind in KINDS:
         model, other = small_model(), small_model()
         for each, skip in ((model, None), (other, torch.tensor(False))):
-            optimizer = Optimizer(each, OptimizerSection(kind=kind))
+            optimizer = Optimizer(each, OptimizerSection(**KINDS[kind]))
             for seed in (1, 2):
                 fill_gradients(each, seed)
                 optimizer.step(0.01, skip)
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_step_shows_in_the_versions_of_the_weights(kind):
     model = small_model()
-    optimizer = Optimizer(model, OptimizerSection(kind=kind))
+    optimizer = Optimizer(model, OptimizerSection(**KINDS[kind]))
     for _ in range(2):
         before = {name: each._version for name, each in model.named_parameters()}
         fill_gradients(model, 0)

@@ -95,6 +95,8 @@ class OptimizerSection(Section):
     """Decay rates of Adam's first and second moment (report, section 4.2)."""
     eps: float = Field(default=1e-8, gt=0)
     """Adam's addend to the denominator; not published."""
+    moments: Literal["fp32", "bf16"] = "fp32"
+    """What Adam's moments are kept in; the report: `bf16` (section 3.3.1)."""
     weight_decay: float = Field(default=0.1, ge=0)
     """Decoupled decay a unit of learning rate (report, section 4.2)."""
     decay_norms: bool = False

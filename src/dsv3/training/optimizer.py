@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dsv3.model.transformer import DeepSeekV3
 from dsv3.recipe.schema import OptimizerSection
+from dsv3.training.adamw import AdamWInBF16
 
 NEWTON_SCHULZ = ((4.0848, -6.8946, 2.9270), (3.9505, -6.3029, 2.6377), (3.7418, -5.5913, 2.3037), (2.8769, -3.1427, 1.2046), (2.8366, -3.0525, 1.2012))  # fmt: skip
 """Coefficients of the five iterations that bring singular values to about 1 (You Jiacheng's schedule, as published for the
@@ -103,15 +104,19 @@ class Optimizer:
                 weight_decay=section.weight_decay if section.decay_norms else 0.0,
             ),
         ]
-        adamw = torch.optim.AdamW(groups, lr=0.0, betas=section.betas, eps=section.eps, fused=True)
-        # What the first step would make, here and now: a checkpoint holds the same tensors whenever it is written, those of
-        # parameters that have had no gradient yet (MTP modules whose weight is 0) included.
-        for parameter in rest:
-            adamw.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
+        adamw: torch.optim.Optimizer
+        if section.moments == "bf16":
+            adamw = AdamWInBF16(groups, section.betas, section.eps)
+        else:
+            adamw = torch.optim.AdamW(groups, lr=0.0, betas=section.betas, eps=section.eps, fused=True)
+            # What the first step would make, here and now: a checkpoint holds the same tensors whenever it is written, those
+            # of parameters that have had no gradient yet (MTP modules whose weight is 0) included.
+            for parameter in rest:
+                adamw.state[parameter] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
         self.parts: list[tuple[torch.optim.Optimizer, float]] = [(adamw, 1.0)]
         if muon:
             part = Muon(muon, 0.0, section.muon_momentum, section.weight_decay, muon_dtype)
