@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv3.data.files import Document, SkipReport
-from dsv3.data.sources import NEEDLE, STDLIB, TINYPY, documents, fingerprint, hash_fraction, sample
+from dsv3.data.library import STDLIB
+from dsv3.data.sources import NEEDLE, TINYPY, documents, fingerprint, hash_fraction, sample
 from dsv3.errors import RunError, UserError
 
 

@@ -14,7 +14,8 @@ from dsv3.bench.measure import Progress, Result, Row, Spread, Work, ratio, take_
 from dsv3.data.build import build_shards
 from dsv3.data.encoding import DocumentEncoder, Encoding
 from dsv3.data.files import Document
-from dsv3.data.sources import STDLIB, documents
+from dsv3.data.library import STDLIB
+from dsv3.data.sources import documents
 from dsv3.data.tokenizer import Tokenizer, train_tokenizer
 from dsv3.data.word_encoder import WordEncoder
 from dsv3.errors import RunError

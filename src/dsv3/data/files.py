@@ -3,9 +3,11 @@
 import gzip
 import io
 import json
+import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, BinaryIO, Literal, Protocol
 
 from dsv3.errors import RunError, UserError
@@ -263,3 +265,13 @@ READERS: dict[str, Callable[[File, str, SkipReport, int], Iterator[Document]]] =
     ".jsonl.zst": read_jsonl,
     ".parquet": read_parquet,
 }
+
+
+def walk(root: Path, without: Container[str] = ()) -> Iterator[Path]:
+    """All files below a directory in sorted order, but for hidden ones and those in hidden directories or `without`."""
+    for directory, subdirectories, names in os.walk(root):
+        subdirectories[:] = sorted(d for d in subdirectories if not d.startswith(".") and d not in without)
+        for name in sorted(names):
+            path = Path(directory, name)
+            if not name.startswith(".") and path.is_file():
+                yield path

@@ -3,30 +3,26 @@
 import glob
 import hashlib
 import heapq
-import os
-import re
-import sysconfig
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from dsv3.data import hub, needle, tinypy
-from dsv3.data.files import LONGEST_DOCUMENT, READERS, Document, File, SkipReport, read, suffix_of
+from dsv3.data.files import LONGEST_DOCUMENT, READERS, Document, File, SkipReport, read, suffix_of, walk
+from dsv3.data.library import PACKAGE, STDLIB, is_library, library_files, library_reader
 from dsv3.data.remote import is_url, remote_files
 from dsv3.errors import UserError, nearest
 
 Split = Literal["train", "validation"]
 
-STDLIB, TINYPY, NEEDLE = "builtin:stdlib", "builtin:tinypy", "builtin:needle"
+TINYPY, NEEDLE = "builtin:tinypy", "builtin:needle"
 GENERATORS = {TINYPY: tinypy, NEEDLE: needle}
 """Sources that are made from a seed, each with splits of its own."""
 ENDLESS = ((TINYPY, "train"), (NEEDLE, "train"))
 """Sources and splits that never end: whoever reads one sets a limit."""
 
 TEXT = (".txt", ".md", ".py")
-NOT_LIBRARY = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
-GENERATED = re.compile(r"(auto-?|automatically )generated|generated (by|from|and used by) |do not edit", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -47,7 +43,7 @@ def documents(
 ) -> Iterator[Document]:
     """The documents of one split of a source, always in the same order; `train` of a generated one never ends.
 
-    `uri` is a builtin; a file, a directory or a glob, here or at a URL that fsspec opens, of `.txt`, `.md`, `.py`, `.jsonl`
+    `uri` is a builtin; `package:NAME` (`library.py`); a file, a directory or a glob, here or at a URL that fsspec opens, of `.txt`, `.md`, `.py`, `.jsonl`
     (`.gz`, `.zst`) or `.parquet` (field `text`); or `hf:NAME` (`hub.py`). A directory is walked in sorted order, hidden
     files and directories left out. Texts longer than 256 KiB become several documents; text files of a corpus below 50 MB
     are cut finer, at a 200th of the corpus but not below 16 KiB. Empty documents are left out and counted.
@@ -68,8 +64,8 @@ def documents(
 
 def reader(uri: str) -> Callable[[SkipReport], Iterator[Document]]:
     """What reads all documents of a source, as often as it is called. Refuses before it reads."""
-    if uri == STDLIB:
-        return stdlib
+    if is_library(uri):
+        return library_reader(uri)
     if uri.startswith("builtin:"):
         raise UserError(f"unknown source {uri!r}: {nearest(uri, [STDLIB, *GENERATORS])}")
     if uri.startswith(hub.PREFIX):
@@ -94,7 +90,7 @@ def fingerprint(uri: str) -> str:
         return hashlib.sha256(b"".join((Path(__file__).parent / name).read_bytes() for name in made_by)).hexdigest()
     if uri.startswith(hub.PREFIX):
         return hub.fingerprint(uri)
-    found = local(stdlib_root(), walk(stdlib_root(), NOT_LIBRARY)) if uri == STDLIB else find(uri)
+    found = local(*library_files(uri)) if is_library(uri) else find(uri)
     content = hashlib.sha256(uri.encode(errors="surrogateescape"))
     for each in found:
         content.update(f"{each.file}:{each.size}:{each.stamp}".encode(errors="surrogateescape"))
@@ -184,26 +180,6 @@ def sample(documents: Iterable[Document], limit_bytes: int) -> list[str]:
     return [text for _, _, text in sorted(kept, key=lambda entry: entry[1])]
 
 
-def stdlib(report: SkipReport) -> Iterator[Document]:
-    """The `.py` files of the running Python's standard library: about 9 MB of code and its prose, ids relative to it.
-
-    Left out are the directories `test`, `tests`, `idlelib`, `lib2to3` and installed packages, and every file that a
-    program wrote, by one rule: it says so within its first five lines (`_sysconfigdata*`, the tables of `encodings`,
-    `pydoc_data/topics.py`, `token.py` and others).
-    """
-    root = stdlib_root()
-    for path in walk(root, NOT_LIBRARY):
-        if path.suffix == ".py":
-            pieces = list(read(path, path.relative_to(root).as_posix(), report))
-            if pieces and not GENERATED.search("\n".join(pieces[0].text[:2000].split("\n")[:5])):
-                yield from pieces
-
-
-def stdlib_root() -> Path:
-    """Where the running Python keeps its standard library."""
-    return Path(sysconfig.get_path("stdlib"))
-
-
 def printable(path: Path) -> str:
     """A path as text with a UTF-8 form, whatever bytes its name is made of."""
     return path.as_posix().encode(errors="backslashreplace").decode()
@@ -225,8 +201,8 @@ def find(uri: str) -> list[Found]:
         found = local(Path(*plain), (each for each in named if each.is_file()))
     else:
         raise UserError(
-            f"the source {uri!r} does not exist; expected {STDLIB}, {TINYPY}, hf:NAME, or a file, a directory or a glob of "
-            f"{kinds}, here or at a URL"
+            f"the source {uri!r} does not exist; expected {STDLIB}, {TINYPY}, {PACKAGE}NAME, hf:NAME, or a file, a directory or "
+            f"a glob of {kinds}, here or at a URL"
         )
     known = [each for each in found if suffix_of(each.file)]
     if not known:
@@ -240,13 +216,3 @@ def local(root: Path, paths: Iterable[Path]) -> list[Found]:
         Found(printable(path.relative_to(root)), path, (known := path.stat()).st_size, str(known.st_mtime_ns))
         for path in paths
     ]
-
-
-def walk(root: Path, without: Container[str] = ()) -> Iterator[Path]:
-    """All files below a directory in sorted order, but for hidden ones and those in hidden directories or `without`."""
-    for directory, subdirectories, names in os.walk(root):
-        subdirectories[:] = sorted(d for d in subdirectories if not d.startswith(".") and d not in without)
-        for name in sorted(names):
-            path = Path(directory, name)
-            if not name.startswith(".") and path.is_file():
-                yield path

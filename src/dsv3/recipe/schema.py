@@ -47,8 +47,8 @@ class Source(Section):
     """What logs, shards and scores call it; also the name of its directory."""
     uri: str
     """A file, a directory or a glob of text, here or at a URL that fsspec opens; `hf:NAME`, a data set of Hugging Face or a
-    directory of one; or a corpus that comes with dsv3: `builtin:stdlib`, `builtin:tinypy`,
-    `builtin:needle`."""
+    directory of one; `package:NAME`, the source of an installed Python package; or a corpus that comes with dsv3:
+    `builtin:stdlib`, `builtin:tinypy`, `builtin:needle`."""
     weight: float = Field(default=1.0, gt=0)
     """Its share of the training tokens, relative to the other sources' weights."""
     tokens: Quantity | None = None
