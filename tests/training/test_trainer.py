@@ -470,11 +470,12 @@ def test_what_is_allowed_by_name_may_change(tmp_path, make_trainer):
 
 
 def test_tensors_of_another_config_are_refused(tmp_path, make_trainer):
-    """A state.json that was edited, or belongs to another checkpoint."""
+    """A state.json that belongs to another checkpoint; with checksums beside it, it would not be taken at all."""
     make_trainer(tmp_path / "small", "training.tokens=128").run()
     make_trainer(tmp_path / "large", "training.tokens=128", "model.intermediate_size=64").run()
     name = "checkpoints/step-00000001/state.json"
     (tmp_path / "small" / name).write_bytes((tmp_path / "large" / name).read_bytes())
+    (tmp_path / "small" / name).with_name("sha256.json").unlink()
     with pytest.raises(UserError, match=r"checkpoint of another config"):
         make_trainer(tmp_path / "small", "training.tokens=128", "model.intermediate_size=64").resume()
 

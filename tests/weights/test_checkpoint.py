@@ -348,3 +348,29 @@ def test_load_model_refuses_what_is_no_model(tmp_path):
     state.write_text("{}")
     with pytest.raises(UserError, match="has no model config"):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", "state.json", "tokenizer/tokenizer.json", ".metadata", "sha256.json"])
+@pytest.mark.parametrize("damage", ["a bit", "zeros", "missing"])
+def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(tmp_path, caplog, name, damage):
+    for step in (1, 2):
+        tensors = {"model": {"weight": torch.full((50, 40), float(step))}}
+        save_checkpoint(tmp_path / f"step-{step}", tensors, {"step": step}, {"tokenizer/tokenizer.json": b"{}" * 50})
+    path = tmp_path / "step-2" / name
+    content = path.read_bytes()
+    middle = len(content) // 2
+    damaged = {
+        "a bit": content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :],
+        "zeros": bytes(len(content)),
+    }
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(damaged[damage])
+    found = latest_checkpoint(tmp_path, every_byte=True)
+    if (name, damage) == ("sha256.json", "missing"):
+        assert found == tmp_path / "step-2"  # as imported weights are, it is taken as it is
+        return
+    assert found == tmp_path / "step-1"
+    assert "step-2 is passed over" in caplog.text
+    assert "step-1 is used instead of" in caplog.text

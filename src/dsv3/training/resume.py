@@ -28,7 +28,7 @@ def find_continuation(parent: Path, recipe: Recipe, allow: Sequence[str] = ()) -
 
     `allow` names keys, or sections, that may differ. Raises `UserError` for a name that no recipe has.
     """
-    found = latest_checkpoint(parent)
+    found = latest_checkpoint(parent, every_byte=True)
     if found is None:
         return None
     state = read_state(found)

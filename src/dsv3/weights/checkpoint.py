@@ -1,12 +1,13 @@
 """Training checkpoints: a directory of tensors, with everything else in `state.json` and files beside them.
 
-    checkpoints/step-00000930/   .metadata, *.distcp (torch.distributed.checkpoint), state.json, tokenizer/...
+    checkpoints/step-00000930/   .metadata, *.distcp (torch.distributed.checkpoint), state.json, sha256.json, tokenizer/...
     checkpoints/latest           the name of the newest one
 
 A checkpoint is written under another name, brought to the disk and renamed when it is whole; `latest` moves last. At
 whatever moment the machine stops, the directory under a checkpoint's name is a whole one.
 """
 
+import hashlib
 import json
 import logging
 import re
@@ -23,6 +24,7 @@ from dsv3.weights.tensor_directory import check_files, read_layout, read_tensors
 
 log = logging.getLogger(__name__)
 STATE = "state.json"
+CHECKSUMS = "sha256.json"
 LATEST = "latest"
 PARTIAL, REPLACED, REMOVED = ".partial", ".replaced", ".removed"
 TOKENIZER = "tokenizer"
@@ -47,6 +49,7 @@ def save_checkpoint(
         for name, content in files.items():
             add_file(partial / name, content)
         (partial / STATE).write_text(json.dumps(state, indent=1))
+        (partial / CHECKSUMS).write_text(json.dumps(checksums(partial), indent=1))
         for path in [*partial.rglob("*"), partial]:
             sync(path)
         replace_directory(partial, directory)
@@ -61,6 +64,29 @@ def save_checkpoint(
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def checksums(directory: Path) -> dict[str, str]:
+    """The SHA-256 of every file of a checkpoint, by its path within."""
+    found = {}
+    for path in sorted(path for path in directory.rglob("*") if path.is_file() and path.name != CHECKSUMS):
+        with path.open("rb") as file:
+            found[path.relative_to(directory).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def check_content(directory: Path) -> None:
+    """`UserError` where a file of a checkpoint is not what was written. Imported weights have no checksums to compare."""
+    if not (directory / CHECKSUMS).is_file():
+        return
+    try:
+        expected = json.loads((directory / CHECKSUMS).read_text())
+    except ValueError as error:
+        raise UserError(f"{directory / CHECKSUMS} is damaged: {error}") from None
+    found = checksums(directory)
+    for name, digest in expected.items():
+        if found.get(name) != digest:
+            raise UserError(f"{directory / name} {'is not what was written' if name in found else 'is missing'}")
 
 
 def add_file(path: Path, content: Path | bytes) -> None:
@@ -136,8 +162,11 @@ def load_checkpoint(directory: Path, tensors: Mapping[str, Any], leave: Sequence
     return state
 
 
-def latest_checkpoint(parent: Path) -> Path | None:
-    """The checkpoint that `latest` names; where that one is broken, the newest whole one, with a warning. None: there is none."""
+def latest_checkpoint(parent: Path, every_byte: bool = False) -> Path | None:
+    """The checkpoint that `latest` names; where that one is broken, the newest whole one, with a warning. None: there is none.
+
+    With `every_byte`, files are compared with the checksums that were written with them; else their names and sizes alone.
+    """
     pointer = parent / LATEST
     named = [parent / pointer.read_text().strip()] if pointer.is_file() else []
     others = sorted((path.parent for path in parent.glob(f"[!.]*/{STATE}")), reverse=True)
@@ -145,6 +174,8 @@ def latest_checkpoint(parent: Path) -> Path | None:
     for candidate in dict.fromkeys([*named, *others, *aside]):
         try:
             read_state(candidate)
+            if every_byte:
+                check_content(candidate)
             check_files(candidate)
         except UserError as error:
             log.warning("%s is passed over: %s", candidate, error)
