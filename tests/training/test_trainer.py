@@ -1,5 +1,6 @@
 import json
 import random
+import re
 
 import numpy
 import pytest
@@ -357,7 +358,7 @@ def test_without_leave_to_skip_the_first_gradient_that_is_not_finite_ends_the_ru
 
 
 @pytest.mark.parametrize("delay", [0, 1])
-def test_a_bad_step_is_skipped_counted_and_the_run_goes_on(tmp_path, make_trainer, delay):
+def test_a_bad_step_is_skipped_counted_and_the_run_goes_on(tmp_path, make_trainer, delay, caplog):
     """Weights, moments and biases stay; data and schedules move on; whenever the figures are read."""
     trainer = make_trainer(tmp_path, "training.ema_decay=0.5")
     trainer.delay = delay
@@ -382,6 +383,8 @@ def test_a_bad_step_is_skipped_counted_and_the_run_goes_on(tmp_path, make_traine
     assert [row["grad_norm"] is None for row in rows] == [False, False, True, False, False, False]
     assert [row["skipped_steps"] for row in rows] == [0, 0, 1, 1, 1, 1]
     assert rows[3]["tokens"] == 4 * 128
+    assert re.search(r"step 3 was skipped: .* rows \d+ to \d+, with the documents \S+", caplog.text)
+    assert caplog.text.count("was skipped") == 1
     assert all(value.isfinite().all() for value in seen[6].values() if value.is_floating_point())
 
 
@@ -494,3 +497,10 @@ def test_an_evaluation_before_and_after_and_the_model_trains_on(tmp_path, make_t
     assert trainer.model.training
     rows = [json.loads(line) for line in (tmp_path / "evaluations.jsonl").read_text().splitlines()]
     assert [(row["step"], row["tokens"], row["score"]) for row in rows] == [(0, 0, 0.5), (6, 768, 0.5)]
+
+
+def test_checkpoints_of_which_none_is_whole_are_no_reason_to_start_afresh(tmp_path, make_trainer):
+    make_trainer(tmp_path, "training.tokens=128").run()
+    (tmp_path / "checkpoints" / "step-00000001" / "state.json").write_text("{")
+    with pytest.raises(UserError, match="none of the checkpoints in .* is whole"):
+        make_trainer(tmp_path, "training.tokens=128").resume()

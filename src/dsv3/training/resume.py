@@ -8,7 +8,7 @@ from typing import Any
 from dsv3.errors import UserError
 from dsv3.recipe.changes import check_changes
 from dsv3.recipe.schema import Recipe
-from dsv3.weights.checkpoint import latest_checkpoint, read_state
+from dsv3.weights.checkpoint import STATE, latest_checkpoint, read_state
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,18 @@ class Continuation:
 
 
 def find_continuation(parent: Path, recipe: Recipe, allow: Sequence[str] = ()) -> Continuation | None:
-    """The newest whole checkpoint in `parent` and what differs in its recipe; None where there is none.
+    """The newest whole checkpoint in `parent` and what differs in its recipe; None where there is none at all.
 
-    `allow` names keys, or sections, that may differ. Raises `UserError` for a name that no recipe has.
+    `allow` names keys, or sections, that may differ. Raises `UserError` for a name that no recipe has, and where no checkpoint is
+    whole.
     """
     found = latest_checkpoint(parent, every_byte=True)
     if found is None:
+        if any(parent.glob(f"[!.]*/{STATE}")):
+            raise UserError(
+                f"none of the checkpoints in {parent} is whole; the warnings above say what is wrong with each. Put back what "
+                "is missing, or remove them to start afresh"
+            )
         return None
     state = read_state(found)
     accepted, refused = check_changes(Recipe.from_dict(state["recipe"]), recipe, state["step"], allow)

@@ -5,6 +5,7 @@ one line of figures. Everything that the next step depends on is in the checkpoi
 way: its figures are read while the next one computes.
 """
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -37,6 +38,7 @@ from dsv3.training.transfer import Transfer
 from dsv3.weights.checkpoint import latest_checkpoint, load_checkpoint
 from dsv3.weights.released import EMA
 
+log = logging.getLogger(__name__)
 Progress = Callable[..., None]
 """Called as `progress(stage=..., done=..., total=..., **figures)` once a step."""
 Evaluate = Callable[[DeepSeekV3], dict[str, Any]]
@@ -181,6 +183,8 @@ class Trainer:
             with timed(self.spent, "logging"):
                 metrics.step(self.last)
             first = self.health.skipped_from
+            if first is not None:
+                log.warning("step %d was skipped: loss or gradient is not finite. %s", step.number, self.named(step))
             if first is not None and step.number - first >= self.recipe.training.max_skipped_steps:
                 raise RunError(self.not_finite(step, first))
 
@@ -259,18 +263,22 @@ class Trainer:
         self.changes = found.accepted
         return True
 
-    def not_finite(self, step: Step, first: int) -> str:
-        """What to say of a loss or a gradient that is not finite in `step` and all steps from `first` on."""
-        self.saver.wait()
-        kept = latest_checkpoint(self.directory / "checkpoints")
+    def named(self, step: Step) -> str:
+        """What a step was made of."""
         size = step.scheduled["batch_size"]
         documents = self.loader.describe(self.loader.batch(step.first_row, size))
         more = f" and {len(documents) - NAMED_DOCUMENTS:,} more" if len(documents) > NAMED_DOCUMENTS else ""
+        last = step.first_row + size - 1
+        return f"Its batch holds rows {step.first_row} to {last}, with the documents {', '.join(documents[:NAMED_DOCUMENTS])}{more}"
+
+    def not_finite(self, step: Step, first: int) -> str:
+        """What to say of a loss or a gradient that is not finite in `step` and all steps from `first` on."""
+        self.saver.wait()
         what = "loss" if self.last["loss"] is None else "gradient"
+        kept = latest_checkpoint(self.directory / "checkpoints")
         since = f", as in every step since {first}; these were skipped" if step.number > first else ""
         return (
-            f"the {what} of step {step.number} is not finite{since}. Its batch holds rows {step.first_row} to "
-            f"{step.first_row + size - 1}, with the documents {', '.join(documents[:NAMED_DOCUMENTS])}{more}. The last good "
+            f"the {what} of step {step.number} is not finite{since}. {self.named(step)}. The last good "
             f"checkpoint is {kept or 'none: none was written yet'}. Lower the learning rate, or look at these documents."
         )
 
