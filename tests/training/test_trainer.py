@@ -502,5 +502,5 @@ def test_an_evaluation_before_and_after_and_the_model_trains_on(tmp_path, make_t
 def test_checkpoints_of_which_none_is_whole_are_no_reason_to_start_afresh(tmp_path, make_trainer):
     make_trainer(tmp_path, "training.tokens=128").run()
     (tmp_path / "checkpoints" / "step-00000001" / "state.json").write_text("{")
-    with pytest.raises(UserError, match="none of the checkpoints in .* is whole"):
+    with pytest.raises(UserError, match=r"none of the checkpoints in .* is whole"):
         make_trainer(tmp_path, "training.tokens=128").resume()
