@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from dsv3.bench.measure import Progress, machine
+from dsv3.model.device import pick_device
 from dsv3.recipe.schema import Recipe
 from dsv3.stages.pretrain import pretraining_stages, train
 from dsv3.stages.runner import run_stages
-from dsv3.training.device import device_name, pick_device
+from dsv3.training.device import device_name
 
 TARGET = 0.03
 """Share of the training time that all of it together should stay below."""

@@ -17,6 +17,7 @@ from dsv3.data.shards import ShardSet
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.errors import UserError
 from dsv3.evaluation.validation_loss import ValidationLoss
+from dsv3.model.device import pick_device
 from dsv3.planning.flops import training_flops_per_token
 from dsv3.planning.parameters import count_parameters
 from dsv3.recipe.changes import check_names
@@ -25,7 +26,6 @@ from dsv3.recipe.schema import Recipe
 from dsv3.stages.data import data_stages, open_sets
 from dsv3.stages.runner import Stage
 from dsv3.stages.scores import Scores
-from dsv3.training.device import pick_device
 from dsv3.training.resume import find_continuation
 from dsv3.training.trainer import Progress, Trainer
 
