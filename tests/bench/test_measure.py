@@ -1,7 +1,8 @@
 import json
 import time
+from importlib import metadata
 
-from dsv3.bench.measure import Ratio, Result, Row, Spread, ratio, take_turns
+from dsv3.bench.measure import Ratio, Result, Row, Spread, ratio, take_turns, versions
 
 
 def test_sides_take_turns_after_a_round_that_does_not_count():
@@ -37,3 +38,13 @@ def test_the_file_names_machine_versions_and_command(tmp_path):
     assert found["versions"].keys() == {"dsv3", "python", "torch", "transformers"}
     assert found["command"].startswith("dsv3 ")
     assert found["shapes"] == {"batch": 1}
+
+
+def test_a_peer_that_is_not_installed_is_left_out(monkeypatch):
+    def version(name):
+        if name == "transformers":
+            raise metadata.PackageNotFoundError(name)
+        return "1.0"
+
+    monkeypatch.setattr("dsv3.bench.measure.version", version)
+    assert versions().keys() == {"dsv3", "python", "torch"}

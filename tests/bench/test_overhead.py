@@ -28,6 +28,7 @@ def test_what_is_spent_beside_the_steps_is_counted(tmp_path, monkeypatch):
     }  # fmt: skip
     assert all(milliseconds > 0 for milliseconds in found.parts.values())
     assert 20 <= found.parts["logging"] < 200
+    assert found.machine["device"] == found.shapes["device"]
     assert found.share == pytest.approx(sum(found.parts.values()) / found.step)
     assert (found.shapes["batch"], found.shapes["length"], found.shapes["steps between checkpoints"]) == (4, 128, 50)
     names = [path.name for path in sorted((tmp_path / "pretrain" / "checkpoints").glob("step-*"))]

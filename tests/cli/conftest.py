@@ -10,13 +10,14 @@ from dsv3.weights.checkpoint import save_checkpoint
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run's directory with a model of random weights: what it writes is noise, but always the same."""
+    """A run's directory with a model of random weights, and other random ones for their average: what they write is noise, but
+    always the same."""
     out = tmp_path_factory.mktemp("run")
     train_tokenizer(["def add(first, second):\n    return first + second\n"] * 20, 320).save(out / "tokenizer")
-    model = DeepSeekV3(ModelConfig.preset("debug")).initialize("fan_in", seed=1)
+    model, average = (DeepSeekV3(ModelConfig.preset("debug")).initialize("fan_in", seed=seed) for seed in (1, 2))
     save_checkpoint(
         out / "pretrain" / "checkpoints" / "step-00000001",
-        {"model": model.state_dict()},
+        {"model": model.state_dict(), "ema": average.state_dict()},
         {"model": model.config.to_hf()},
         {"tokenizer": out / "tokenizer"},
     )

@@ -23,9 +23,9 @@ def chat(checkpoint, capsys, monkeypatch):
 GREEDY = ["--temperature", "0", "--max-tokens", "8"]
 
 
-def continued(checkpoint, prompts):
+def continued(checkpoint, prompts, ema=False):
     params = SamplingParams(temperature=0, max_tokens=8)
-    return [each.text for each in LLM(checkpoint).generate(prompts, params)]
+    return [each.text for each in LLM(checkpoint, ema=ema).generate(prompts, params)]
 
 
 def test_every_line_is_continued_alone(chat, checkpoint):
@@ -46,6 +46,12 @@ def test_a_template_surrounds_the_line(chat, checkpoint):
     code, _, err = chat("x\n", "--template", "User:")
     assert code == 2
     assert "has no place for the line: expected one {}" in err
+
+
+def test_with_the_average_of_the_weights(chat, checkpoint):
+    [plain], [average] = (continued(checkpoint, ["def"], ema) for ema in (False, True))
+    assert plain != average
+    assert chat("def\n/exit\n", *GREEDY, "--ema")[:2] == (0, f"> {average}\n> ")
 
 
 def test_what_is_typed_is_not_unescaped(chat, checkpoint):

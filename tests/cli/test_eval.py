@@ -97,6 +97,21 @@ def test_published_weights_on_named_texts(published, tmp_path, capsys):
     assert "comes without a recipe that names its held-out texts: name some with --data" in capsys.readouterr().err
 
 
+def test_the_average_of_the_weights(checkpoint, run, tmp_path, capsys):
+    (tmp_path / "mine.txt").write_text("some words of mine\n" * 30)
+    mine = str(tmp_path / "mine.txt")
+    command = ["eval", str(checkpoint), "--tasks", "bpb", "--json", "--length", "32", "--data", mine]
+    model, tokenizer = load_model(checkpoint, ema=True)
+    texts = [(tmp_path / "mine.txt").read_text()]
+    expected = bits_per_byte(model, Tokenizer.load(tokenizer), texts, sequence_length=32, batch_rows=16).value
+    assert main.run([*command, "--ema"]) == 0
+    assert json.loads(capsys.readouterr().out)["bits_per_byte"][mine] == pytest.approx(expected, rel=1e-6)
+    assert main.run(command) == 0
+    assert json.loads(capsys.readouterr().out)["bits_per_byte"][mine] != pytest.approx(expected, rel=1e-4)
+    assert main.run(["eval", str(run), "--tasks", "bpb", "--ema"]) == 2
+    assert "holds no average of the weights: its run had no training.ema_decay" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

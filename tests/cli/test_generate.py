@@ -21,6 +21,10 @@ def test_the_prompt_and_its_continuation(checkpoint, capsys):
     assert generate(capsys, *arguments) == (0, f"def add(\n\t{expected.text}\n", "")
     [newest] = checkpoint.glob("pretrain/checkpoints/step-*")
     assert generate(capsys, newest, *arguments[1:])[1] == f"def add(\n\t{expected.text}\n"
+    [average] = LLM(checkpoint, ema=True).generate(["def add(\n\t"], params)
+    assert (
+        generate(capsys, *arguments, "--ema")[1] == f"def add(\n\t{average.text}\n" != f"def add(\n\t{expected.text}\n"
+    )
     stop = expected.text[3]
     shown = generate(capsys, *arguments, "--stop", stop)[1]
     assert shown == f"def add(\n\t{expected.text[: expected.text.index(stop)]}\n"

@@ -14,6 +14,8 @@ from dsv3.data.loader import Loader
 from dsv3.data.shard_writer import ShardWriter
 from dsv3.data.shards import ShardSet
 from dsv3.errors import RunError, UserError
+from dsv3.model.transformer import targets
+from dsv3.ops.cross_entropy import IGNORE
 
 PAD, ROW = 2, 17
 
@@ -96,10 +98,11 @@ def test_positions_run_through_the_row_without_a_document_mask(sources):
 def test_targets_are_the_next_tokens_and_never_padding(sources):
     batch = Loader(sources, ROW, 3, PAD).batch(0, 50)
     assert not batch.valid.all()
+    found = targets(batch.tokens, 1, batch.valid, None)
     for k in range(50):
         for t in range(ROW - 1):
-            expected = batch.tokens[k, t + 1] if batch.valid[k, t + 1] else -100
-            assert batch.targets[k, t] == expected
+            expected = batch.tokens[k, t + 1] if batch.valid[k, t + 1] else IGNORE
+            assert found[k, t] == expected
     assert torch.equal(batch.inputs, batch.tokens[:, :-1])
 
 

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from dsv3.errors import UserError
-from dsv3.evaluation.bits_per_byte import IGNORED, bits_per_byte, cut, pad
+from dsv3.evaluation.bits_per_byte import bits_per_byte, cut, pad
+from dsv3.ops.cross_entropy import IGNORE
 
 
 class Bytes:
@@ -114,7 +115,7 @@ def test_each_token_is_predicted_once(n, sequence_length):
 def test_padding_is_ignored():
     inputs, targets = pad([[5, 6, 7], [8, 9]])
     assert inputs.tolist() == [[5, 6], [8, 0]]
-    assert targets.tolist() == [[6, 7], [9, IGNORED]]
+    assert targets.tolist() == [[6, 7], [9, IGNORE]]
 
 
 @pytest.mark.parametrize("training", [True, False])

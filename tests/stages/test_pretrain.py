@@ -140,3 +140,12 @@ def test_held_out_texts_follow_the_data_seed():
     )]  # fmt: skip
     assert texts[0] == texts[1]
     assert texts[0] != texts[2]
+
+
+@pytest.mark.parametrize(("device", "name"), [("cpu", "CPU"), ("cuda:1", "GPU number 1"), ("auto", "GPU number 0")])
+def test_run_json_names_the_device_that_computes(tmp_path, monkeypatch, device, name):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: f"GPU number {device.index}")
+    write_run(Recipe.load(REDUCED, [f"training.device={device}"]), tmp_path, train_tokenizer(["a b"], 300), [])
+    assert json.loads((tmp_path / "run.json").read_text())["machine"]["device"] == name

@@ -198,7 +198,7 @@ def test_an_empty_corpus_is_refused(tmp_path, capsys):
         ("trainig.seed=1", "did you mean 'training'?"),
         ("data.sequence_length=1024", "expected at most model.max_position_embeddings = 512"),
         ("model.vocab_size=275", "vocab_size = 275: expected at least 276"),
-        ("training.device=cuda:x", "expected 'auto', 'cpu', 'cuda' or 'cuda:0'"),
+        ("training.device=cuda:x", "device 'cuda:x': expected 'auto', 'cpu', 'cuda'"),
     ],
 )
 def test_wrong_recipes_are_refused(tmp_path, capsys, override, said):

@@ -150,6 +150,21 @@ def test_a_run_with_one_evaluation_of_text_alone_and_no_run_json(make_run, tmp_p
     assert len(drawn(parsed)) == 4
 
 
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("dsv3 quickstart", "dsv3 quickstart\n"),
+        ("dsv3 pretrain a.toml", "dsv3 pretrain a.toml --resume\n"),
+        ("dsv3 extend a.toml --out b", "dsv3 extend a.toml --out b --resume\n"),
+        ("dsv3 extend a.toml --resume", "dsv3 extend a.toml --resume\n"),
+    ],
+)
+def test_the_command_that_goes_on_with_the_run(make_run, tmp_path, page, command, said):
+    about = make_run(tmp_path / "run", steps=20, planned=20) / "pretrain" / "run.json"
+    about.write_text(json.dumps({**json.loads(about.read_text()), "command": command}))
+    assert f"\n{said}" in page(tmp_path / "run")[0].text["pre"]
+
+
 def test_an_output_that_cannot_be_written_is_refused(tmp_path):
     run = tmp_path / "run"
     (run / "tokenizer").mkdir(parents=True)

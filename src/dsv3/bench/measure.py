@@ -5,22 +5,22 @@ round drifts far less.
 """
 
 import json
-import os
 import platform
 import shlex
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dsv3 import __version__
-from dsv3.stages.pretrain import processor
+from dsv3.stages.pretrain import machine
 
 Work = Callable[[], object]
 """One turn of one side."""
@@ -76,7 +76,7 @@ class Result:
     ratios: Sequence[Ratio]
     checks: Mapping[str, str]
     """What says that the sides computed the same."""
-    machine: Mapping[str, str] = field(default_factory=lambda: machine())
+    machine: Mapping[str, str] = field(default_factory=lambda: machine(torch.device("cpu")))
     versions: Mapping[str, str] = field(default_factory=lambda: versions())
     command: str = field(default_factory=lambda: shlex.join(["dsv3", *sys.argv[1:]]))
 
@@ -118,15 +118,10 @@ def ratio(
     return Ratio(title, ours, best, Spread.of(by_round), target)
 
 
-def machine() -> dict[str, str]:
-    """Where this was measured."""
-    return {
-        "processor": processor(), "cores": str(os.cpu_count()), "threads": str(torch.get_num_threads()),
-        "system": platform.platform(terse=True), "device": "CPU",
-    }  # fmt: skip
-
-
 def versions() -> dict[str, str]:
-    """With what this was measured."""
-    peers = {name: version(name) for name in ("torch", "transformers")}
-    return {"dsv3": __version__, "python": platform.python_version(), **peers}
+    """With what this was measured, of what is installed: not every benchmark needs every peer."""
+    found = {"dsv3": __version__, "python": platform.python_version()}
+    for name in ("torch", "transformers"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found

@@ -1,15 +1,16 @@
 """What training takes beside the steps themselves: data, metrics, logs, checkpoints, the average of the weights."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsv3.bench.measure import Progress, machine
+from dsv3.bench.measure import Progress
+from dsv3.model.device import pick_device
 from dsv3.recipe.schema import Recipe
-from dsv3.stages.pretrain import pretraining_stages, train
+from dsv3.stages.pretrain import machine, pretraining_stages, train
 from dsv3.stages.runner import run_stages
-from dsv3.training.device import device_name, pick_device
+from dsv3.training.device import device_name
 
 TARGET = 0.03
 """Share of the training time that all of it together should stay below."""
@@ -29,7 +30,7 @@ class Overhead:
     threads: Mapping[str, float]
     """Processor time of these threads; on a GPU they run beside it, and what they delay is among the parts."""
     shapes: Mapping[str, Any]
-    machine: Mapping[str, str] = field(default_factory=machine)
+    machine: Mapping[str, str]
 
     @property
     def share(self) -> float:
@@ -72,7 +73,7 @@ def bench_overhead(recipe: Recipe, out: Path, steps: int = 60, progress: Progres
         "preset": recipe.model.preset, "batch": size, "length": recipe.data.sequence_length, "steps": steps,
         "steps between checkpoints": every, "device": device_name(device),
     }  # fmt: skip
-    return Overhead(1000 * step, in_milliseconds(parts), in_milliseconds(threads), shapes)
+    return Overhead(1000 * step, in_milliseconds(parts), in_milliseconds(threads), shapes, machine(device))
 
 
 def in_milliseconds(seconds: Mapping[str, float]) -> dict[str, float]:

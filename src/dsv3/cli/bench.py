@@ -121,7 +121,8 @@ def memory(preset: str, batch: int, length: int, device: str, precision: Precisi
 
     from dsv3.bench.memory import bench_memory
     from dsv3.cli.ui import Progress
-    from dsv3.training.device import device_name, pick_device
+    from dsv3.model.device import pick_device
+    from dsv3.training.device import device_name
 
     where = pick_device(device)
     with Progress() as progress:

@@ -13,7 +13,7 @@ from dsv3.cli.generate import sampling_options, unescape
 @sampling_options
 def chat(
     checkpoint: Path, template: str, temperature: float, top_p: float, max_tokens: int,
-    stop: tuple[str, ...], seed: int | None, device: str,
+    stop: tuple[str, ...], seed: int | None, ema: bool, device: str,
 ) -> None:  # fmt: skip
     """Plain continuation with the model in CHECKPOINT. Ctrl-C stops an answer, /exit or Ctrl-D ends."""
     from dsv3.errors import UserError
@@ -23,7 +23,7 @@ def chat(
     if "{}" not in template:
         raise UserError(f"--template {template!r} has no place for the line: expected one {{}}")
     params = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=max_tokens, stop=stop, seed=seed)
-    llm = LLM(checkpoint, device=device)
+    llm = LLM(checkpoint, device=device, ema=ema)
     click.echo(f"{checkpoint}: type a line, /exit ends", err=True)
     while True:
         try:

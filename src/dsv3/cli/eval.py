@@ -28,11 +28,13 @@ from dsv3.errors import UserError
     "--needle-samples", type=click.IntRange(1), default=4, show_default=True, help="Haystacks a length and place."
 )
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the needle's heat map: .svg or .png.")
+@click.option("--ema", is_flag=True, help="With the average of the weights that the run kept.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1 or auto.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
 def evaluate(
     checkpoint: Path, tasks: str, data: tuple[str, ...], size: str, length: int | None, problems: int,
-    needle_lengths: str | None, needle_depths: int, needle_samples: int, plot: Path | None, device: str, as_json: bool,
+    needle_lengths: str | None, needle_depths: int, needle_samples: int, plot: Path | None, ema: bool, device: str,
+    as_json: bool,
 ) -> None:  # fmt: skip
     """Scores the model in CHECKPOINT: a run, a checkpoint or a Hugging Face directory."""
     from dsv3.recipe.quantity import parse_quantity
@@ -59,7 +61,7 @@ def evaluate(
     from dsv3.stages.evaluate import Request, evaluate_path
 
     request = Request(
-        chosen, data, most, length, problems, [int(part) for part in lengths], needle_depths, needle_samples
+        chosen, data, most, length, problems, [int(part) for part in lengths], needle_depths, needle_samples, ema
     )
     with Progress() as progress:
         found = evaluate_path(

@@ -10,6 +10,7 @@ def sampling_options(command: click.decorators.FC) -> click.decorators.FC:
     """The options that `generate` and `chat` share."""
     for option in (
         click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1 or auto."),
+        click.option("--ema", is_flag=True, help="With the average of the weights that the run kept."),
         click.option("--seed", type=int, help="Repeats a continuation."),
         click.option("--stop", multiple=True, help="A text that ends the continuation; may be given several times."),
         click.option("--max-tokens", type=click.IntRange(1), default=128, show_default=True),
@@ -26,11 +27,10 @@ def sampling_options(command: click.decorators.FC) -> click.decorators.FC:
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("--prompt", required=True, help="The text to continue; \\n and \\t are read as in Python.")
 @click.option("--suffix", help="What follows the gap: the model fills in the middle.")
-@click.option("--ema", is_flag=True, help="With the average of the weights that the run kept.")
 @sampling_options
 def generate(
-    checkpoint: Path, prompt: str, suffix: str | None, ema: bool, temperature: float, top_p: float, max_tokens: int,
-    stop: tuple[str, ...], seed: int | None, device: str,
+    checkpoint: Path, prompt: str, suffix: str | None, temperature: float, top_p: float, max_tokens: int,
+    stop: tuple[str, ...], seed: int | None, ema: bool, device: str,
 ) -> None:  # fmt: skip
     """Streams a continuation of PROMPT by the model in CHECKPOINT: a run, a checkpoint or a Hugging Face directory."""
     from dsv3.data.fim import fim_prompt

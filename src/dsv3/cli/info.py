@@ -88,7 +88,8 @@ def ops(device: str, as_json: bool) -> None:
     DSV3_OPS="grouped_gemm_fp8=reference,..." in the environment forces others.
     """
     from dsv3.bench.examples import calls
-    from dsv3.training.device import device_name, pick_device
+    from dsv3.model.device import pick_device
+    from dsv3.training.device import device_name
 
     where = pick_device(device)
     found = {operation.name: operation.explain(*arguments) for operation, arguments in calls(where)}

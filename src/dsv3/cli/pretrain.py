@@ -4,21 +4,15 @@ from pathlib import Path
 
 import click
 
-from dsv3.cli.run import out_option, overrides_argument, refuse_to_mix, run_recipe
+from dsv3.cli.run import allow_option, allowed_names, out_option, overrides_argument, refuse_to_mix, run_recipe
 from dsv3.cli.schedule import dry_run, dry_run_options, refuse_without_dry_run
-from dsv3.errors import UserError
 
 
 @click.command(short_help="Train a recipe's model: tokenizer, shards, training.")
 @click.argument("recipe", type=click.Path(path_type=Path))
 @overrides_argument
 @click.option("--resume", is_flag=True, help="Continue the run in --out from its newest checkpoint.")
-@click.option(
-    "--allow",
-    default="",
-    metavar="KEY,...",
-    help="With --resume: keys of the recipe, or sections, that may differ although they change the result.",
-)
+@allow_option
 @out_option(None)
 @dry_run_options
 def pretrain(
@@ -33,9 +27,7 @@ def pretrain(
         return
     refuse_without_dry_run(at, plot)
     out = out or Path("runs") / recipe.resolve().parent.name
-    if allow and not resume:
-        raise UserError("--allow says what may differ from the run that is continued: add --resume, or leave it out")
+    allowed = allowed_names(allow, resume)
     refuse_to_mix(out, "pretrain", resume)
-    allowed = [name.strip() for name in allow.split(",") if name.strip()]
     run_recipe(recipe, overrides, [], out, stages="pretrain", replace=False, allow=allowed)
     click.echo(f"\nThe model is in {out / 'pretrain' / 'checkpoints'}; `dsv3 report {out}` makes a page of the run.")

@@ -11,6 +11,12 @@ from dsv3.errors import UserError
 Stages = Literal["quickstart", "pretrain", "extend"]
 
 overrides_argument = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+allow_option = click.option(
+    "--allow",
+    default="",
+    metavar="KEY,...",
+    help="With --resume: keys of the recipe, or sections, that may differ although they change the result.",
+)
 
 
 def out_option(default: str | None) -> Callable[[Any], Any]:
@@ -32,6 +38,13 @@ def recipe_beside(name: str) -> Path:
         if (root / "recipes" / name).is_file():
             return root / "recipes" / name
     raise UserError(f"there is no recipes/{name} here; run this in a checkout of dsv3, or name a recipe")
+
+
+def allowed_names(allow: str, resume: bool) -> list[str]:
+    """The names in `--allow`; `UserError` where no run is continued."""
+    if allow and not resume:
+        raise UserError("--allow says what may differ from the run that is continued: add --resume, or leave it out")
+    return [name.strip() for name in allow.split(",") if name.strip()]
 
 
 def refuse_to_mix(out: Path, stage: str, resume: bool) -> None:

@@ -13,9 +13,6 @@ from dsv3.data.packing import pack
 from dsv3.data.shards import ShardSet
 from dsv3.errors import UserError
 
-IGNORED = -100
-"""The target of a position that has none."""
-
 
 @dataclass(frozen=True)
 class Batch:
@@ -36,11 +33,6 @@ class Batch:
     def inputs(self) -> torch.Tensor:
         """int64 [B, T]: what the model reads."""
         return self.tokens[:, :-1]
-
-    @property
-    def targets(self) -> torch.Tensor:
-        """int64 [B, T]: the token after each input, -100 where that is padding."""
-        return self.tokens[:, 1:].masked_fill(~self.valid[:, 1:], IGNORED)
 
 
 class Loader:

@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dsv3.errors import UserError
-
-IGNORED = -100
+from dsv3.ops.cross_entropy import IGNORE
 
 
 class Encoder(Protocol):
@@ -78,7 +77,7 @@ def bits_per_byte(
             inputs, targets = pad(windows[first : first + batch_rows])
             logits = model(inputs.to(device)).logits
             losses = F.cross_entropy(
-                logits.flatten(0, 1).float(), targets.to(device).flatten(), ignore_index=IGNORED, reduction="none"
+                logits.flatten(0, 1).float(), targets.to(device).flatten(), ignore_index=IGNORE, reduction="none"
             )
             nats += losses.double().sum().item()
     finally:
@@ -92,10 +91,10 @@ def cut(tokens: Sequence[int], sequence_length: int) -> list[Sequence[int]]:
 
 
 def pad(windows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """int64 `[B, T]`: windows without their last token, padded with 0; without their first, with `IGNORED`."""
+    """int64 `[B, T]`: windows without their last token, padded with 0; without their first, with `IGNORE`."""
     width = max(map(len, windows)) - 1
     inputs = torch.zeros(len(windows), width, dtype=torch.int64)
-    targets = torch.full((len(windows), width), IGNORED)
+    targets = torch.full((len(windows), width), IGNORE)
     for row, window in enumerate(windows):
         inputs[row, : len(window) - 1] = torch.tensor(window[:-1])
         targets[row, : len(window) - 1] = torch.tensor(window[1:])

@@ -32,6 +32,8 @@ class Request:
     needle_lengths: Sequence[int] = ()
     needle_depths: int = 5
     needle_samples: int = 4
+    ema: bool = False
+    """The average of the weights that a run kept, instead of its weights."""
 
 
 def evaluate_path(
@@ -50,7 +52,7 @@ def evaluate_path(
         raise UserError(
             f"{path} comes without a recipe that names its held-out texts: name some with --data PATH, or builtin:stdlib"
         )
-    model, tokenizer = load_model(path, device=device)
+    model, tokenizer = load_model(path, device=device, ema=request.ema)
     longest = min(model.config.max_position_embeddings, LONGEST)
     length = request.length or (recipe.data.sequence_length if recipe else longest)
     plan = Plan(

@@ -17,6 +17,7 @@ from dsv3.data.shards import ShardSet
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.errors import UserError
 from dsv3.evaluation.validation_loss import ValidationLoss
+from dsv3.model.device import pick_device
 from dsv3.planning.flops import training_flops_per_token
 from dsv3.planning.parameters import count_parameters
 from dsv3.recipe.changes import check_names
@@ -25,7 +26,7 @@ from dsv3.recipe.schema import Recipe
 from dsv3.stages.data import data_stages, open_sets
 from dsv3.stages.runner import Stage
 from dsv3.stages.scores import Scores
-from dsv3.training.device import pick_device
+from dsv3.training.device import device_name
 from dsv3.training.resume import find_continuation
 from dsv3.training.trainer import Progress, Trainer
 
@@ -121,18 +122,22 @@ def write_run(recipe: Recipe, directory: Path, tokenizer: Tokenizer, sets: list[
     content: dict[str, Any] = {
         "recipe": recipe.to_dict(),
         "derived": {**derived(recipe), "tokenizer": f"byte-level BPE, {tokenizer.vocab_size:,} entries", **corpora},
-        "machine": {
-            "processor": processor(), "cores": str(os.cpu_count()), "threads": str(torch.get_num_threads()),
-            "system": platform.platform(terse=True),
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
-        },
+        "machine": machine(pick_device(recipe.training.device)),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "command": shlex.join(["dsv3", *sys.argv[1:]]),
-    }  # fmt: skip
+    }
     directory.mkdir(parents=True, exist_ok=True)
     partial = directory / "run.json.partial"
     partial.write_text(json.dumps(content, indent=1))
     partial.replace(directory / "run.json")
+
+
+def machine(device: torch.device) -> dict[str, str]:
+    """Where something ran: the computer, and the device that computed."""
+    return {
+        "processor": processor(), "cores": str(os.cpu_count()), "threads": str(torch.get_num_threads()),
+        "system": platform.platform(terse=True), "device": device_name(device),
+    }  # fmt: skip
 
 
 def processor() -> str:

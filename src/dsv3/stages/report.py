@@ -156,7 +156,8 @@ def commands(run: Run) -> list[tuple[str, str]]:
             ("Write with the model in the terminal", f"dsv3 chat {checkpoint}"),
         ]
     if command := run.about.get("command"):
-        resume = " --resume" if "pretrain" in command.split() and "--resume" not in command.split() else ""
+        words = set(command.split())
+        resume = " --resume" if words & {"pretrain", "extend"} and "--resume" not in words else ""
         listed.append(("Go on after an interruption", command + resume))
     listed.append(("Train on your own text", "dsv3 quickstart --data PATH..."))
     return [*listed, ("Write this page again", f"dsv3 report {shlex.quote(str(run.path))}")]

@@ -1,11 +1,9 @@
-"""Where a run computes: the device a recipe names, how fast that could be, how much memory it took."""
+"""Where a run computes: what the device is called, how fast it could be, how much memory the run took."""
 
 import resource
 
 import torch
 from torch import Tensor
-
-from dsv3.errors import UserError
 
 PEAK_BF16 = {
     "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "H800": 989e12, "GH200": 989e12, "H20": 148e12, "B200": 2250e12,
@@ -16,19 +14,6 @@ as in the published figures."""
 
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 """What activations have, by `training.precision`; in FP8 some layers quantise them."""
-
-
-def pick_device(name: str) -> torch.device:
-    """`auto` is the first GPU if there is one, else the CPU. A GPU has its index: torch asks for it in some places."""
-    if name == "auto":
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"training.device = {name!r}: expected 'auto', 'cpu', 'cuda' or 'cuda:0'") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"training.device = {name!r}, but torch finds no GPU here; use 'auto' or 'cpu'")
-    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
 
 
 def peak_flops(name: str) -> float | None:

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from dsv3.data.loader import Batch, Loader
 from dsv3.errors import RunError
+from dsv3.model.device import pick_device
 from dsv3.model.transformer import DeepSeekV3
 from dsv3.recipe.schedule import Schedules
 from dsv3.recipe.schema import Recipe
 from dsv3.training.balance import routing_biases, update_biases
-from dsv3.training.device import COMPUTE_DTYPES, pick_device
+from dsv3.training.device import COMPUTE_DTYPES
 from dsv3.training.ema import Average
 from dsv3.training.gradients import batch_gradients
 from dsv3.training.health import Health

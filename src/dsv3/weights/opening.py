@@ -8,6 +8,7 @@ import torch
 
 from dsv3.errors import UserError, nearest
 from dsv3.model.config import ModelConfig
+from dsv3.model.device import pick_device
 from dsv3.model.transformer import DeepSeekV3
 from dsv3.weights import deepseek
 from dsv3.weights.checkpoint import LATEST, STATE, TOKENIZER, latest_checkpoint, read_state
@@ -57,15 +58,14 @@ def load_model(
     """The model at a path (see `open_weights`, also for `ema`), and the directory with its tokenizer.
 
     `dtype`: what weights become, "bf16" and "fp32" included; None or "auto": what they are, but BF16 for FP8 weights on
-    the CPU. `device`: None is the CPU, "auto" a GPU where there is one. Raises `UserError` when there is no model, or it
-    is damaged.
+    the CPU. `device`: None is the CPU, a name as for `pick_device`. Raises `UserError` when there is no model, it is
+    damaged, or the device is not here.
     """
     dtype = named_dtype(dtype) if isinstance(dtype, str) else dtype
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = pick_device(device) if isinstance(device, str) else device
     source, tokenizer = open_weights(path, ema=ema)
     stored = {each.dtype for each in source.layout.values()}
-    if dtype is None and FP8 in stored and torch.device(device or "cpu").type == "cpu":
+    if dtype is None and FP8 in stored and (device is None or device.type == "cpu"):
         log.warning("%s is in FP8, which CPUs do not compute in: its weights become BF16", source.where)
         dtype = torch.bfloat16
     return load(source, dtype, device), tokenizer
