@@ -27,8 +27,8 @@ E4M3 = torch.float8_e4m3fn
 CONFIGS = {
     "MTP 2, two shared experts": dict(num_nextn_predict_layers=2, n_shared_experts=2),
     "no MTP, no q-LoRA, one group": dict(num_nextn_predict_layers=0, q_lora_rank=None, n_group=1, topk_group=1),
-    # Blocks of 128 x 128 that end inside: 150 = 128 + 22, and a latent of 192 + 4 rows.
-    "ragged blocks": dict(hidden_size=200, moe_intermediate_size=150, intermediate_size=260, kv_lora_rank=192),
+    # Blocks of 128 x 128 that end inside: 150 = 128 + 22, and a latent with its key of 572 + 4 = 576 rows.
+    "ragged blocks": dict(hidden_size=200, moe_intermediate_size=150, intermediate_size=260, kv_lora_rank=572),
 }
 
 
