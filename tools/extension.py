@@ -16,15 +16,17 @@ from typing import Any
 
 import click
 
-from dsv3.bench.measure import machine, versions
+from dsv3.bench.measure import versions
 from dsv3.cli import main as dsv3
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.errors import RunError
 from dsv3.evaluation.tasks import Plan, run_tasks
 from dsv3.model.config import RopeScaling
+from dsv3.model.device import pick_device
 from dsv3.model.transformer import DeepSeekV3
 from dsv3.recipe.schema import Recipe
 from dsv3.stages.evaluate import recipe_of
+from dsv3.stages.pretrain import machine
 from dsv3.stages.scores import plan_of
 from dsv3.weights.opening import load_model
 
@@ -71,7 +73,12 @@ def main(
     for name, figures in found.items():
         say(name, figures, old, new)
     if json_path is not None:
-        content = {"machine": machine(), "versions": versions(), "old_length": old, "new_length": new}
+        content = {
+            "machine": machine(pick_device(device)),
+            "versions": versions(),
+            "old_length": old,
+            "new_length": new,
+        }
         json_path.parent.mkdir(parents=True, exist_ok=True)
         json_path.write_text(json.dumps({**content, "scores": found}, indent=1) + "\n")
     missed = [

@@ -21,8 +21,9 @@ from rich.console import Console
 from rich.table import Table
 
 from dsv3 import LLM
-from dsv3.bench.measure import machine, versions
+from dsv3.bench.measure import versions
 from dsv3.errors import RunError, UserError
+from dsv3.stages.pretrain import machine
 from tools.interop.compare import Row, compare, expected_drafts, smallest_lead
 from tools.interop.network import (
     NEW_TOKENS,
@@ -70,7 +71,7 @@ def main(environment: Path, out: Path, result: Path) -> None:
     lead, moved = smallest_lead(ours), effects(llm.model, ours[-1])
     content: dict[str, Any] = {
         "command": "make interop",
-        "machine": machine(),
+        "machine": machine(torch.device("cpu")),
         "versions": {**versions(), "vllm": engine.removeprefix("vLLM ")},
         "shapes": describe(llm.model),
         "rows": [asdict(row) for row in rows],
