@@ -22,15 +22,16 @@ EXTRAS_docs := docs
 quickstart: $(ENV)/.installed-run
 	$(BIN)/dsv3 quickstart $(ARGS)
 
+# Two files of tests at a time; what one shares stays in one process.
 test: $(ENV)/.installed-test
-	$(BIN)/python -m pytest -m "not prove" $(ARGS)
+	$(BIN)/python -m pytest -m "not prove" -n 2 --dist loadfile $(ARGS)
 
 # pytest ends with 5 when nothing was selected, which is no failure here.
 prove: $(ENV)/.installed-test
 	$(BIN)/python -m pytest -m prove $(ARGS) || test $$? -eq 5
 
 test-oldest: $(OLDEST)/.installed-test
-	$(OLDEST)/bin/python -m pytest -m "not prove" $(ARGS)
+	$(OLDEST)/bin/python -m pytest -m "not prove" -n 2 --dist loadfile $(ARGS)
 
 # vLLM serves what we export: docs/interop.md. Its environment takes 3.5 GB, so this is no part of `make test`.
 interop: $(ENV)/.installed-test $(VLLM)/.installed

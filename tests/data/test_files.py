@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from random import Random
 
 import pyarrow
@@ -189,3 +190,53 @@ def test_a_file_of_one_line_is_read_in_bounded_memory(tmp_path):
 @pytest.mark.parametrize("line", [words, noise])
 def test_a_file_of_one_line_of_200_megabytes_is_read_below_a_gigabyte(tmp_path, line):
     assert peak_memory(tmp_path, line, 200_000_000, 8_000_000) < 1e9
+
+
+COMMAND = """
+import re, sys, threading, time
+from pathlib import Path
+from dsv3.cli import main
+
+peaks = {}
+
+def watch():
+    while True:
+        for status in Path("/proc").glob("[0-9]*/status"):
+            try:
+                text = status.read_text()
+            except OSError:
+                continue
+            own = status.parent.name == str(pid) or f"PPid:\\t{pid}\\n" in text
+            if own and (peak := re.search(r"VmHWM:\\s+(\\d+) kB", text)):
+                peaks[status.parent.name] = max(int(peak[1]) * 1024, peaks.get(status.parent.name, 0))
+        time.sleep(0.2)
+
+pid = Path("/proc/self").resolve().name
+threading.Thread(target=watch, daemon=True).start()
+code = main.run(sys.argv[1:])
+time.sleep(0.5)
+print(code, max(peaks.values()))
+"""
+
+
+@needs_proc
+@pytest.mark.prove
+@pytest.mark.timeout(1200)
+def test_data_build_takes_a_file_of_one_line_of_200_megabytes_and_ends_well(tmp_path):
+    """No process of it, workers included, takes a gigabyte."""
+    path = tmp_path / "line.txt"
+    with path.open("wb") as stream:
+        while stream.tell() < 200_000_000:
+            stream.write(words(0))
+    recipe = Path(__file__).parents[1] / "recipes" / "quickstart-reduced.toml"
+    source = f'data.sources=[{{name="line", uri="{path}"}}]'
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    run = subprocess.run(
+        [sys.executable, "-c", COMMAND, "data", "build", str(recipe), source, "--out", str(tmp_path / "out")],
+        env=environment, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    code, peak = map(int, run.stdout.splitlines()[-1].split())
+    assert code == 0, run.stderr
+    assert peak < 1e9
+    manifests = list((tmp_path / "out" / "shards").rglob("*.json"))
+    assert manifests

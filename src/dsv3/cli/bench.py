@@ -54,7 +54,7 @@ def train(
         return
     with Progress() as progress:
         result = bench_train(preset, rounds, progress=progress)
-    show(result, json_path)
+    print_result(result, json_path)
 
 
 @bench.command()
@@ -73,7 +73,7 @@ def decode(preset: str, batch: str, tokens: int, rounds: int, threads: int | Non
     use_threads(threads)
     with Progress() as progress:
         result = bench_decode(preset, rounds, batches=batches, tokens=tokens, progress=progress)
-    show(result, json_path)
+    print_result(result, json_path)
 
 
 def show_overhead(recipe: Path | None, steps: int, json_path: Path | None) -> None:
@@ -156,7 +156,7 @@ def data(vocabularies: str, megabytes: float, rounds: int, json_path: Path | Non
         result = bench_data(
             whole_numbers("--vocabularies", vocabularies), rounds, megabytes=megabytes, progress=progress
         )
-    show(result, json_path)
+    print_result(result, json_path)
 
 
 def whole_numbers(option: str, value: str) -> list[int]:
@@ -175,7 +175,7 @@ def use_threads(count: int | None) -> None:
         torch.set_num_threads(count)
 
 
-def show(result: Result, json_path: Path | None) -> None:
+def print_result(result: Result, json_path: Path | None) -> None:
     """Prints the tables, and writes the file that was asked for."""
     from rich import box
     from rich.table import Table

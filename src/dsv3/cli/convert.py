@@ -43,7 +43,7 @@ def import_command(
     from dsv3.cli.ui import Progress
 
     with Progress() as progress:
-        import_weights(plan, checkpoint, workers, partial(show, progress, "import"))
+        import_weights(plan, checkpoint, workers, partial(show_bytes, progress, "import"))
     click.echo(f"checkpoint: {checkpoint}")
 
 
@@ -73,12 +73,12 @@ def export_command(
 
     wanted = torch.float8_e4m3fn if fp8 else named_dtype(dtype or "auto")
     with Progress() as progress:
-        advance = partial(show, progress, "export")
+        advance = partial(show_bytes, progress, "export")
         export_weights(checkpoint, directory, wanted, int(shard_size * GB), workers, advance, ema)
     click.echo(f"weights: {directory}")
 
 
-def show(progress: "Progress", stage: str, done: int, total: int) -> None:
+def show_bytes(progress: "Progress", stage: str, done: int, total: int) -> None:
     """Tells the terminal how many bytes are done."""
     progress(stage=stage, done=done, total=total, gigabytes=True)
 

@@ -42,15 +42,15 @@ def build(recipe: Path, overrides: tuple[str, ...], workers: int | None, as_json
         stages = data_stages(content, out, progress, progress.note, workers=workers, built=speeds.__setitem__)
         run_stages(stages, out, lambda name, state: progress.note(f"{name}: {state}"), replace=True)
     sets = {f"{name}/{split}": each for split in SPLITS for name, each in open_sets(content, out, split).items()}
-    rows = {name: figures(each.manifest, speeds.get(name)) for name, each in sorted(sets.items())}
+    rows = {name: figures_of_source(each.manifest, speeds.get(name)) for name, each in sorted(sets.items())}
     if as_json:
         click.echo(json.dumps(rows, indent=1))
     else:
-        show(rows)
+        print_sources(rows)
         click.echo(f"The shards are in {out / 'shards'}.")
 
 
-def figures(manifest: Any, speed: float | None) -> dict[str, float | None]:
+def figures_of_source(manifest: Any, speed: float | None) -> dict[str, float | None]:
     """A row of the table: what a set holds, and the tokens a second of its building, None where it was there already."""
     values = (
         manifest.documents, manifest.tokens, manifest.bytes / 1e6, manifest.bytes / manifest.tokens, speed,
@@ -59,7 +59,7 @@ def figures(manifest: Any, speed: float | None) -> dict[str, float | None]:
     return dict(zip(COLUMNS, values, strict=True))
 
 
-def show(rows: dict[str, dict[str, float | None]]) -> None:
+def print_sources(rows: dict[str, dict[str, float | None]]) -> None:
     """Prints the table."""
     from rich import box
     from rich.console import Console

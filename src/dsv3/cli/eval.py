@@ -74,12 +74,12 @@ def evaluate(
     if as_json:
         click.echo(json.dumps(found, indent=1))
         return
-    show(found)
+    print_scores(found)
     if plot is not None:
         click.echo(f"drawn: {plot}")
 
 
-def show(found: dict[str, Any]) -> None:
+def print_scores(found: dict[str, Any]) -> None:
     """Tables for people."""
     from rich import box
     from rich.table import Table

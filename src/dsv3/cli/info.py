@@ -33,7 +33,7 @@ def model(model: str, as_json: bool) -> None:
     """Parameters, cache and training FLOPs of a preset, or of a directory that holds a config.json."""
     config = find_config(model)
     if as_json:
-        click.echo(json.dumps(figures(config), indent=2))
+        click.echo(json.dumps(model_figures(config), indent=2))
         return
     from rich import box
     from rich.console import Console
@@ -127,7 +127,7 @@ def find_config(model: str) -> ModelConfig:
     raise UserError(f"{model!r} is neither a preset nor a directory with a config.json: {nearest(model, PRESETS)}")
 
 
-def figures(config: ModelConfig) -> dict[str, object]:
+def model_figures(config: ModelConfig) -> dict[str, object]:
     """Everything the table shows, as numbers; parameters by name, the cache in bytes of BF16."""
     counted, length = count_parameters(config), training_length(config)
     return {

@@ -75,7 +75,7 @@ class Progress:
         now = self._clock()
         started, first = self._started.setdefault(stage, (now, done))
         count = f"{done / 1e9:.2f}/{total / 1e9:.2f} GB" if gigabytes else f"{done}/{total}"
-        parts = [count, *(show(name, value) for name, value in figures.items())]
+        parts = [count, *(show_figure(name, value) for name, value in figures.items())]
         if first < done < total:
             parts.append(f"{show_seconds((now - started) * (total - done) / (done - first))} left")
         elif done >= total:
@@ -94,7 +94,7 @@ class Progress:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def show(name: str, value: float | str) -> str:
+def show_figure(name: str, value: float | str) -> str:
     """A figure for a person: `loss 3.142`, `7.1K tokens/s`."""
     if isinstance(value, str):
         return f"{name.replace('_', ' ')} {value}"

@@ -85,7 +85,7 @@ def compare(paths: Sequence[Path]) -> Comparison:
     runs = [run for variant in variants for run in variant.runs.values()]
     tokens = last_common(runs)
     blocks = set.intersection(*(blocks_of(run) for run in runs))
-    values = {run.path: figures(run, tokens, blocks) for run in runs}
+    values = {run.path: figures_of_run(run, tokens, blocks) for run in runs}
     names = [name for name in values[runs[0].path] if all(name in found for found in values.values())]
     lines = []
     for name in names:
@@ -155,7 +155,7 @@ def evaluated(row: Row) -> dict[str, float]:
     return found
 
 
-def figures(run: Run, tokens: int, blocks: set[str]) -> dict[str, float]:
+def figures_of_run(run: Run, tokens: int, blocks: set[str]) -> dict[str, float]:
     """All figures of a run at a number of tokens; MaxVio is the mean over `blocks` and the last part of the steps."""
     found = evaluated(next(row for row in run.evaluations if row["tokens"] == tokens))
     steps = [row for row in run.metrics if (1 - LAST) * tokens < row["tokens"] <= tokens]

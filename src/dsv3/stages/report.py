@@ -48,7 +48,7 @@ def render(run: Run) -> str:
         tiles=[*found, *spent],
         evaluations=evaluations(run),
         state=state(run),
-        figures={name: Markup(drawing) for name, drawing in figures(run).items()},
+        figures={name: Markup(drawing) for name, drawing in draw_figures(run).items()},
         sampled=[sampled[-1], sampled[0]] if len(sampled) > 1 else sampled,
         recipe=to_toml(run.about.get("recipe") or {}),
         commands=commands(run),
@@ -56,7 +56,7 @@ def render(run: Run) -> str:
     )
 
 
-def figures(run: Run) -> dict[str, str]:
+def draw_figures(run: Run) -> dict[str, str]:
     """The drawings that the records allow by now: name -> inline SVG."""
     drawn: dict[str, str] = {}
     if run.metrics:

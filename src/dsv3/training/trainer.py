@@ -36,8 +36,7 @@ from dsv3.training.saver import Saver
 from dsv3.training.sinks import check_sinks, open_sinks
 from dsv3.training.timing import timed
 from dsv3.training.transfer import Transfer
-from dsv3.weights.checkpoint import latest_checkpoint, load_checkpoint
-from dsv3.weights.released import EMA
+from dsv3.weights.checkpoint import EMA, EMA_GROUP, MODEL_GROUP, latest_checkpoint, load_checkpoint
 
 log = logging.getLogger(__name__)
 Progress = Callable[..., None]
@@ -234,8 +233,8 @@ class Trainer:
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """All tensors of a checkpoint."""
-        tensors = {"model": self.model.state_dict(), "optimizer": self.optimizer.tensors()}
-        return tensors if self.average is None else {**tensors, EMA[:-1]: self.average.tensors()}
+        tensors = {MODEL_GROUP: self.model.state_dict(), "optimizer": self.optimizer.tensors()}
+        return tensors if self.average is None else {**tensors, EMA_GROUP: self.average.tensors()}
 
     def resume(self, allow: Sequence[str] = ()) -> bool:
         """Continues from the newest checkpoint of the run's directory; False where there is none.
@@ -251,7 +250,7 @@ class Trainer:
         state, tensors = found.state, self.tensors()
         averaged = Recipe.from_dict(state["recipe"]).training.ema_decay is not None
         if self.average is not None and not averaged:
-            del tensors[EMA[:-1]]
+            del tensors[EMA_GROUP]
         load_checkpoint(found.directory, tensors, leave=[] if self.average is not None else [EMA])
         if self.average is not None and averaged:
             self.average.updates = state["updates of the average"]

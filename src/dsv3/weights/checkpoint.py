@@ -28,6 +28,10 @@ CHECKSUMS = "sha256.json"
 LATEST = "latest"
 PARTIAL, REPLACED, REMOVED = ".partial", ".replaced", ".removed"
 TOKENIZER = "tokenizer"
+MODEL_GROUP, EMA_GROUP = "model", "ema"
+"""What a checkpoint calls the model's tensors, and the average of its weights..."""
+MODEL, EMA = f"{MODEL_GROUP}.", f"{EMA_GROUP}."
+"""...and what their names begin with."""
 NUMBERED = re.compile(r"[^.].*?(\d+)")
 
 

@@ -14,11 +14,11 @@ from dsv3.errors import UserError
 from dsv3.model.config import ModelConfig
 from dsv3.ops.block_scaled import scale_shape
 from dsv3.weights import deepseek
-from dsv3.weights.checkpoint import STATE
+from dsv3.weights.checkpoint import MODEL, STATE
 from dsv3.weights.loading import places_of, skeleton
 from dsv3.weights.names import SCALE, is_block_scaled, is_mtp
 from dsv3.weights.opening import open_weights
-from dsv3.weights.released import FP8, MODEL, ReleasedCheckpoint
+from dsv3.weights.released import FP8, ReleasedCheckpoint
 from dsv3.weights.shards import HEADER_NAMES, INDEX, Layout, Stored, files_of, read_header, read_index
 
 

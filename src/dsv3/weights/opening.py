@@ -11,10 +11,10 @@ from dsv3.model.config import ModelConfig
 from dsv3.model.device import pick_device
 from dsv3.model.transformer import DeepSeekV3
 from dsv3.weights import deepseek
-from dsv3.weights.checkpoint import LATEST, STATE, TOKENIZER, latest_checkpoint, read_state
+from dsv3.weights.checkpoint import EMA, LATEST, MODEL, STATE, TOKENIZER, latest_checkpoint, read_state
 from dsv3.weights.huggingface import open_directory
 from dsv3.weights.loading import load
-from dsv3.weights.released import EMA, FP8, MODEL, Released, ReleasedCheckpoint, ReleasedFiles
+from dsv3.weights.released import FP8, Released, ReleasedCheckpoint, ReleasedFiles
 
 log = logging.getLogger(__name__)
 NAMED_DTYPES = {"fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16}

@@ -17,6 +17,7 @@ from dsv3.errors import UserError
 from dsv3.model.config import ModelConfig
 from dsv3.model.transformer import DeepSeekV3
 from dsv3.ops.block_scaled import dequantize, quantize, scale_shape
+from dsv3.weights.checkpoint import EMA, MODEL
 from dsv3.weights.names import KEPT_FLOAT32, SCALE, Part, is_block_scaled, released
 from dsv3.weights.shards import DTYPES, HEADER_NAMES, Layout, Stored, read_tensor
 from dsv3.weights.tensor_directory import ChunkReader, Region
@@ -77,7 +78,7 @@ class ReleasedCheckpoint:
     Raises `UserError` when the checkpoint holds none.
     """
 
-    def __init__(self, directory: Path, config: ModelConfig, prefix: str = "model."):
+    def __init__(self, directory: Path, config: ModelConfig, prefix: str = MODEL):
         self.where, self.config = str(directory), config
         self.reader = ChunkReader(directory)
         self.places: dict[str, tuple[str, Part]] = {}
@@ -106,12 +107,6 @@ class ReleasedCheckpoint:
         """See `Released`."""
         ours, part = self.places[name]
         return self.reader.read(Region(ours, part.start, part.size)).view(part.shape)
-
-
-MODEL = "model."
-"""What the names of the model's tensors begin with in a checkpoint."""
-EMA = "ema."
-"""And those of the average of its weights."""
 
 
 class ReleasedModel:
