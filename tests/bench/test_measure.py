@@ -1,4 +1,5 @@
 import json
+import sys
 import time
 from importlib import metadata
 
@@ -27,7 +28,8 @@ def test_a_ratio_is_taken_round_by_round_against_the_fastest():
     assert ratio("title", seconds, "ours", ["slow"], None).value.median == 4.5
 
 
-def test_the_file_names_machine_versions_and_command(tmp_path):
+def test_the_file_names_machine_versions_and_command(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/somewhere/dsv3", "bench", "decode", "--json", "a b.json"])
     rows = [Row("dsv3 fp32", "batch 1", Spread(2.0, 1.0, 3.0), {"ms a step": 500.0})]
     ratios = [Ratio("title", "dsv3 fp32", "transformers", Spread(3.0, 2.0, 4.0), 3.0)]
     Result("decode", {"batch": 1}, rows, ratios, {"tokens": "all"}).write(tmp_path / "results" / "decode.json")
@@ -36,7 +38,7 @@ def test_the_file_names_machine_versions_and_command(tmp_path):
     assert found["ratios"][0]["target"] == 3.0
     assert found["machine"].keys() >= {"processor", "threads", "device"}
     assert found["versions"].keys() == {"dsv3", "python", "torch", "transformers"}
-    assert found["command"].startswith("dsv3 ")
+    assert found["command"] == "dsv3 bench decode --json 'a b.json'"
     assert found["shapes"] == {"batch": 1}
 
 

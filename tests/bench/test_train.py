@@ -9,7 +9,7 @@ from dsv3.planning.flops import training_flops_per_token
 
 @pytest.fixture(scope="module")
 def result():
-    return bench_train("debug", 2, steps=1, batch=2, length=16)
+    return bench_train("debug", 3, steps=1, batch=2, length=16)
 
 
 def test_every_side_is_measured_in_every_setting(result):

@@ -3,7 +3,7 @@ import io
 import pytest
 from rich.console import Console
 
-from dsv3.cli.ui import Progress, panel, show, show_seconds
+from dsv3.cli.ui import Progress, panel, show_figure, show_seconds
 
 
 class Clock:
@@ -63,7 +63,7 @@ def test_bars_on_a_terminal() -> None:
     ],
 )
 def test_figures(name: str, value: float | str, text: str) -> None:
-    assert show(name, value) == text
+    assert show_figure(name, value) == text
 
 
 def test_durations() -> None:
