@@ -46,7 +46,7 @@ def test_all_three_products_are_those_of_quantised_matrices(rows, twelve_bits):
     weight = dequantize(
         *weights_module.quantize_blocks(torch.cat([each.weight.detach() for each in linears])), torch.float64
     )
-    kept = unpack_e5m6(pack_e5m6(flat)) if twelve_bits else dequantize_rows(quantize_rows(flat))
+    kept = unpack_e5m6(pack_e5m6(flat)) if twelve_bits else dequantize_rows(quantize_rows(flat), torch.float32)
     flat_weight_grad = seen_by_columns(flat_grad).t() @ seen_by_columns(kept)
     # Sums in FP32.
     for found, expected in [

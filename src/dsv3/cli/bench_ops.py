@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 
 import click
@@ -56,7 +58,15 @@ def ops(only: str | None, warm: bool, json_path: Path | None) -> None:
         table.add_row(row.op, row.shape, f"{row.microseconds:,.1f}", *rates, row.peer, ratio, wanted, verdict)
     console.print(table)
     if json_path is not None:
-        write_json(json_path, {**device(), "copy_rate": copy_rate, "rows": [asdict(row) for row in rows]})
+        write_json(
+            json_path,
+            {
+                **device(),
+                "command": shlex.join(["dsv3", *sys.argv[1:]]),
+                "copy_rate": copy_rate,
+                "rows": [asdict(row) for row in rows],
+            },
+        )
 
 
 def device() -> dict[str, str]:

@@ -7,6 +7,7 @@ Legend: R rows, E experts, N elements out, K elements in, P = ceil(N / 128), Q =
 
 from functools import cache
 from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -159,16 +160,9 @@ def triton(
     return contiguous(x, weight_ENK, scale_EPQ, counts_E, out_dtype)
 
 
-def triton_serves(
-    x: Tiles,
-    weight_ENK: Tensor,
-    scale_EPQ: Tensor,
-    counts_E: Tensor,
-    out_dtype: torch.dtype = torch.bfloat16,
-    aligned: bool = False,
-) -> str | None:
+def triton_serves(x: Tiles, weight_ENK: Tensor, *rest: Any, **named: Any) -> str | None:
     """Why it does not."""
-    return disagree(x, weight_ENK, scale_EPQ, counts_E) or no_bulk_copies(x.values, weight_ENK)
+    return disagree(x, weight_ENK, *rest, **named) or no_bulk_copies(x.values, weight_ENK)
 
 
 def gluon(
@@ -185,18 +179,11 @@ def gluon(
     return contiguous(x, weight_ENK, scale_EPQ, counts_E, out_dtype)
 
 
-def gluon_serves(
-    x: Tiles,
-    weight_ENK: Tensor,
-    scale_EPQ: Tensor,
-    counts_E: Tensor,
-    out_dtype: torch.dtype = torch.bfloat16,
-    aligned: bool = False,
-) -> str | None:
+def gluon_serves(x: Tiles, weight_ENK: Tensor, *rest: Any, **named: Any) -> str | None:
     """Why it does not."""
     if len(x.values) <= 64 * len(weight_ENK):
         return "pays from 64 rows an expert"
-    return triton_serves(x, weight_ENK, scale_EPQ, counts_E, out_dtype) or no_gluon(x.values.device)
+    return triton_serves(x, weight_ENK, *rest, **named) or no_gluon(x.values.device)
 
 
 @cache
@@ -222,16 +209,9 @@ def masked_triton(
     return masked(x, weight_ENK, scale_EPQ, counts_E, rows_per_group, out_dtype)
 
 
-def masked_triton_serves(
-    x: Tiles,
-    weight_ENK: Tensor,
-    scale_EPQ: Tensor,
-    counts_E: Tensor,
-    rows_per_group: int,
-    out_dtype: torch.dtype = torch.bfloat16,
-) -> str | None:
+def masked_triton_serves(x: Tiles, weight_ENK: Tensor, *rest: Any, **named: Any) -> str | None:
     """Why it does not."""
-    return masked_disagree(x, weight_ENK, scale_EPQ, counts_E, rows_per_group) or no_bulk_copies(x.values, weight_ENK)
+    return masked_disagree(x, weight_ENK, *rest, **named) or no_bulk_copies(x.values, weight_ENK)
 
 
 def wgrad_triton(grad: Tiles, x: Tiles, counts_E: Tensor, out: Tensor | None = None) -> Tensor:

@@ -67,7 +67,7 @@ class Compute(torch.autograd.Function):
             grad_x = product(quantize_rows(grad_inner), ctx.up.transposed, counts, dtype)
 
         def compute() -> Sequence[Tensor]:
-            up = weight_gradient(grad_inner, dequantize_rows(Tiles(values, scale), dtype), counts)
+            up = weight_gradient(grad_inner, Tiles(values, scale), counts)
             gate_up = up.split([each.shape[-2] for each in ctx.weights[1:]], dim=-2)
             return weight_gradient(grad_RD, act, counts), *gate_up
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from dsv3.ops.gemm_fp8 import gemm_fp8, gemm_fp8_columns
 from dsv3.ops.grouped_gemm_fp8 import grouped_gemm_fp8, grouped_wgrad_fp8
 from dsv3.ops.grouped_linear import grouped_weight_gradient
-from dsv3.ops.tiles import TILE, Tiles, quantize_columns
+from dsv3.ops.tiles import TILE, Tiles, dequantize_rows, quantize_columns, transpose_tiles
 from dsv3.precision.weights import Blocks
 
 FP8_WEIGHT_GRADIENT_ROWS = 4096
@@ -21,20 +21,21 @@ def product(x: Tiles, weight: Blocks, counts_E: Tensor | None, dtype: torch.dtyp
     """x [R, K] times weight [N, K], or each expert's rows times its own weight [E, N, K]: [R, N] in `dtype`."""
     if counts_E is None:
         return gemm_fp8(x, weight.values, weight.scale, dtype)
-    return grouped_gemm_fp8(x, weight.values, weight.scale, counts_E, dtype)
+    aligned = row_alignment(len(x.values), len(counts_E)) > 0
+    return grouped_gemm_fp8(x, weight.values, weight.scale, counts_E, dtype, aligned=aligned)
 
 
-def weight_gradient(grad_RN: Tensor, x_RK: Tensor, counts_E: Tensor | None) -> Tensor:
-    """FP32 [N, K]: grad^T x, both quantised in tiles of 128 tokens; with counts [E, N, K], each expert's own.
+def weight_gradient(grad_RN: Tensor, x: Tensor | Tiles, counts_E: Tensor | None) -> Tensor:
+    """FP32 [N, K]: grad^T x, both in tiles of 128 tokens; with counts [E, N, K], each expert's own. x [R, K] may be in tiles.
 
-    Experts get theirs in FP8 from `FP8_WEIGHT_GRADIENT_ROWS` rows on, if their groups are multiples of 128 (then the
-    dispatcher pads them: `row_alignment`); in BF16 otherwise.
+    Experts get theirs in FP8 from `FP8_WEIGHT_GRADIENT_ROWS` rows on, where their groups are multiples of 128 (the dispatcher
+    pads them: `row_alignment`); in BF16 otherwise.
     """
-    if counts_E is None:
-        return gemm_fp8_columns(quantize_columns(grad_RN), quantize_columns(x_RK), torch.float32)
-    if row_alignment(len(grad_RN), len(counts_E)):
-        return grouped_wgrad_fp8(quantize_columns(grad_RN), quantize_columns(x_RK), counts_E)
-    return grouped_weight_gradient(grad_RN, x_RK, counts_E).float()
+    if counts_E is not None and not row_alignment(len(grad_RN), len(counts_E)):
+        wide = dequantize_rows(x, grad_RN.dtype) if isinstance(x, Tiles) else x
+        return grouped_weight_gradient(grad_RN, wide, counts_E).float()
+    grad, x = quantize_columns(grad_RN), transpose_tiles(x) if isinstance(x, Tiles) else quantize_columns(x)
+    return gemm_fp8_columns(grad, x) if counts_E is None else grouped_wgrad_fp8(grad, x, counts_E)
 
 
 def row_alignment(rows: int, experts: int) -> int:

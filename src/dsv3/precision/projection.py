@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from dsv3.ops.e5m6 import PackedTiles, pack_e5m6, unpack_e5m6
-from dsv3.ops.tiles import Tiles, dequantize_rows, quantize_rows
+from dsv3.ops.gemm_fp8 import gemm_fp8_columns
+from dsv3.ops.tiles import Tiles, quantize_both, quantize_columns, quantize_rows, transpose_tiles
 from dsv3.precision.deferred import WeightGradients
-from dsv3.precision.products import product, weight_gradient
+from dsv3.precision.products import product
 from dsv3.precision.weights import BlockCache
 
 
@@ -60,17 +61,15 @@ class Multiply(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_RN: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x and of every weight."""
-        grad_RN = grad_RN.contiguous()
+        rows, columns = quantize_both(grad_RN.contiguous())
         kept, scale = ctx.saved_tensors
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = product(quantize_rows(grad_RN), ctx.blocks.transposed, None, ctx.dtype)
+        grad_x = product(rows, ctx.blocks.transposed, None, ctx.dtype) if ctx.needs_input_grad[0] else None
 
         def compute() -> Sequence[Tensor]:
             if ctx.projection.twelve_bits:
-                x_RK = unpack_e5m6(PackedTiles(kept, scale, ctx.columns))
+                x = quantize_columns(unpack_e5m6(PackedTiles(kept, scale, ctx.columns)))
             else:
-                x_RK = dequantize_rows(Tiles(kept, scale))
-            return weight_gradient(grad_RN, x_RK, None).split(ctx.sizes)
+                x = transpose_tiles(Tiles(kept, scale))
+            return gemm_fp8_columns(columns, x).split(ctx.sizes)
 
         return grad_x, None, *ctx.projection.gradients.take(ctx.projection.weights, compute)

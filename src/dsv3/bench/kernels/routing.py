@@ -1,6 +1,7 @@
 """Routing and the output head: the router, the sort by expert, permute and unpermute, cross-entropy; forward and backward."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
@@ -52,8 +53,8 @@ def sort(device: torch.device) -> Iterator[Case]:
     for aligned in (0, 128):
         yield Case(
             "sort_by_expert", f"{TOKENS}x{CHOSEN}, {EXPERTS} experts, aligned to {max(1, aligned)}",
-            lambda aligned=aligned: sort_by_expert(expert, EXPERTS, aligned=aligned),  # type: ignore[misc]
-            "argsort", lambda aligned=aligned: sort_reference(expert, EXPERTS, aligned=aligned),  # type: ignore[misc]
+            partial(sort_by_expert, expert, EXPERTS, aligned=aligned),
+            "argsort", partial(sort_reference, expert, EXPERTS, aligned=aligned),
         )  # fmt: skip
 
 

@@ -2,6 +2,8 @@
 
 import logging
 from functools import cache
+from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +17,7 @@ log = logging.getLogger(__name__)
 def no_deep_gemm() -> str | None:
     """The reason why the package does not serve; None when it does. What went wrong on import is logged once."""
     try:
-        import deep_gemm  # noqa: F401
+        import_module("deep_gemm")
     except ModuleNotFoundError as error:
         return f"needs the package deep_gemm ({error})"
     except (ImportError, OSError, RuntimeError) as error:
@@ -26,12 +28,11 @@ def no_deep_gemm() -> str | None:
 
 def contiguous(x: Tiles, weight_ENK: Tensor, scale_EPQ: Tensor, counts_E: Tensor) -> Tensor:
     """BF16 [R, N]: see `dsv3.ops.grouped_gemm_fp8`; counts are multiples of 128."""
-    import deep_gemm
-
+    library: Any = import_module("deep_gemm")
     # The package leaves rows of no group as they were.
     out = torch.zeros(len(x.values), weight_ENK.shape[1], dtype=torch.bfloat16, device=x.values.device)
     layout = expert_of_rows(counts_E, len(x.values))
-    deep_gemm.m_grouped_fp8_gemm_nt_contiguous((x.values, x.scale), (weight_ENK, scale_EPQ.contiguous()), out, layout)
+    library.m_grouped_fp8_gemm_nt_contiguous((x.values, x.scale), (weight_ENK, scale_EPQ.contiguous()), out, layout)
     return out
 
 
