@@ -35,11 +35,23 @@ def variants() -> Iterator[Variant]:
     yield from router()
     yield from cross_entropy()
     yield from products_fp8()
+    yield from of_adamw()
 
 
 def i32(names: str) -> dict[str, str]:
     """Types of integers, named in one string."""
     return dict.fromkeys(names.split(), "i32")
+
+
+def of_adamw() -> Iterator[Variant]:
+    """The optimizer's update."""
+    from dsv3.ops.kernels import adamw
+
+    block, warps = adamw.CONFIG
+    pointers = dict.fromkeys(("weight", "grad", "step", "keep"), "*fp32") | dict.fromkeys(("first", "second"), "*bf16")
+    numbers = {"size": "i32"} | dict.fromkeys(("lr", "eps", "weight_decay"), "fp32")
+    constants = {"BETA1": 0.9, "BETA2": 0.95, "BLOCK": block}
+    yield Variant(adamw.update_kernel, pointers | numbers, constants, {"num_warps": warps})
 
 
 def of_tiles() -> Iterator[Variant]:
