@@ -88,7 +88,7 @@ class Share:
 
 
 def bench_share(
-    precision: Literal["bf16", "fp8"], mtp: bool, steps: int = 2, progress: Progress = lambda **_: None
+    precision: Literal["bf16", "fp8"], mtp: bool, steps: int = 1, progress: Progress = lambda **_: None
 ) -> Share:
     """Measures on the current GPU; `UserError` where there is none."""
     if not torch.cuda.is_available():
