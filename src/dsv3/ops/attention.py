@@ -7,7 +7,6 @@ Legend: B sequences, T tokens, H heads, Q elements of a query or key head, V ele
 """
 
 import logging
-from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
@@ -15,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dsv3.ops.kernels.available import no_triton
 from dsv3.ops.operation import Implementation, Operation, anything
@@ -178,15 +176,6 @@ def by_cudnn(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return can_use_cudnn_attention(SDPAParams(q, k, v, None, 0.0, True, False))
 
 
-FASTEST_FIRST = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
-"""Of torch's kernels on GPUs. Left to itself, torch prefers cuDNN in some of its releases and not in others."""
-
-
 def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, segment_BT: Tensor | None = None) -> Tensor:
     """Torch's attention: cuDNN or flash kernels. On CPU, value heads shorter than query heads would leave the fast path."""
     padding = q.shape[3] - v.shape[3] if q.device.type == "cpu" else 0
@@ -194,15 +183,14 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, segment_BT: Tensor | Non
     mask = None if segment_BT is None else visible(q.shape[1], segment_BT, q.device)
     if q.is_cuda and (mask is not None or not by_cudnn(q, k, v)):
         say_slow("documents" if segment_BT is not None else "no documents", q.dtype, q.shape[3], v.shape[3])
-    with sdpa_kernel(FASTEST_FIRST, set_priority=True) if q.is_cuda and mask is None else nullcontext():
-        out = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            values.transpose(1, 2),
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=scale,
-        )
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        values.transpose(1, 2),
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scale,
+    )
     return out[..., : v.shape[3]].transpose(1, 2)
 
 

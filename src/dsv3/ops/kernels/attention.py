@@ -28,12 +28,14 @@ class Config(NamedTuple):
     keys: int
     warps: int
     stages: int
+    registers: int | None = None
+    """Most of a thread."""
 
 
-FORWARD = Config(128, 128, 8, 2)
-QUERIES = Config(128, 64, 8, 2)
+FORWARD = Config(64, 64, 4, 2)
+QUERIES = Config(128, 64, 8, 3)
 """Of the gradient of queries."""
-KEYS = Config(64, 128, 8, 2)
+KEYS = Config(32, 64, 4, 3)
 """Of the gradients of keys and values."""
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -202,9 +204,8 @@ def queries_kernel(
     inner_of = tl.sum(grad.to(tl.float32) * result.to(tl.float32), 1)
     tl.store(inner + at, inner_of, inside)
     sums = tl.zeros((QUERIES, Q_PART), tl.float32)
-    sums_rest = None
-    if Q_REST > 0:
-        sums_rest = tl.zeros((QUERIES, Q_REST), tl.float32)
+    # Of any width where there is no rest: a function cannot return None.
+    sums_rest = tl.zeros((QUERIES, Q_REST if Q_REST > 0 else 1), tl.float32)
     factor = scale * LOG2_E
     sums, sums_rest = toward_queries(
         sums, sums_rest, q, q_rest, grad, log_sum_of, inner_of, k_parts, k_rests, v_parts, batch, head, row, start_of,
@@ -285,11 +286,10 @@ def keys_kernel(
     inner += (batch.to(tl.int64) * heads + head) * T
     k = load(k_parts, batch, head, key, 0, KEYS, Q_PART)
     of_k = tl.zeros((KEYS, Q_PART), tl.float32)
+    of_k_rest = tl.zeros((KEYS, Q_REST if Q_REST > 0 else 1), tl.float32)
     k_rest = None
-    of_k_rest = None
     if Q_REST > 0:
         k_rest = load(k_rests, batch, head, key, Q_PART, KEYS, Q_REST)
-        of_k_rest = tl.zeros((KEYS, Q_REST), tl.float32)
     v = load(v_parts, batch, head, key, 0, KEYS, V)
     of_v = tl.zeros((KEYS, V), tl.float32)
     factor = scale * LOG2_E
@@ -335,7 +335,7 @@ def forward(
     forward_kernel[(triton.cdiv(length, config.queries), heads, batch)](
         *both(q_BTHQ, config.queries), *both(k_BTHQ, config.keys), blocks(v_BTHV, config.keys, value), start_BT,
         out, log_sum, length, scale, *parts(query), value, config.queries, config.keys,
-        num_warps=config.warps, num_stages=config.stages,
+        num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers,
     )  # fmt: skip
     return out, log_sum
 
@@ -357,12 +357,12 @@ def backward(
     queries_kernel[(triton.cdiv(length, rows), heads, batch)](
         *both(q_BTHQ, rows), *both(k_BTHQ, columns), blocks(v_BTHV, columns, value), blocks(grad_BTHV, rows, value),
         out_BTHV, start_BT, log_sum_BHT, inner, grad_q, length, scale, *widths, rows, columns,
-        num_warps=of_queries.warps, num_stages=of_queries.stages,
+        num_warps=of_queries.warps, num_stages=of_queries.stages, maxnreg=of_queries.registers,
     )  # fmt: skip
     rows, columns = of_keys.queries, of_keys.keys
     keys_kernel[(triton.cdiv(length, columns), heads, batch)](
         *both(q_BTHQ, rows), *both(k_BTHQ, columns), blocks(v_BTHV, columns, value), blocks(grad_BTHV, rows, value),
         end_BT, log_sum_BHT, inner, grad_k, grad_v, length, scale, *widths, rows, columns,
-        num_warps=of_keys.warps, num_stages=of_keys.stages,
+        num_warps=of_keys.warps, num_stages=of_keys.stages, maxnreg=of_keys.registers,
     )  # fmt: skip
     return grad_q, grad_k, grad_v
