@@ -122,31 +122,32 @@ class WithinDocuments(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, segment_BT: Tensor | None) -> Tensor:
-        from dsv3.ops.kernels.attention import forward
+        from dsv3.ops.kernels import attention, documents
 
-        start = None if segment_BT is None else starts(segment_BT)
-        out, log_sum = forward(q, k, v, scale, start, True)
+        start = None if segment_BT is None else documents.starts(segment_BT)
+        out, log_sum = attention.forward(q, k, v, scale, start, True)
         ctx.scale = scale
         ctx.save_for_backward(q, k, v, out, log_sum, start, segment_BT)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        from dsv3.ops.kernels.attention import backward
+        from dsv3.ops.kernels import attention, documents
 
         q, k, v, out, log_sum, start, segment_BT = ctx.saved_tensors
-        end = None if segment_BT is None else ends(segment_BT)
+        end = None if segment_BT is None else documents.ends(segment_BT)
         grad = grad.contiguous() if unreadable(grad) else grad
-        return *backward(grad, q, k, v, out, log_sum, ctx.scale, start, end), None, None
+        return *attention.backward(grad, q, k, v, out, log_sum, ctx.scale, start, end), None, None
 
 
 def triton(q: Tensor, k: Tensor, v: Tensor, scale: float, segment_BT: Tensor | None = None) -> Tensor:
     """Kernels of ours, whose work is what documents let tokens see."""
-    from dsv3.ops.kernels.attention import forward
+    from dsv3.ops.kernels import attention, documents
 
     if torch.is_grad_enabled() and any(each.requires_grad for each in (q, k, v)):
         return WithinDocuments.apply(q, k, v, scale, segment_BT)
-    return forward(q, k, v, scale, None if segment_BT is None else starts(segment_BT), False)[0]
+    start = None if segment_BT is None else documents.starts(segment_BT)
+    return attention.forward(q, k, v, scale, start, False)[0]
 
 
 def unreadable(x: Tensor) -> bool:

@@ -10,6 +10,7 @@ if torch.cuda.is_available():
     pytest.skip("kernels are interpreted where there is no GPU", allow_module_level=True)
 
 from dsv3.ops.kernels.attention import Config, backward, forward
+from dsv3.ops.kernels.documents import bounds
 
 SMALL = Config(32, 16, 4, 2)
 
@@ -81,6 +82,16 @@ def test_numbers_that_return_are_other_documents():
     assert starts(segments).tolist() == [[0, 0, 2, 2, 2, 5, 6]]
     assert ends(segments).tolist() == [[2, 2, 5, 5, 5, 6, 7]]
     check(7, segments)
+
+
+@pytest.mark.parametrize("chunk", [4, 32])
+def test_bounds_of_documents(chunk):
+    segments = torch.stack([documents(1, 1, 14, 5, 2), documents(23), documents(3, 1, 19)])
+    segments = torch.cat((segments, torch.full((3, 2), -1)), 1)[:, :23]
+    assert torch.equal(bounds(segments, False, chunk), starts(segments))
+    assert torch.equal(bounds(segments, True, chunk), ends(segments))
+    assert torch.equal(bounds(segments.t().contiguous().t(), True, chunk), ends(segments))
+    assert bounds(torch.tensor([[7]]), True, chunk).tolist() == [[1]]
 
 
 def test_widths_that_blocks_fill():

@@ -277,7 +277,12 @@ def products_fp8() -> Iterator[Variant]:
 def attention() -> Iterator[Variant]:
     """DeepSeek-V3's heads and those of the small presets, with documents; and one sequence of one document."""
     from dsv3.ops.kernels import attention as kernels
+    from dsv3.ops.kernels import documents as bounds_of
 
+    for backwards in (False, True):
+        types = {"segment": "*i64", "out": "*i32"} | i32("T stride")
+        constants = {"BACKWARDS": backwards, "CHUNK": bounds_of.CHUNK}
+        yield Variant(bounds_of.bounds_kernel, types, constants, {"num_warps": 4})
     for (part, rest, value), documents in (
         ((128, 64, 128), True),
         ((64, 32, 64), True),
@@ -308,7 +313,7 @@ def attention() -> Iterator[Variant]:
                 types[bounds] = "*i32"
             else:
                 constants[bounds] = None
-            options = {"num_warps": config.warps, "num_stages": config.stages}
+            options = {"num_warps": config.warps, "num_stages": config.stages, "maxnreg": config.registers}
             yield Variant(kernel, types, constants, options, "wgmma.mma_async")
 
 

@@ -32,7 +32,7 @@ class Config(NamedTuple):
     """Most of a thread."""
 
 
-FORWARD = Config(64, 64, 4, 2)
+FORWARD = Config(128, 32, 8, 3, 128)
 QUERIES = Config(128, 64, 8, 3)
 """Of the gradient of queries."""
 KEYS = Config(32, 64, 4, 3)
@@ -40,7 +40,9 @@ KEYS = Config(32, 64, 4, 3)
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 HIDDEN = tl.constexpr(-1e30)
-"""Score of what may not be seen. Finite: a row of such scores gives no NaN, and the first real one wipes out what it gave."""
+"""Score of what may not be seen. Finite: a row of such scores gives no NaN, and the first real one wipes out what it gave.
+Where it is subtracted from itself it has been multiplied before: a product and a difference in one instruction are rounded
+once, and what is left of two large numbers overflows the power of two."""
 
 
 @triton.jit
@@ -97,9 +99,12 @@ def attend(
         if MASKED:
             queries = row + tl.arange(0, QUERIES)[:, None]
             keys = key + tl.arange(0, KEYS)[None, :]
-            score = tl.where(seen(start_of, queries, keys), score, HIDDEN)
-        higher = tl.maximum(highest, tl.max(score, 1) * factor)
-        weight = tl.exp2(score * factor - higher[:, None])
+            score = tl.where(seen(start_of, queries, keys), score * factor, HIDDEN)
+            higher = tl.maximum(highest, tl.max(score, 1))
+            weight = tl.exp2(score - higher[:, None])
+        else:
+            higher = tl.maximum(highest, tl.max(score, 1) * factor)
+            weight = tl.exp2(score * factor - higher[:, None])
         shrink = tl.exp2(highest - higher)
         highest = higher
         total = total * shrink + tl.sum(weight, 1)
