@@ -114,6 +114,13 @@ def test_who_serves():
     assert any("cudnn" in each.key for each in found.key_averages()), [each.key for each in found.key_averages()]
 
 
+def test_a_slow_way_is_said_once(caplog):
+    q, k, v, _ = (each.float() for each in heads(1, 64, 2, 48, 16))
+    for _ in range(2):
+        attention(q, k, v, 0.1)
+    assert sum("slow on this GPU" in each.message for each in caplog.records) == 1
+
+
 def test_more_elements_than_32_bits_count():
     """Offsets of 700,000 tokens of 16 heads of 192 pass 2^31; the documents keep the work small."""
     length = 700_000

@@ -122,9 +122,10 @@ class WithinDocuments(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, segment_BT: Tensor | None) -> Tensor:
-        from dsv3.ops.kernels import attention, documents
+        from dsv3.ops.kernels import attention
+        from dsv3.ops.kernels.documents import bounds
 
-        start = None if segment_BT is None else documents.starts(segment_BT)
+        start = None if segment_BT is None else bounds(segment_BT, backwards=False)
         out, log_sum = attention.forward(q, k, v, scale, start, True)
         ctx.scale = scale
         ctx.save_for_backward(q, k, v, out, log_sum, start, segment_BT)
@@ -132,21 +133,23 @@ class WithinDocuments(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        from dsv3.ops.kernels import attention, documents
+        from dsv3.ops.kernels import attention
+        from dsv3.ops.kernels.documents import bounds
 
         q, k, v, out, log_sum, start, segment_BT = ctx.saved_tensors
-        end = None if segment_BT is None else documents.ends(segment_BT)
+        end = None if segment_BT is None else bounds(segment_BT, backwards=True)
         grad = grad.contiguous() if unreadable(grad) else grad
         return *attention.backward(grad, q, k, v, out, log_sum, ctx.scale, start, end), None, None
 
 
 def triton(q: Tensor, k: Tensor, v: Tensor, scale: float, segment_BT: Tensor | None = None) -> Tensor:
     """Kernels of ours, whose work is what documents let tokens see."""
-    from dsv3.ops.kernels import attention, documents
+    from dsv3.ops.kernels import attention
+    from dsv3.ops.kernels.documents import bounds
 
     if torch.is_grad_enabled() and any(each.requires_grad for each in (q, k, v)):
         return WithinDocuments.apply(q, k, v, scale, segment_BT)
-    start = None if segment_BT is None else documents.starts(segment_BT)
+    start = None if segment_BT is None else bounds(segment_BT, backwards=False)
     return attention.forward(q, k, v, scale, start, False)[0]
 
 

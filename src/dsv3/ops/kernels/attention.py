@@ -51,6 +51,33 @@ def load(x, batch, head, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr)
 
 
 @triton.jit
+def load_both(parts, rests, batch, head, row, ROWS: tl.constexpr, PART: tl.constexpr, REST: tl.constexpr):
+    part = load(parts, batch, head, row, 0, ROWS, PART)
+    # A function cannot return None: without a rest, what stands for it is not used.
+    rest = part
+    if REST > 0:
+        rest = load(rests, batch, head, row, PART, ROWS, REST)
+    return part, rest
+
+
+@triton.jit
+def scores(left, left_rest, right, right_rest, REST: tl.constexpr):
+    product = tl.dot(left, right.T)
+    if REST > 0:
+        product = tl.dot(left_rest, right_rest.T, product)
+    return product
+
+
+@triton.jit
+def turns(first, before, full, after, SIZE: tl.constexpr, MASKED: tl.constexpr):
+    """Of the loop with masks or of the one without: (where it begins, blocks until it leaves some out, their width, blocks)."""
+    if MASKED:
+        return first, before, full * SIZE, before + after
+    else:
+        return first + before * SIZE, full, 0, full
+
+
+@triton.jit
 def keys_seen(start, row, T, QUERIES: tl.constexpr, KEYS: tl.constexpr):
     """(first key, blocks of keys with a mask, without, with a mask) of the queries from `row`."""
     end = tl.minimum(row + QUERIES, T)
@@ -73,46 +100,6 @@ def seen(start_of, queries, keys):
     return visible
 
 
-@triton.jit
-def scores(left, left_rest, right, right_rest):
-    product = tl.dot(left, right.T)
-    if left_rest is not None:
-        product = tl.dot(left_rest, right_rest.T, product)
-    return product
-
-
-@triton.jit
-def attend(
-    sums, total, highest, q, q_rest, k_parts, k_rests, v_parts, batch, head, row, start_of, first, before, jump, count, factor,
-    MASKED: tl.constexpr, Q_PART: tl.constexpr, Q_REST: tl.constexpr, V: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr,
-):  # fmt: skip
-    for i in range(count):
-        key = first + i * KEYS
-        if MASKED:
-            key += tl.where(i < before, 0, jump)
-        k = load(k_parts, batch, head, key, 0, KEYS, Q_PART)
-        k_rest = None
-        if Q_REST > 0:
-            k_rest = load(k_rests, batch, head, key, Q_PART, KEYS, Q_REST)
-        score = scores(q, q_rest, k, k_rest)
-        if MASKED:
-            queries = row + tl.arange(0, QUERIES)[:, None]
-            keys = key + tl.arange(0, KEYS)[None, :]
-            score = tl.where(seen(start_of, queries, keys), score * factor, HIDDEN)
-            higher = tl.maximum(highest, tl.max(score, 1))
-            weight = tl.exp2(score - higher[:, None])
-        else:
-            higher = tl.maximum(highest, tl.max(score, 1) * factor)
-            weight = tl.exp2(score * factor - higher[:, None])
-        shrink = tl.exp2(highest - higher)
-        highest = higher
-        total = total * shrink + tl.sum(weight, 1)
-        v = load(v_parts, batch, head, key, 0, KEYS, V)
-        sums = tl.dot(weight.to(v.dtype), v, sums * shrink[:, None])
-    return sums, total, highest
-
-
 @triton.jit(do_not_specialize=["T"])
 def forward_kernel(
     q_parts, q_rests, k_parts, k_rests, v_parts, start, out, log_sum, T, scale,
@@ -129,56 +116,37 @@ def forward_kernel(
         start += batch.to(tl.int64) * T
         start_of = tl.load(start + rows, rows < T, other=0)[:, None]
     first, before, full, after = keys_seen(start, row, T, QUERIES, KEYS)
-    q = load(q_parts, batch, head, row, 0, QUERIES, Q_PART)
-    q_rest = None
-    if Q_REST > 0:
-        q_rest = load(q_rests, batch, head, row, Q_PART, QUERIES, Q_REST)
+    q, q_rest = load_both(q_parts, q_rests, batch, head, row, QUERIES, Q_PART, Q_REST)
     sums = tl.zeros((QUERIES, V), tl.float32)
     total = tl.zeros((QUERIES,), tl.float32)
     highest = tl.full((QUERIES,), float("-inf"), tl.float32)
     factor = scale * LOG2_E
-    sums, total, highest = attend(
-        sums, total, highest, q, q_rest, k_parts, k_rests, v_parts, batch, head, row, start_of,
-        first + before * KEYS, 0, 0, full, factor, False, Q_PART, Q_REST, V, QUERIES, KEYS,
-    )  # fmt: skip
-    sums, total, highest = attend(
-        sums, total, highest, q, q_rest, k_parts, k_rests, v_parts, batch, head, row, start_of,
-        first, before, full * KEYS, before + after, factor, True, Q_PART, Q_REST, V, QUERIES, KEYS,
-    )  # fmt: skip
+    for masked in tl.static_range(2):
+        begin, until, jump, count = turns(first, before, full, after, KEYS, masked)
+        for i in range(count):
+            key = begin + i * KEYS
+            if masked:
+                key += tl.where(i < until, 0, jump)
+            k, k_rest = load_both(k_parts, k_rests, batch, head, key, KEYS, Q_PART, Q_REST)
+            score = scores(q, q_rest, k, k_rest, Q_REST)
+            if masked:
+                keys = key + tl.arange(0, KEYS)[None, :]
+                score = tl.where(seen(start_of, rows[:, None], keys), score * factor, HIDDEN)
+                higher = tl.maximum(highest, tl.max(score, 1))
+                weight = tl.exp2(score - higher[:, None])
+            else:
+                higher = tl.maximum(highest, tl.max(score, 1) * factor)
+                weight = tl.exp2(score * factor - higher[:, None])
+            shrink = tl.exp2(highest - higher)
+            highest = higher
+            total = total * shrink + tl.sum(weight, 1)
+            v = load(v_parts, batch, head, key, 0, KEYS, V)
+            sums = tl.dot(weight.to(v.dtype), v, sums * shrink[:, None])
     inside = rows < T
     at = out + ((batch.to(tl.int64) * T + rows) * heads + head)[:, None] * V + tl.arange(0, V)[None, :]
     tl.store(at, (sums / total[:, None]).to(out.dtype.element_ty), inside[:, None])
     if log_sum is not None:
         tl.store(log_sum + (batch.to(tl.int64) * heads + head) * T + rows, highest + tl.log2(total), inside)
-
-
-@triton.jit
-def toward_queries(
-    sums, sums_rest, q, q_rest, grad, log_sum_of, inner, k_parts, k_rests, v_parts, batch, head, row, start_of,
-    first, before, jump, count, factor,
-    MASKED: tl.constexpr, Q_PART: tl.constexpr, Q_REST: tl.constexpr, V: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr,
-):  # fmt: skip
-    for i in range(count):
-        key = first + i * KEYS
-        if MASKED:
-            key += tl.where(i < before, 0, jump)
-        k = load(k_parts, batch, head, key, 0, KEYS, Q_PART)
-        k_rest = None
-        if Q_REST > 0:
-            k_rest = load(k_rests, batch, head, key, Q_PART, KEYS, Q_REST)
-        v = load(v_parts, batch, head, key, 0, KEYS, V)
-        score = scores(q, q_rest, k, k_rest)
-        if MASKED:
-            queries = row + tl.arange(0, QUERIES)[:, None]
-            keys = key + tl.arange(0, KEYS)[None, :]
-            score = tl.where(seen(start_of, queries, keys), score, HIDDEN)
-        weight = tl.exp2(score * factor - log_sum_of[:, None])
-        of_score = (weight * (tl.dot(grad, v.T) - inner[:, None])).to(k.dtype)
-        sums = tl.dot(of_score, k, sums)
-        if Q_REST > 0:
-            sums_rest = tl.dot(of_score, k_rest, sums_rest)
-    return sums, sums_rest
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -200,68 +168,37 @@ def queries_kernel(
     at = (batch.to(tl.int64) * heads + head) * T + rows
     token = ((batch.to(tl.int64) * T + rows) * heads + head)[:, None]
     log_sum_of = tl.load(log_sum + at, inside, other=0.0)
-    q = load(q_parts, batch, head, row, 0, QUERIES, Q_PART)
-    q_rest = None
-    if Q_REST > 0:
-        q_rest = load(q_rests, batch, head, row, Q_PART, QUERIES, Q_REST)
+    q, q_rest = load_both(q_parts, q_rests, batch, head, row, QUERIES, Q_PART, Q_REST)
     grad = load(grad_parts, batch, head, row, 0, QUERIES, V)
     result = tl.load(out + token * V + tl.arange(0, V)[None, :], inside[:, None], other=0.0)
     inner_of = tl.sum(grad.to(tl.float32) * result.to(tl.float32), 1)
     tl.store(inner + at, inner_of, inside)
     sums = tl.zeros((QUERIES, Q_PART), tl.float32)
-    # Of any width where there is no rest: a function cannot return None.
-    sums_rest = tl.zeros((QUERIES, Q_REST if Q_REST > 0 else 1), tl.float32)
+    if Q_REST > 0:
+        sums_rest = tl.zeros((QUERIES, Q_REST), tl.float32)
     factor = scale * LOG2_E
-    sums, sums_rest = toward_queries(
-        sums, sums_rest, q, q_rest, grad, log_sum_of, inner_of, k_parts, k_rests, v_parts, batch, head, row, start_of,
-        first + before * KEYS, 0, 0, full, factor, False, Q_PART, Q_REST, V, QUERIES, KEYS,
-    )  # fmt: skip
-    sums, sums_rest = toward_queries(
-        sums, sums_rest, q, q_rest, grad, log_sum_of, inner_of, k_parts, k_rests, v_parts, batch, head, row, start_of,
-        first, before, full * KEYS, before + after, factor, True, Q_PART, Q_REST, V, QUERIES, KEYS,
-    )  # fmt: skip
+    for masked in tl.static_range(2):
+        begin, until, jump, count = turns(first, before, full, after, KEYS, masked)
+        for i in range(count):
+            key = begin + i * KEYS
+            if masked:
+                key += tl.where(i < until, 0, jump)
+            k, k_rest = load_both(k_parts, k_rests, batch, head, key, KEYS, Q_PART, Q_REST)
+            v = load(v_parts, batch, head, key, 0, KEYS, V)
+            score = scores(q, q_rest, k, k_rest, Q_REST)
+            if masked:
+                keys = key + tl.arange(0, KEYS)[None, :]
+                score = tl.where(seen(start_of, rows[:, None], keys), score, HIDDEN)
+            weight = tl.exp2(score * factor - log_sum_of[:, None])
+            of_score = (weight * (tl.dot(grad, v.T) - inner_of[:, None])).to(k.dtype)
+            sums = tl.dot(of_score, k, sums)
+            if Q_REST > 0:
+                sums_rest = tl.dot(of_score, k_rest, sums_rest)
     to = grad_q + token * (Q_PART + Q_REST)
     dtype: tl.constexpr = grad_q.dtype.element_ty
     tl.store(to + tl.arange(0, Q_PART)[None, :], (sums * scale).to(dtype), inside[:, None])
     if Q_REST > 0:
         tl.store(to + Q_PART + tl.arange(0, Q_REST)[None, :], (sums_rest * scale).to(dtype), inside[:, None])
-
-
-@triton.jit
-def toward_keys(
-    of_k, of_k_rest, of_v, k, k_rest, v, q_parts, q_rests, grad_parts, log_sum, inner, batch, head, key, end_of, T,
-    first, before, jump, count, factor,
-    MASKED: tl.constexpr, Q_PART: tl.constexpr, Q_REST: tl.constexpr, V: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr,
-):  # fmt: skip
-    for i in range(count):
-        row = first + i * QUERIES
-        if MASKED:
-            row += tl.where(i < before, 0, jump)
-        rows = row + tl.arange(0, QUERIES)
-        q = load(q_parts, batch, head, row, 0, QUERIES, Q_PART)
-        q_rest = None
-        if Q_REST > 0:
-            q_rest = load(q_rests, batch, head, row, Q_PART, QUERIES, Q_REST)
-        grad = load(grad_parts, batch, head, row, 0, QUERIES, V)
-        if MASKED:
-            log_sum_of = tl.load(log_sum + rows, rows < T, other=0.0)
-            inner_of = tl.load(inner + rows, rows < T, other=0.0)
-        else:
-            log_sum_of = tl.load(log_sum + rows)
-            inner_of = tl.load(inner + rows)
-        # Transposed, so that the products below find it where it is computed.
-        score = scores(k, k_rest, q, q_rest)
-        if MASKED:
-            keys = key + tl.arange(0, KEYS)[:, None]
-            score = tl.where((keys <= rows[None, :]) & (rows[None, :] < end_of), score, HIDDEN)
-        weight = tl.exp2(score * factor - log_sum_of[None, :])
-        of_v = tl.dot(weight.to(grad.dtype), grad, of_v)
-        of_score = (weight * (tl.dot(v, grad.T) - inner_of[None, :])).to(q.dtype)
-        of_k = tl.dot(of_score, q, of_k)
-        if Q_REST > 0:
-            of_k_rest = tl.dot(of_score, q_rest, of_k_rest)
-    return of_k, of_k_rest, of_v
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -289,23 +226,38 @@ def keys_kernel(
     after = tl.cdiv(tl.maximum(last_end - key - (before + full) * QUERIES, 0), QUERIES)
     log_sum += (batch.to(tl.int64) * heads + head) * T
     inner += (batch.to(tl.int64) * heads + head) * T
-    k = load(k_parts, batch, head, key, 0, KEYS, Q_PART)
+    k, k_rest = load_both(k_parts, k_rests, batch, head, key, KEYS, Q_PART, Q_REST)
     of_k = tl.zeros((KEYS, Q_PART), tl.float32)
-    of_k_rest = tl.zeros((KEYS, Q_REST if Q_REST > 0 else 1), tl.float32)
-    k_rest = None
     if Q_REST > 0:
-        k_rest = load(k_rests, batch, head, key, Q_PART, KEYS, Q_REST)
+        of_k_rest = tl.zeros((KEYS, Q_REST), tl.float32)
     v = load(v_parts, batch, head, key, 0, KEYS, V)
     of_v = tl.zeros((KEYS, V), tl.float32)
     factor = scale * LOG2_E
-    of_k, of_k_rest, of_v = toward_keys(
-        of_k, of_k_rest, of_v, k, k_rest, v, q_parts, q_rests, grad_parts, log_sum, inner, batch, head, key, end_of, T,
-        key + before * QUERIES, 0, 0, full, factor, False, Q_PART, Q_REST, V, QUERIES, KEYS,
-    )  # fmt: skip
-    of_k, of_k_rest, of_v = toward_keys(
-        of_k, of_k_rest, of_v, k, k_rest, v, q_parts, q_rests, grad_parts, log_sum, inner, batch, head, key, end_of, T,
-        key, before, full * QUERIES, before + after, factor, True, Q_PART, Q_REST, V, QUERIES, KEYS,
-    )  # fmt: skip
+    for masked in tl.static_range(2):
+        begin, until, jump, count = turns(key, before, full, after, QUERIES, masked)
+        for i in range(count):
+            row = begin + i * QUERIES
+            if masked:
+                row += tl.where(i < until, 0, jump)
+            rows = row + tl.arange(0, QUERIES)
+            q, q_rest = load_both(q_parts, q_rests, batch, head, row, QUERIES, Q_PART, Q_REST)
+            grad = load(grad_parts, batch, head, row, 0, QUERIES, V)
+            if masked:
+                log_sum_of = tl.load(log_sum + rows, rows < T, other=0.0)
+                inner_of = tl.load(inner + rows, rows < T, other=0.0)
+            else:
+                log_sum_of = tl.load(log_sum + rows)
+                inner_of = tl.load(inner + rows)
+            # Transposed, so that the products below find it where it is computed.
+            score = scores(k, k_rest, q, q_rest, Q_REST)
+            if masked:
+                score = tl.where((keys[:, None] <= rows[None, :]) & (rows[None, :] < end_of), score, HIDDEN)
+            weight = tl.exp2(score * factor - log_sum_of[None, :])
+            of_v = tl.dot(weight.to(grad.dtype), grad, of_v)
+            of_score = (weight * (tl.dot(v, grad.T) - inner_of[None, :])).to(q.dtype)
+            of_k = tl.dot(of_score, q, of_k)
+            if Q_REST > 0:
+                of_k_rest = tl.dot(of_score, q_rest, of_k_rest)
     token = ((batch.to(tl.int64) * T + keys) * heads + head)[:, None]
     dtype: tl.constexpr = grad_k.dtype.element_ty
     to = grad_k + token * (Q_PART + Q_REST)

@@ -46,19 +46,10 @@ def bounds_kernel(segment, out, T, stride, BACKWARDS: tl.constexpr, CHUNK: tl.co
         tl.store(out + t, first, t < T)
 
 
-def starts(segment_BT: Tensor) -> Tensor:
-    """See `dsv3.ops.attention.starts`."""
-    return bounds(segment_BT, False)
-
-
-def ends(segment_BT: Tensor) -> Tensor:
-    """See `dsv3.ops.attention.ends`."""
-    return bounds(segment_BT, True)
-
-
 def bounds(segment_BT: Tensor, backwards: bool, chunk: int = CHUNK) -> Tensor:
-    """int32 [B, T]. Backwards, what is a document's beginning is the end of what it is forwards."""
-    (batch, length), segment_BT = segment_BT.shape, segment_BT if segment_BT.stride(1) == 1 else segment_BT.contiguous()
+    """int32 [B, T]: `starts` of `dsv3.ops.attention` or, backwards, its `ends`."""
+    batch, length = segment_BT.shape
+    segment_BT = segment_BT if segment_BT.stride(1) == 1 else segment_BT.contiguous()
     out = torch.empty(batch, length, dtype=torch.int32, device=segment_BT.device)
     grid = (triton.cdiv(length, chunk), batch)
     bounds_kernel[grid](segment_BT, out, length, segment_BT.stride(0), backwards, chunk, num_warps=4)
