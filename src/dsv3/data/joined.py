@@ -17,10 +17,13 @@ def joined_newline_splits(tokenizer: Tokenizer) -> dict[int, tuple[list[int], li
     """For each token that joins punctuation or symbols with following line breaks: the ids of its two parts."""
     splits = {}
     for token in range(tokenizer.vocab_size):
-        text = tokenizer.token_bytes(token).decode("utf-8", errors="replace")
+        whole = tokenizer.token_bytes(token)
+        if not whole.endswith((b"\r", b"\n")):
+            continue
+        text = whole.decode("utf-8", errors="replace")
         head = text.rstrip("\r\n")
         marks = head.removeprefix(" ")
-        if marks and head != text and all(unicodedata.category(c)[0] in "PS" and c != "\ufffd" for c in marks):
+        if marks and all(unicodedata.category(c)[0] in "PS" and c != "\ufffd" for c in marks):
             splits[token] = (tokenizer.encode(head), tokenizer.encode(text[len(head) :]))
     return splits
 

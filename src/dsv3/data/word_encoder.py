@@ -46,14 +46,12 @@ class WordEncoder:
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        content = json.loads(tokenizer.json)
-        found = one_form(content["pre_tokenizer"])
+        found = one_form(json.loads(tokenizer.json)["pre_tokenizer"])
         digits = next((count for count in (1, 2, 3) if found == one_form(pre_tokenizer(count))), None)
         self.fast = digits is not None
         self._tokenizer = tokenizer
         self._patterns = patterns(digits or 1)
-        content |= {"added_tokens": [], "post_processor": None, "pre_tokenizer": pre_tokenizer(None)}
-        self._merges = tokenizers.Tokenizer.from_str(json.dumps(content))
+        self._merges = tokenizer.merges()
         self._start_again()
 
     def _start_again(self) -> None:
@@ -172,9 +170,9 @@ def ranges(characters: set[str]) -> str:
     return "".join(f"\\u{first:04x}-\\u{last:04x}" for first, last in found)
 
 
-def pre_tokenizer(digits: int | None) -> Any:
-    """DeepSeek-V3's pre-tokenizer as `tokenizer.json` holds it; without `digits` its last step alone, bytes."""
-    splits = [] if digits is None else [rf"\p{{N}}{{1,{digits}}}", HAN_AND_KANA, WORDS]
+def pre_tokenizer(digits: int) -> Any:
+    """DeepSeek-V3's pre-tokenizer as `tokenizer.json` holds it."""
+    splits = [rf"\p{{N}}{{1,{digits}}}", HAN_AND_KANA, WORDS]
     steps = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in splits]
     last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     whole = tokenizers.Tokenizer(tokenizers.models.BPE())
