@@ -176,6 +176,12 @@ class Tokenizer:
         """The bytes one id stands for: a part of a UTF-8 character is possible."""
         return self._bytes[token] if 0 <= token < len(self._bytes) else b""
 
+    @property
+    def pre_tokenizer(self) -> pre_tokenizers.PreTokenizer | None:
+        """What makes words of a text."""
+        found: pre_tokenizers.PreTokenizer | None = self._plain.pre_tokenizer
+        return found
+
     def merges(self) -> tokenizers.Tokenizer:
         """What merges the bytes of one word: the same model with nothing before it that would make words."""
         found = tokenizers.Tokenizer(self._plain.model)

@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from itertools import chain, count, islice, pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -46,12 +46,12 @@ class WordEncoder:
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        found = one_form(json.loads(tokenizer.json)["pre_tokenizer"])
+        self._merges = tokenizer.merges()
+        found = one_form(tokenizer.pre_tokenizer)
         digits = next((count for count in (1, 2, 3) if found == one_form(pre_tokenizer(count))), None)
         self.fast = digits is not None
         self._tokenizer = tokenizer
         self._patterns = patterns(digits or 1)
-        self._merges = tokenizer.merges()
         self._start_again()
 
     def _start_again(self) -> None:
@@ -170,16 +170,17 @@ def ranges(characters: set[str]) -> str:
     return "".join(f"\\u{first:04x}-\\u{last:04x}" for first, last in found)
 
 
-def pre_tokenizer(digits: int) -> Any:
-    """DeepSeek-V3's pre-tokenizer as `tokenizer.json` holds it."""
+def pre_tokenizer(digits: int) -> pre_tokenizers.PreTokenizer:
+    """DeepSeek-V3's, for at most `digits` digits a token."""
     splits = [rf"\p{{N}}{{1,{digits}}}", HAN_AND_KANA, WORDS]
     steps = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in splits]
-    last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    whole = tokenizers.Tokenizer(tokenizers.models.BPE())
-    whole.pre_tokenizer = pre_tokenizers.Sequence([*steps, last])
-    return json.loads(whole.to_str())["pre_tokenizer"]
+    return pre_tokenizers.Sequence([*steps, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
-def one_form(pre_tokenizer: Any) -> str:
+def one_form(pre_tokenizer: pre_tokenizers.PreTokenizer | None) -> str:
     """Its JSON, with line breaks in the patterns written one way: the released file holds the characters themselves."""
-    return json.dumps(pre_tokenizer, sort_keys=True).replace(r"\\r", r"\r").replace(r"\\n", r"\n")
+    whole = tokenizers.Tokenizer(tokenizers.models.BPE())
+    if pre_tokenizer is not None:
+        whole.pre_tokenizer = pre_tokenizer
+    found = json.dumps(json.loads(whole.to_str())["pre_tokenizer"], sort_keys=True)
+    return found.replace(r"\\r", r"\r").replace(r"\\n", r"\n")
