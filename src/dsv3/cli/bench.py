@@ -154,8 +154,8 @@ def memory(preset: str, batch: int, length: int, device: str, precision: Precisi
 
 @bench.command()
 @click.option("--vocabularies", default="2048,32768", show_default=True, help="Entries; several by commas.")
-@click.option("--megabytes", type=click.FloatRange(0.1), default=4.0, show_default=True, help="Text a turn.")
-@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
+@click.option("--megabytes", type=click.FloatRange(0.1), default=8.0, show_default=True, help="Text a turn.")
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
 @json_option
 def data(vocabularies: str, megabytes: float, rounds: int, json_path: Path | None) -> None:
     """Documents to shards on one core, against tokenizers alone."""
