@@ -16,7 +16,6 @@ from typing import Any
 
 import click
 
-from dsv3.bench.measure import versions
 from dsv3.cli import main as dsv3
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.errors import RunError
@@ -26,7 +25,7 @@ from dsv3.model.device import pick_device
 from dsv3.model.transformer import DeepSeekV3
 from dsv3.recipe.schema import Recipe
 from dsv3.stages.evaluate import recipe_of
-from dsv3.stages.pretrain import machine
+from dsv3.stages.machine import machine, versions
 from dsv3.stages.scores import plan_of
 from dsv3.weights.opening import load_model
 

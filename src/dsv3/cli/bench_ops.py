@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 
 import click
@@ -28,6 +26,7 @@ def ops(only: str | None, warm: bool, json_path: Path | None) -> None:
 
     from dsv3.bench import ops
     from dsv3.cli.ui import Progress
+    from dsv3.stages.machine import command
 
     families = list(ops.FAMILIES) if only is None else [name for name in only.split(",") if name]
     for name in families:
@@ -62,7 +61,7 @@ def ops(only: str | None, warm: bool, json_path: Path | None) -> None:
             json_path,
             {
                 **device(),
-                "command": shlex.join(["dsv3", *sys.argv[1:]]),
+                "command": command(),
                 "copy_rate": copy_rate,
                 "rows": [asdict(row) for row in rows],
             },
