@@ -62,7 +62,7 @@ def test_every_task_as_json_and_the_heat_map(run, tmp_path, capsys):
     # The recipe's own held-out text, in windows of its length.
     model, tokenizer = load_model(run)
     recipe = Recipe.load(REDUCED, START)
-    texts = held_out(recipe, "builtin:tinypy", 5000)
+    texts = held_out(recipe, 5000)["t"]
     expected = bits_per_byte(model, Tokenizer.load(tokenizer), texts, sequence_length=128, batch_rows=16).value
     assert found["bits_per_byte"] == {"t": pytest.approx(expected, rel=1e-6)}
     assert found["pass_at_1"]["tinypy"]["total"] == 2

@@ -42,7 +42,7 @@ def expected(model, validation, name, rows, mask):
     nats, count = 0.0, 0
     batch = validation._loaders[name].rows(0, rows)
     segments = batch.segment_ids[:, :-1] if mask else None
-    logits = model(batch.inputs, positions=batch.positions[:, :-1], segment_ids=segments).logits
+    logits = model(batch.tokens[:, :-1], positions=batch.positions[:, :-1], segment_ids=segments).logits
     for k in range(rows):
         for t in range(ROW - 1):
             crosses = batch.segment_ids[k, t] != batch.segment_ids[k, t + 1]

@@ -2,11 +2,11 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 
-from dsv3.errors import UserError
+from dsv3.errors import UserError, nearest
 
 
 @click.command("eval", short_help="Score a model: bits per byte, tasks, needles, loss by position.")
@@ -38,11 +38,15 @@ def evaluate(
 ) -> None:  # fmt: skip
     """Scores the model in CHECKPOINT: a run, a checkpoint or a Hugging Face directory."""
     from dsv3.recipe.quantity import parse_quantity
+    from dsv3.recipe.schema import EvaluationSection, Task
     from dsv3.stages.drawing import check_drawable
 
     chosen = [task.strip() for task in tasks.split(",") if task.strip()]
     if not chosen:
         raise UserError(f"--tasks {tasks!r} names none: expected some of bpb, tinypy, needle and position, by commas")
+    for task in chosen:
+        if task not in get_args(Task):
+            raise UserError(f"unknown task {task!r}: {nearest(task, get_args(Task))}")
     if plot is not None:
         if "needle" not in chosen:
             raise UserError(f"--plot {plot} draws the needle's heat map: add needle to --tasks")
@@ -58,15 +62,18 @@ def evaluate(
         raise UserError(f"--bytes {size!r}: {error}") from None
 
     from dsv3.cli.ui import Progress
-    from dsv3.stages.evaluate import Request, evaluate_path
+    from dsv3.stages.evaluate import evaluate_path
 
-    request = Request(
-        chosen, data, most, length, problems, [int(part) for part in lengths], needle_depths, needle_samples, ema
-    )
+    wanted = EvaluationSection.model_validate(dict(
+        tasks=chosen, bits_per_byte_bytes=most, tinypy_tasks=problems, needle_lengths=[int(part) for part in lengths],
+        needle_depths=needle_depths, needle_samples=needle_samples,
+    ))  # fmt: skip
     with Progress() as progress:
-        found = evaluate_path(
-            checkpoint, request, device, lambda task, done, total: progress(stage=task, done=done, total=total)
-        )
+
+        def show(task: str, done: int, total: int) -> None:
+            progress(stage=task, done=done, total=total)
+
+        found = evaluate_path(checkpoint, wanted, data, length, ema=ema, device=device, progress=show)
     if plot is not None:
         from dsv3.stages.needle_chart import draw_needle
 

@@ -29,11 +29,6 @@ class Batch:
     documents: list[list[tuple[str, int]]]
     """For each row the (source, document index) of what it holds."""
 
-    @property
-    def inputs(self) -> torch.Tensor:
-        """int64 [B, T]: what the model reads."""
-        return self.tokens[:, :-1]
-
 
 class Loader:
     """Packs each source (name, shards, weight) into rows of `row` tokens and mixes them.
@@ -141,12 +136,6 @@ class Loader:
             shuffled = shuffle.permutation(self.plans[source].rows)
             self._shuffled[source] = (epoch, shuffled)
         return source, int(shuffled[position])
-
-    def epochs(self, first_row: int) -> dict[str, float]:
-        """Passes over each source that lie before a global row."""
-        cycle, step = divmod(first_row, len(self._order))
-        drawn = cycle * self._shares + np.bincount(self._order[:step], minlength=len(self.names))
-        return {name: float(n / plan.rows) for name, n, plan in zip(self.names, drawn, self.plans, strict=True)}
 
     def describe(self, batch: Batch) -> list[str]:
         """The documents of a batch by name, `source:document`, for messages."""

@@ -9,27 +9,15 @@ predicted after a document's last token.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dsv3.data.tokenizer import Tokenizer
 from dsv3.errors import UserError
+from dsv3.evaluation.mode import evaluating
 from dsv3.ops.cross_entropy import IGNORE
-
-
-class Encoder(Protocol):
-    """What is needed of a tokenizer."""
-
-    @property
-    def bos_id(self) -> int:
-        """The token that starts a document."""
-        ...
-
-    def encode(self, text: str) -> list[int]:
-        """The tokens of a text, without `bos`."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -48,7 +36,7 @@ class BitsPerByte:
 @torch.inference_mode()
 def bits_per_byte(
     model: nn.Module,
-    tokenizer: Encoder,
+    tokenizer: Tokenizer,
     texts: Sequence[str],
     *,
     sequence_length: int,
@@ -69,10 +57,8 @@ def bits_per_byte(
     windows = [window for text in texts for window in cut([tokenizer.bos_id, *tokenizer.encode(text)], sequence_length)]
     # Windows of like length share a batch, so that little of it is padding.
     windows.sort(key=len, reverse=True)
-    was_training = model.training
-    model.eval()
     nats = 0.0
-    try:
+    with evaluating(model):
         for first in range(0, len(windows), batch_rows):
             inputs, targets = pad(windows[first : first + batch_rows])
             logits = model(inputs.to(device)).logits
@@ -80,8 +66,6 @@ def bits_per_byte(
                 logits.flatten(0, 1).float(), targets.to(device).flatten(), ignore_index=IGNORE, reduction="none"
             )
             nats += losses.double().sum().item()
-    finally:
-        model.train(was_training)
     return BitsPerByte(bits=nats / math.log(2), bytes=bytes_)
 
 

@@ -14,10 +14,10 @@ from dsv3.errors import UserError
 from dsv3.model.config import ModelConfig
 from dsv3.ops.block_scaled import scale_shape
 from dsv3.weights import deepseek
-from dsv3.weights.checkpoint import MODEL, STATE
+from dsv3.weights.checkpoint import MODEL
 from dsv3.weights.loading import places_of, skeleton
 from dsv3.weights.names import SCALE, is_block_scaled, is_mtp
-from dsv3.weights.opening import open_weights
+from dsv3.weights.opening import is_published, open_weights
 from dsv3.weights.released import FP8, ReleasedCheckpoint
 from dsv3.weights.shards import HEADER_NAMES, INDEX, Layout, Stored, files_of, read_header, read_index
 
@@ -87,10 +87,8 @@ def describe(path: Path) -> Description:
     Missing and damaged files, and tensors that are missing or do not fit, are part of the description. Raises `UserError`
     when there is no config, or no file that can be read.
     """
-    if not deepseek.is_deepseek(path) and (path / "config.json").is_file() and not (path / STATE).is_file():
-        found = survey_hugging_face(path)
-    else:
-        found = survey_others(path)
+    in_files = is_published(path) and not deepseek.is_deepseek(path)
+    found = survey_hugging_face(path) if in_files else survey_others(path)
     config, problems = found.config, list(found.problems)
     names = found.tensors.keys() | found.announced
     if config.num_nextn_predict_layers and not any(is_mtp(name, config) for name in names):
