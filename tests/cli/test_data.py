@@ -113,7 +113,7 @@ def test_a_tokenizer_of_ones_own(tmp_path, texts, capsys):
     assert "holds a tokenizer already" in err
     code, _, err = run(capsys, "tokenizer", "train", texts, "--out", tmp_path / "o", "--training-bytes", "many")
     assert code == 2
-    assert "--training-bytes many: expected a whole number" in err
+    assert "--training-bytes 'many': expected a whole number" in err
     # A recipe that names it builds its shards with it.
     build(capsys, tmp_path / "out", texts, f"tokenizer.path={out}", "model.vocab_size=600")
     assert ShardSet.open(tmp_path / "out" / "shards" / "t" / "train", found.hash)

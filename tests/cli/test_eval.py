@@ -119,7 +119,7 @@ def test_the_average_of_the_weights(checkpoint, run, tmp_path, capsys):
         (["--tasks", ","], "--tasks ',' names none: expected"),
         (["--tasks", "bpb", "--plot", "a.svg"], "--plot a.svg draws the needle's heat map: add needle to --tasks"),
         (["--plot", "a.pdf"], "cannot draw a.pdf: expected a name that ends in .svg or .png"),
-        (["--needle-lengths", "64,x"], "--needle-lengths '64,x': expected numbers of tokens"),
+        (["--needle-lengths", "64,x"], "--needle-lengths '64,x': expected whole numbers"),
         (["--bytes", "many"], "--bytes 'many': expected a whole number"),
         (["--tasks", "needle", "--needle-lengths", "20"], "a needle in 20 tokens: expected at least"),
         (["--tasks", "position", "--length", "4096"], "tokens in all; expected at least 7681"),

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsv3.stages import charts
-from dsv3.stages.drawing import COLOURS, binned, human
+from dsv3.stages.drawing import COLOURS, binned
 from dsv3.stages.run_directory import read_run
 
 
@@ -119,17 +119,6 @@ def test_drawings_are_repeatable_and_take_their_colours_from_the_page():
     assert drawing == charts.loss(rows)
     assert "var(--blue)" in drawing
     assert not any(light in drawing for light, _ in COLOURS.values())
-
-
-def test_human():
-    assert [human(value) for value in (0, 0.012, 999, 1000, 1_904_640, 14.8e12)] == [
-        "0",
-        "0.012",
-        "999",
-        "1K",
-        "1.9M",
-        "14.8T",
-    ]
 
 
 @pytest.mark.parametrize("total", range(1, 400))

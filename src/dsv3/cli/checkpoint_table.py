@@ -2,10 +2,9 @@
 
 from typing import Any
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
+import click
 
+from dsv3.cli.ui import print_table
 from dsv3.weights.describe import Description, Share
 
 SHOWN = 3
@@ -16,11 +15,7 @@ LISTED = 20
 
 def print_description(found: Description) -> None:
     """A line about the network, a table of what is stored, and a line for whatever is wrong."""
-    config, console = found.config, Console()
-
-    def say(line: str) -> None:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-
+    config, say = found.config, click.echo
     experts = f"{config.n_shared_experts} + {config.n_routed_experts} experts, {config.num_experts_per_tok} a token"
     say(f"{found.path}: {found.layout}, {found.files} file{'s'[: found.files != 1]}, {found.file_bytes:,} bytes")
     say(
@@ -28,14 +23,8 @@ def print_description(found: Description) -> None:
         f"MTP depth {config.num_nextn_predict_layers}, vocabulary {config.vocab_size:,}, "
         f"context {config.max_position_embeddings:,}"
     )
-    table = Table(box=box.SIMPLE_HEAD)
-    for column in ("", "tensors", "parameters", "bytes"):
-        table.add_column(column, justify="right" if column else "left")
-    for section in rows(found):
-        for name, share in section.items():
-            table.add_row(name, *(f"{value:,}" for value in share))
-        table.add_section()
-    console.print(table)
+    sections = [[[name, *(f"{value:,}" for value in share)] for name, share in part.items()] for part in rows(found)]
+    print_table(["", "tensors", "parameters", "bytes"], sections)
     say(f"quantised: {quantization_line(found)}")
     say(f"tokenizer: {'there' if found.tokenizer else 'none'}")
     for title, names in listed(found).items():

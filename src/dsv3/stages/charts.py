@@ -8,6 +8,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from dsv3.recipe.figures import human
 from dsv3.stages.drawing import (
     COLOURS,
     HALF,
@@ -16,7 +17,6 @@ from dsv3.stages.drawing import (
     WHOLE,
     column,
     finite,
-    human,
     shorten,
     svg,
     tokens_axis,

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from dsv3.errors import UserError
+from dsv3.recipe.figures import human
 from dsv3.stages.run_directory import Row
 
 COLOURS = {
@@ -132,14 +133,6 @@ def finite(values: Sequence[float | None] | np.ndarray) -> np.ndarray:
     """FP64 values, NaN (a gap in a drawing) where they are absent or not finite."""
     array = np.array(values, dtype=float)
     return np.where(np.isfinite(array), array, np.nan)
-
-
-def human(value: float) -> str:
-    """A number with the letter of its power of ten: 1900000 -> "1.9M"; small ones as they are."""
-    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if abs(value) >= size:
-            return f"{value / size:.3g}{letter}"
-    return f"{value:.3g}"
 
 
 def shorten(name: str) -> str:

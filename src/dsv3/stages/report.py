@@ -13,8 +13,9 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from dsv3.errors import UserError
+from dsv3.recipe.figures import duration, human
 from dsv3.stages import charts
-from dsv3.stages.drawing import COLOURS, human
+from dsv3.stages.drawing import COLOURS
 from dsv3.stages.needle_chart import needle_svg
 from dsv3.stages.run_directory import Row, Run, read_run
 
@@ -189,11 +190,3 @@ def plain(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def duration(seconds: float) -> str:
-    """Seconds in the unit a person would choose."""
-    for size, unit in ((3600.0, "hours"), (60.0, "minutes")):
-        if seconds >= 1.5 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} seconds"

@@ -7,9 +7,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from dsv3.recipe.figures import human
 from dsv3.recipe.points import borders, point_at, schedule_of
 from dsv3.recipe.schedule import Schedules
-from dsv3.stages.drawing import COLOURS, STYLE, WHOLE, human, save, tokens_axis
+from dsv3.stages.drawing import COLOURS, STYLE, WHOLE, save, tokens_axis
 
 TITLES = {
     "learning_rate": "learning rate",
