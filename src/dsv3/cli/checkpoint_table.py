@@ -17,7 +17,9 @@ def print_description(found: Description) -> None:
     """A line about the network, a table of what is stored, and a line for whatever is wrong."""
     config, say = found.config, click.echo
     experts = f"{config.n_shared_experts} + {config.n_routed_experts} experts, {config.num_experts_per_tok} a token"
-    say(f"{found.path}: {found.layout}, {found.files} file{'s'[: found.files != 1]}, {found.file_bytes:,} bytes")
+    say(
+        f"{found.path}: {found.layout}, {len(found.files)} file{'s'[: len(found.files) != 1]}, {found.file_bytes:,} bytes"
+    )
     say(
         f"{config.num_hidden_layers} layers ({config.num_dense_layers} dense), {experts}, "
         f"MTP depth {config.num_nextn_predict_layers}, vocabulary {config.vocab_size:,}, "
@@ -42,7 +44,7 @@ def rows(found: Description) -> list[dict[str, Share]]:
     parts = {"main model": found.main, **({"MTP modules": found.mtp} if found.mtp.tensors else {})}
     return [
         parts,
-        dict(found.dtypes),
+        found.dtypes,
         {"all": found.total},
         {f"beside: {name}": each for name, each in found.beside.items()},
     ]
@@ -50,7 +52,8 @@ def rows(found: Description) -> list[dict[str, Share]]:
 
 def listed(found: Description) -> dict[str, list[str]]:
     """Tensors that are not as the config wants them."""
-    return {"missing": found.missing, "unexpected": list(found.unexpected), "of another kind": found.misfits}
+    fit = found.fit
+    return {"missing": fit.missing, "unexpected": fit.unexpected, "of another kind": list(fit.misfits.values())}
 
 
 def quantization_line(found: Description) -> str:
@@ -88,7 +91,7 @@ def values(found: Description) -> dict[str, Any]:
         "dtypes": {name: each._asdict() for name, each in found.dtypes.items()},
         "beside": {name: each._asdict() for name, each in found.beside.items()},
         "quantization": found.quantization,
-        "files": {"count": found.files, "bytes": found.file_bytes},
+        "files": {"count": len(found.files), "bytes": found.file_bytes},
         "tokenizer": found.tokenizer,
         **{
             title.replace("of another kind", "misfits"): {"count": len(names), "first": names[:LISTED]}

@@ -16,7 +16,8 @@ from dsv3.stages.pretrain import refused_changes, train
 from dsv3.stages.runner import Stage
 from dsv3.training.trainer import Progress, Trainer
 from dsv3.weights.checkpoint import flatten
-from dsv3.weights.loading import checked, fill
+from dsv3.weights.fit import checked
+from dsv3.weights.loading import fill
 from dsv3.weights.opening import checkpoint_at, is_published, open_weights
 from dsv3.weights.tensor_directory import read_layout, read_tensors
 

@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from dsv3.errors import RunError, UserError, nearest
-from dsv3.weights.shards import sync
+from dsv3.weights.safetensors import sync
 from dsv3.weights.tensor_directory import check_files, read_layout, read_tensors, write_tensors
 
 log = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsv3.weights.shards import sync
+from dsv3.weights.safetensors import sync
 
 JOURNAL = ".journal"
 Progress = Callable[[int, int], None]

@@ -19,7 +19,7 @@ from dsv3.model.transformer import DeepSeekV3
 from dsv3.ops.block_scaled import dequantize, quantize, scale_shape
 from dsv3.weights.checkpoint import EMA, MODEL
 from dsv3.weights.names import KEPT_FLOAT32, SCALE, Part, is_block_scaled, released
-from dsv3.weights.shards import DTYPES, HEADER_NAMES, Layout, Stored, read_tensor
+from dsv3.weights.safetensors import DTYPES, HEADER_NAMES, Layout, Stored, read_tensor
 from dsv3.weights.tensor_directory import ChunkReader, Region
 
 FP8 = "F8_E4M3"
