@@ -140,13 +140,13 @@ def test_a_missing_library_is_refused_with_the_way_out(tmp_path, monkeypatch, su
 MEMORY = """
 import re, sys
 from pathlib import Path
-from dsv3.data.build import build_shards
+from dsv3.data.build import ShardPlan, build_shards
 from dsv3.data.sources import documents, sample
 from dsv3.data.tokenizer import train_tokenizer
 
 source, out, sample_bytes = sys.argv[1], sys.argv[2], int(sys.argv[3])
 tokenizer = train_tokenizer(sample(documents(source, "train", seed=0), sample_bytes), 320)
-totals = [build_shards(source, split, tokenizer, f"{out}/{split}", seed=0).bytes for split in ("train", "validation")]
+totals = [build_shards(ShardPlan(source, split, 0), tokenizer, Path(out, split)).bytes for split in ("train", "validation")]
 peak = re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())
 print(sum(totals), int(peak[1]) * 1024)
 """

@@ -3,10 +3,10 @@ import sys
 import fsspec
 import pytest
 
-from dsv3.data.build import build_shards
 from dsv3.data.files import SkipReport
 from dsv3.data.sources import documents, fingerprint
 from dsv3.errors import RunError, UserError
+from tests.data.shard_sets import build_set
 from tests.data.test_files import ROWS, write
 
 
@@ -50,7 +50,7 @@ def test_a_directory_a_glob_and_a_file_at_a_url_are_those_here(copy):
 
 def test_the_shards_are_those_of_the_files_here(copy, tokenizer, tmp_path):
     for name, uri in {"here": str(copy), "there": "memory://corpus"}.items():
-        build_shards(uri, "train", tokenizer, tmp_path / "out" / name, seed=0, fim_rate=0.5)
+        build_set(uri, "train", tokenizer, tmp_path / "out" / name, seed=0, fim_rate=0.5)
     for name in ("tokens-00000.bin", "documents-00000.names", "documents-00000.npy"):
         assert (tmp_path / "out/here" / name).read_bytes() == (tmp_path / "out/there" / name).read_bytes()
 

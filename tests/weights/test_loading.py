@@ -13,7 +13,7 @@ from dsv3.weights.huggingface import from_pretrained, open_directory, save_pretr
 from dsv3.weights.loading import fill
 from dsv3.weights.opening import load_model, open_weights
 from dsv3.weights.released import Converted
-from dsv3.weights.shard_writer import write_shards
+from dsv3.weights.safetensors_writer import write_shards
 from tests.weights.sparse import published
 from tests.weights.test_convert import assert_same_files, random_model
 

@@ -10,7 +10,7 @@ import torch
 
 from dsv3.data.mixture import LONGEST_CYCLE, interleave
 from dsv3.data.packing import pack
-from dsv3.data.shards import ShardSet
+from dsv3.data.token_shards import ShardSet
 from dsv3.errors import UserError
 
 

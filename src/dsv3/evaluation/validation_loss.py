@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 
 from dsv3.data.loader import Loader
-from dsv3.data.shards import ShardSet
+from dsv3.data.token_shards import ShardSet
 from dsv3.evaluation.mode import evaluating
 from dsv3.model.transformer import DeepSeekV3, targets
 from dsv3.ops.cross_entropy import IGNORE

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from dsv3.data.loader import Loader
-from dsv3.data.shards import ShardSet
+from dsv3.data.token_shards import ShardSet
 from dsv3.data.tokenizer import Tokenizer
+from dsv3.disk import replace_file
 from dsv3.errors import UserError
 from dsv3.evaluation.validation_loss import ValidationLoss
 from dsv3.model.device import pick_device
@@ -121,9 +122,7 @@ def write_run(recipe: Recipe, directory: Path, tokenizer: Tokenizer, sets: list[
         "command": command(),
     }
     directory.mkdir(parents=True, exist_ok=True)
-    partial = directory / "run.json.partial"
-    partial.write_text(json.dumps(content, indent=1))
-    partial.replace(directory / "run.json")
+    replace_file(directory / "run.json", json.dumps(content, indent=1))
 
 
 def with_user_data(recipe: Recipe, paths: list[str]) -> Recipe:

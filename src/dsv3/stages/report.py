@@ -12,6 +12,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from dsv3.disk import replace_file
 from dsv3.errors import UserError
 from dsv3.recipe.figures import duration, human
 from dsv3.stages import charts
@@ -26,11 +27,9 @@ def write_report(run_dir: Path, out: Path) -> None:
     Raises `UserError` when `run_dir` is no run directory or `out` cannot be written.
     """
     page = render(read_run(run_dir))
-    unfinished = out.with_name(out.name + ".unfinished")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_bytes(page.encode("utf-8", "replace"))
-        unfinished.replace(out)
+        replace_file(out, page.encode("utf-8", "replace"))
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error.strerror}); name another file with --out") from None
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsv3.disk import sync
 from dsv3.errors import RunError, UserError
 from dsv3.model.config import ModelConfig
 from dsv3.weights.checkpoint import MODEL, STATE, TOKENIZER
@@ -25,8 +26,8 @@ from dsv3.weights.loading import compare_copies, dtype_of, skeleton_for
 from dsv3.weights.names import Part, released
 from dsv3.weights.opening import open_weights
 from dsv3.weights.released import Converted, Released
-from dsv3.weights.safetensors import Layout, sync
-from dsv3.weights.shard_writer import write_shards
+from dsv3.weights.safetensors import Layout
+from dsv3.weights.safetensors_writer import write_shards
 from dsv3.weights.tensor_directory import ChunkWriter
 
 FILE_BYTES = 512 * 10**6

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -210,12 +209,3 @@ def read_piece(piece: Piece, dtype: torch.dtype) -> Tensor:
     if count != tensor.nbytes:
         raise UserError(f"{piece.file} ended within tensor {piece.name}: has it been changed since it was opened?")
     return tensor
-
-
-def sync(path: Path) -> None:
-    """Waits until a file, or a directory's entries, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
