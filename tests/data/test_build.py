@@ -160,7 +160,7 @@ def test_after_kill_9_the_build_continues_with_the_complete_shards(corpus, token
     process = subprocess.Popen(
         arguments, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
     )
-    for _ in range(4):
+    for _ in range(2):
         assert process.stdout.readline()
         process.stdin.write("\n")
         process.stdin.flush()
