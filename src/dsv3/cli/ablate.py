@@ -38,6 +38,6 @@ def ablate(recipes: tuple[str, ...], seeds: list[int], jobs: int, out: Path) -> 
     comparison = compare(runs)
     (out / "comparison.md").write_text(markdown(comparison))
     (out / "comparison.json").write_text(json.dumps(comparison.to_dict(), indent=1))
-    save(drawing(comparison), out / "comparison.svg")
+    save(lambda: drawing(comparison), out / "comparison.svg")
     show_comparison(comparison)
     click.echo(f"{out / 'comparison.md'}, .json, .svg")

@@ -31,7 +31,7 @@ def compare(runs: tuple[Path, ...], plot: Path | None, as_markdown: bool, as_jso
         check_drawable(plot)
     comparison = compare_runs(runs)
     if plot is not None:
-        save(drawing(comparison), plot)
+        save(lambda: drawing(comparison), plot)
         click.echo(f"drawn: {plot}", err=True)
     if as_json:
         click.echo(json.dumps(comparison.to_dict(), indent=1))

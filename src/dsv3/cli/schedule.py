@@ -26,7 +26,8 @@ def show_schedules(recipe_path: Path, overrides: Sequence[str], at: Sequence[int
     click.echo(f"{recipe_path}: {total:,} tokens in {schedules.total_steps:,} steps, sequences of {length:,}")
     print_table(["tokens", "step", "learning rate", "batch", "MTP weight", "bias speed", "changes"], [rows], left=(6,))
     if plot is not None:
+        from dsv3.stages.drawing import save
         from dsv3.stages.schedule_chart import draw_schedules
 
-        draw_schedules(schedules, total, plot)
+        save(lambda: draw_schedules(schedules, total), plot)
         click.echo(f"drawn: {plot}")
