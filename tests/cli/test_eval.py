@@ -63,7 +63,7 @@ def test_every_task_as_json_and_the_heat_map(run, tmp_path, capsys):
     model, tokenizer = load_model(run)
     recipe = Recipe.load(REDUCED, START)
     texts = held_out(recipe, 5000)["t"]
-    expected = bits_per_byte(model, Tokenizer.load(tokenizer), texts, sequence_length=128, batch_rows=16).value
+    expected = bits_per_byte(model, Tokenizer.load(tokenizer), texts, sequence_length=128, batch_rows=16)
     assert found["bits_per_byte"] == {"t": pytest.approx(expected, rel=1e-6)}
     assert found["pass_at_1"]["tinypy"]["total"] == 2
     assert (found["needle"]["lengths"], found["needle"]["depths"]) == ([160, 200], [0.0, 0.5, 1.0])
@@ -103,7 +103,7 @@ def test_the_average_of_the_weights(checkpoint, run, tmp_path, capsys):
     command = ["eval", str(checkpoint), "--tasks", "bpb", "--json", "--length", "32", "--data", mine]
     model, tokenizer = load_model(checkpoint, ema=True)
     texts = [(tmp_path / "mine.txt").read_text()]
-    expected = bits_per_byte(model, Tokenizer.load(tokenizer), texts, sequence_length=32, batch_rows=16).value
+    expected = bits_per_byte(model, Tokenizer.load(tokenizer), texts, sequence_length=32, batch_rows=16)
     assert main.run([*command, "--ema"]) == 0
     assert json.loads(capsys.readouterr().out)["bits_per_byte"][mine] == pytest.approx(expected, rel=1e-6)
     assert main.run(command) == 0

@@ -126,14 +126,10 @@ def test_the_report_names_a_hundred_and_counts_all():
     assert (report.count, len(report.named)) == (1000, 100)
 
 
-@pytest.mark.parametrize(
-    ("suffix", "module", "way_out"),
-    [(".parquet", "pyarrow", r"pip install 'dsv3\[parquet\]'"), (".jsonl.zst", "zstandard", "pip install zstandard")],
-)
-def test_a_missing_library_is_refused_with_the_way_out(tmp_path, monkeypatch, suffix, module, way_out):
-    path = write(tmp_path / f"a{suffix}", ROWS)
-    monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(UserError, match=way_out):
+def test_a_missing_library_is_refused_with_the_way_out(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.parquet", ROWS)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UserError, match=r"pip install 'dsv3\[parquet\]'"):
         list(read(path, "a", SkipReport()))
 
 

@@ -87,9 +87,3 @@ def test_what_cannot_be_opened_is_refused_at_once(memory, monkeypatch, uri, mess
     monkeypatch.setitem(sys.modules, "s3fs", None)
     with pytest.raises(UserError, match=message):
         documents(uri, "train", seed=0)
-
-
-def test_without_fsspec_the_way_out_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "fsspec", None)
-    with pytest.raises(UserError, match=r"pip install 'dsv3\[remote\]'"):
-        documents("memory://corpus", "train", seed=0)

@@ -10,7 +10,7 @@ from dsv3.cli.options import PATH, WholeNumbers
 from dsv3.errors import UserError
 
 
-@click.command(short_help="Every recipe of a directory with several seeds, then `compare`.")
+@click.command()
 @click.argument("recipes", nargs=-1, required=True, metavar="RECIPE... [KEY=VALUE]...")
 @click.option("--seeds", type=WholeNumbers(0), default="0,1,2", help="Values of training.seed, with commas between.")
 @click.option("--jobs", type=click.IntRange(1), default=1, help="Runs at once.")

@@ -9,7 +9,7 @@ from dsv3.cli.generate import sampling_options, unescape
 from dsv3.cli.options import PATH
 
 
-@click.command(short_help="Type, and see it continued.")
+@click.command()
 @click.argument("checkpoint", type=PATH)
 @click.option("--template", default="{}", help="What a line is put into before it is continued.")
 @sampling_options

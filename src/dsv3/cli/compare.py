@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from dsv3.stages.compare import Comparison
 
 
-@click.command(short_help="Runs side by side, and the report's signs.")
+@click.command()
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=PATH)
 @click.option("--plot", type=PATH, help="Draw every figure over the training: a .svg or .png file.")
 @click.option("--markdown", "as_markdown", is_flag=True, help="Print the table as Markdown.")

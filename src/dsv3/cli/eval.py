@@ -10,7 +10,7 @@ from dsv3.cli.options import PATH, Quantity, WholeNumbers, device_option, ema_op
 from dsv3.errors import UserError, nearest
 
 
-@click.command("eval", short_help="Score a model: bits per byte, tasks, needles, loss by position.")
+@click.command("eval")
 @click.argument("checkpoint", type=PATH)
 @click.option("--tasks", default="bpb,tinypy,needle", help="Of bpb, tinypy, needle and position, by commas.")
 @click.option(

@@ -20,7 +20,7 @@ sampling_options = several(
 """What `generate` and `chat` share; what is left after `ema` and `device` are the fields of `SamplingParams`."""
 
 
-@click.command(short_help="Continue a prompt, or fill in the middle.")
+@click.command()
 @click.argument("checkpoint", type=PATH)
 @click.option("--prompt", required=True, help="The text to continue; \\n and \\t are read as in Python.")
 @click.option("--suffix", help="What follows the gap: the model fills in the middle.")

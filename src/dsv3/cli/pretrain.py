@@ -36,7 +36,7 @@ training_options = several(
 )
 
 
-@click.command(short_help="Train a recipe's model: tokenizer, shards, training.")
+@click.command()
 @training_options
 def pretrain(recipe: Path, out: Path | None, **options: Any) -> None:
     """Trains RECIPE (a TOML file), with any KEY=VALUE of it replaced, for instance optimizer.weight_decay=0.05.
@@ -48,7 +48,7 @@ def pretrain(recipe: Path, out: Path | None, **options: Any) -> None:
     train("pretrain", recipe, out, f"`dsv3 report {out}` makes a page of the run.", **options)
 
 
-@click.command(short_help="Train on at a greater length, from a run or published weights.")
+@click.command()
 @training_options
 def extend(recipe: Path, out: Path | None, **options: Any) -> None:
     """One phase of context extension: RECIPE's [extension] names the run that it starts from.

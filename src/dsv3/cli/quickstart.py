@@ -11,7 +11,7 @@ from dsv3.cli.run import overrides_argument, recipe_beside, run_recipe
 from dsv3.recipe.figures import duration
 
 
-@click.command(short_help="Everything, small, on this machine; writes a report.")
+@click.command()
 @overrides_argument
 @click.option("--recipe", type=PATH, help="Another recipe than recipes/quickstart/pretrain.toml.")
 @click.option("--data", multiple=True, metavar="PATH", help="Train on these texts instead; may be given several times.")

@@ -24,17 +24,13 @@ def train(corpora: tuple[str, ...], out: Path, vocab_size: int, digits: int, tra
 
     A recipe uses it with tokenizer.path=OUT.
     """
-    from itertools import islice
-
-    from dsv3.data.sources import ENDLESS, documents, sample
+    from dsv3.data.sources import VALIDATION_FRACTION, to_learn_from
     from dsv3.data.tokenizer import train_tokenizer
 
     if (out / "tokenizer.json").exists():
         raise UserError(f"{out} holds a tokenizer already; name another directory with --out")
-    texts = []
-    for uri in corpora:
-        found = documents(uri, "train", seed=0)
-        texts += sample(islice(found, 4000) if (uri, "train") in ENDLESS else found, training_bytes // len(corpora))
+    share = training_bytes // len(corpora)
+    texts = [text for uri in corpora for text in to_learn_from(uri, 0, VALIDATION_FRACTION, share)]
     made = train_tokenizer(texts, vocab_size, digits)
     made.save(out)
     size, tokens = sum(len(text.encode()) for text in texts), sum(map(len, made.encode_batch(texts)))

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from dsv3.data.encoding import Encoding
 from dsv3.data.files import Document, SkipReport
-from dsv3.data.sources import ENDLESS, Split, documents, fingerprint
+from dsv3.data.sources import ENDLESS, VALIDATION_FRACTION, Split, documents, fingerprint
 from dsv3.data.token_shard_writer import ShardWriter
 from dsv3.data.token_shards import MANIFEST, Manifest, ShardSet, file_hash
 from dsv3.data.tokenizer import Tokenizer
@@ -32,7 +32,7 @@ class ShardPlan:
     seed: int
     fim_rate: float = 0.0
     split_joined_rate: float = 0.0
-    validation_fraction: float = 0.05
+    validation_fraction: float = VALIDATION_FRACTION
     limit_documents: int | None = None
     limit_tokens: int | None = None
     """A limit ends the set with the first document that reaches it; sources that never end need one."""

@@ -8,7 +8,6 @@ predicted after a document's last token.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -20,19 +19,6 @@ from dsv3.evaluation.mode import evaluating
 from dsv3.ops.cross_entropy import IGNORE
 
 
-@dataclass(frozen=True)
-class BitsPerByte:
-    """`bits` is the negative log2-likelihood of all texts together, `bytes` their length in UTF-8."""
-
-    bits: float
-    bytes: int
-
-    @property
-    def value(self) -> float:
-        """Bits per byte."""
-        return self.bits / self.bytes
-
-
 @torch.inference_mode()
 def bits_per_byte(
     model: nn.Module,
@@ -42,10 +28,10 @@ def bits_per_byte(
     sequence_length: int,
     batch_rows: int,
     device: torch.device | str = "cpu",
-) -> BitsPerByte:
-    """Scores `texts`, each a document, in batches of `batch_rows` windows.
+) -> float:
+    """The negative log2-likelihood of all `texts` together over their length in UTF-8; each is a document.
 
-    `model(tokens)` with tokens int64 `[B, T]` has `.logits` `[B, T, vocab]` and is causal, so that padding at the end
+    `batch_rows` windows are read at a time. `model(tokens)` with tokens int64 `[B, T]` has `.logits` `[B, T, vocab]` and is causal, so that padding at the end
     of a row changes nothing. It runs in evaluation mode and is put back into its mode after. Log-likelihoods are taken
     in float32, whatever the logits' dtype, and summed in float64. Raises `UserError` when there is no byte to score.
     """
@@ -66,7 +52,7 @@ def bits_per_byte(
                 logits.flatten(0, 1).float(), targets.to(device).flatten(), ignore_index=IGNORE, reduction="none"
             )
             nats += losses.double().sum().item()
-    return BitsPerByte(bits=nats / math.log(2), bytes=bytes_)
+    return nats / math.log(2) / bytes_
 
 
 def cut(tokens: Sequence[int], sequence_length: int) -> list[Sequence[int]]:

@@ -43,7 +43,7 @@ def run_tasks(
         for done, (name, held_out) in enumerate(texts.items(), 1):
             found["bits_per_byte"][name] = bits_per_byte(
                 model, tokenizer, held_out, sequence_length=length, batch_rows=BATCH_ROWS, device=device
-            ).value
+            )
             progress("bpb", done, len(texts))
     if "tinypy" in wanted.tasks and wanted.tinypy_tasks:
         llm = LLM.of(model, tokenizer)

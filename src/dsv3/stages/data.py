@@ -1,14 +1,14 @@
 """The data of a training as stages: a tokenizer, then one shard set a source and split. `dsv3 data build` runs these alone."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 
 from dsv3.data.build import ShardPlan, build_shards
-from dsv3.data.sources import ENDLESS, Document, Split, documents, fingerprint, sample
+from dsv3.data.sources import Split, fingerprint, to_learn_from
 from dsv3.data.token_shards import FORMAT, Manifest, ShardSet
 from dsv3.data.tokenizer import Tokenizer, train_tokenizer
 from dsv3.data.workers import cores
@@ -17,8 +17,6 @@ from dsv3.recipe.schema import Recipe, Source
 from dsv3.stages.runner import Stage
 from dsv3.training.trainer import Progress
 
-ENDLESS_DOCUMENTS = 4000
-"""Of a source that never ends, read for the tokenizer: its words repeat long before."""
 VALIDATION_TOKENS = 200_000
 """Of an endless source's held-out split."""
 SPLITS: tuple[Split, ...] = ("train", "validation")
@@ -101,21 +99,16 @@ def make_tokenizer(recipe: Recipe, directory: Path, progress: Progress) -> None:
         finished.save(directory)
         return
     progress(stage="tokenizer", done=0, total=1)
-    total = sum(source.weight for source in recipe.data.sources)
+    total, fraction = sum(source.weight for source in recipe.data.sources), recipe.data.validation_fraction
     texts = chain.from_iterable(
-        sample(training_documents(recipe, source), int(recipe.tokenizer.training_bytes * source.weight / total))
+        to_learn_from(
+            source.uri, recipe.data_seed, fraction, int(recipe.tokenizer.training_bytes * source.weight / total)
+        )
         for source in recipe.data.sources
     )
     tokenizer = train_tokenizer(texts, recipe.model.config().vocab_size, recipe.tokenizer.digits)
     tokenizer.save(directory)
     progress(stage="tokenizer", done=1, total=1, entries=tokenizer.vocab_size)
-
-
-def training_documents(recipe: Recipe, source: Source) -> Iterator[Document]:
-    """A source's training split; of one that never ends, as many documents as the tokenizer can be trained on."""
-    fraction = recipe.data.validation_fraction
-    found = documents(source.uri, "train", seed=recipe.data_seed, validation_fraction=fraction)
-    return islice(found, ENDLESS_DOCUMENTS) if (source.uri, "train") in ENDLESS else found
 
 
 def make_shards(

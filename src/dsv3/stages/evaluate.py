@@ -14,8 +14,6 @@ from dsv3.weights.opening import checkpoint_at, load_model
 
 LONGEST = 4096
 """Window of a model that comes without its recipe; a shorter one where it reads less far."""
-VALIDATION_FRACTION = 0.05
-"""Of a builtin corpus that the user names; files that he names are read whole."""
 
 
 def evaluate_path(
@@ -62,5 +60,5 @@ def recipe_of(path: Path) -> tuple[Recipe | None, int | None]:
 def named(uri: str, limit: int) -> list[str]:
     """Up to `limit` bytes of the held-out split of a builtin, of files of everything."""
     if uri.startswith("builtin:"):
-        return take(documents(uri, "validation", seed=0, validation_fraction=VALIDATION_FRACTION), limit)
+        return take(documents(uri, "validation", seed=0), limit)
     return take(documents(uri, "train", seed=0, validation_fraction=0.0), limit)
