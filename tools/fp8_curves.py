@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import click
-import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 
 from dsv3.errors import UserError
-from dsv3.stages.drawing import COLOURS, HALF, SERIES, STYLE, save
+from dsv3.stages.drawing import COLOURS, HALF, SERIES, save
 from dsv3.stages.run_directory import Run, read_run
 
 SMOOTHING = 0.9
@@ -52,7 +52,7 @@ def main(runs: Sequence[Path], plot: Path | None, json_path: Path | None) -> Non
         )
     click.echo(f"{BASELINE:22} loss at the end {curves[BASELINE][steps - 1]:.4f}  {scores(named[BASELINE])}")
     if plot is not None:
-        draw(curves, errors, plot)
+        save(lambda: draw(curves, errors), plot)
     if json_path is not None:
         json_path.write_text(json.dumps(record(named, curves, errors)) + "\n")
     worst = float(np.abs(errors[PROMISED][FROM_STEP - 1 :]).max()) if PROMISED in errors else 0.0
@@ -97,25 +97,24 @@ def record(named: dict[str, Run], curves: dict[str, np.ndarray], errors: dict[st
     return {**kept, "command": sys.argv, "every": EVERY, "losses": points, "largest": worst, "evaluations": last}
 
 
-def draw(curves: dict[str, np.ndarray], errors: dict[str, np.ndarray], path: Path) -> None:
+def draw(curves: dict[str, np.ndarray], errors: dict[str, np.ndarray]) -> Figure:
     """Losses above, differences below."""
-    with matplotlib.rc_context(STYLE):
-        figure = matplotlib.figure.Figure((HALF, 5.4), layout="constrained")
-        above, below = figure.subplots(2, 1, sharex=True)
-        above.set_title("training loss, nats")
-        below.set_title(f"relative difference to {BASELINE}, %")
-        colours = dict(zip(curves, (COLOURS[name][0] for name in SERIES), strict=False))
-        for name, curve in curves.items():
-            above.plot(np.arange(1, len(curve) + 1), curve, color=colours[name], label=name, linewidth=1)
-        for name, error in errors.items():
-            late = np.arange(FROM_STEP, len(error) + 1)
-            below.plot(late, 100 * error[FROM_STEP - 1 :], color=colours[name], linewidth=1)
-        for sign in (-1, 1):
-            below.axhline(100 * sign * LIMIT, color=COLOURS["quiet"][0], linewidth=0.8, linestyle="--")
-        above.set_ylim(top=float(np.median(curves[BASELINE][: FROM_STEP // 2])))
-        above.legend(fontsize=8)
-        below.set_xlabel("step")
-        save(figure, path)
+    figure = Figure((HALF, 5.4), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True)
+    above.set_title("training loss, nats")
+    below.set_title(f"relative difference to {BASELINE}, %")
+    colours = dict(zip(curves, (COLOURS[name][0] for name in SERIES), strict=False))
+    for name, curve in curves.items():
+        above.plot(np.arange(1, len(curve) + 1), curve, color=colours[name], label=name, linewidth=1)
+    for name, error in errors.items():
+        late = np.arange(FROM_STEP, len(error) + 1)
+        below.plot(late, 100 * error[FROM_STEP - 1 :], color=colours[name], linewidth=1)
+    for sign in (-1, 1):
+        below.axhline(100 * sign * LIMIT, color=COLOURS["quiet"][0], linewidth=0.8, linestyle="--")
+    above.set_ylim(top=float(np.median(curves[BASELINE][: FROM_STEP // 2])))
+    above.legend(fontsize=8)
+    below.set_xlabel("step")
+    return figure
 
 
 if __name__ == "__main__":

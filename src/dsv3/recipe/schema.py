@@ -20,6 +20,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Precision = Literal["fp32", "bf16", "fp8"]
 Recomputable = Literal["norms", "mla_up", "swiglu"]
 Sink = Literal["wandb", "trackio"]
+Task = Literal["bpb", "tinypy", "needle", "position"]
 
 
 def _deviation_or_rule(value: object) -> object:
@@ -218,10 +219,7 @@ class LoggingSection(Section):
 class EvaluationSection(Section):
     """`[evaluation]`: what is measured while training; ours."""
 
-    tasks: Annotated[tuple[Literal["bpb", "tinypy", "needle", "position"], ...], Field(strict=False)] = (
-        "bpb",
-        "tinypy",
-    )
+    tasks: Annotated[tuple[Task, ...], Field(strict=False)] = ("bpb", "tinypy")
     """What is measured: bits per byte, tasks (where a source is `builtin:tinypy`), needles in haystacks, loss by position."""
     bits_per_byte_bytes: Quantity = 200_000
     """Held-out bytes scored, a source; also those that loss by position is taken over."""
