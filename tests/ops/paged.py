@@ -25,8 +25,8 @@ def sequences(lengths, tokens, heads, latent, rotated, packed=False, dtype=torch
         position = torch.arange(length, device=device)
         slots = table[b].long()[position // PAGE] * PAGE + position % PAGE
         shape = length, latent + rotated
-        # One rounding of its own for each dtype: what is stored is what was drawn.
-        entries = torch.randn(shape, generator=generator, device=device).to(torch.bfloat16).to(dtype)
+        entries = (torch.randn(shape, generator=generator, device=device) * 0.1).to(torch.bfloat16).to(dtype)
         store_latents(pages, slots, entries[:, :latent].contiguous(), entries[:, latent:].contiguous())
-    q = torch.randn(len(lengths), tokens, heads, latent + rotated, generator=generator, device=device).to(dtype)
-    return q, pages, table, torch.tensor(lengths, dtype=torch.int32, device=device)
+    # Larger, so that scores differ as if both were of deviation 1; results are then small beside a rounding of their own.
+    q = torch.randn(len(lengths), tokens, heads, latent + rotated, generator=generator, device=device) * 10
+    return q.to(dtype), pages, table, torch.tensor(lengths, dtype=torch.int32, device=device)

@@ -12,14 +12,6 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are i
 LENGTHS = [[70], [0, 0, 0], [130, 0, 4, 64, 300], [0, 65, 128, 0], [1, 2, 3]]
 
 
-@pytest.fixture(autouse=True)
-def few_programs(monkeypatch):
-    """Each takes the interpreter milliseconds."""
-    from dsv3.ops.kernels import paged_attention
-
-    monkeypatch.setattr(paged_attention, "COMBINED", paged_attention.Combined(8, 0, 4))
-
-
 def compare(found, expected):
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.dtype == theirs.dtype
@@ -39,12 +31,12 @@ def test_any_lengths_in_any_number_of_parts(lengths, parts, packed):
 @pytest.mark.parametrize("tokens", [1, 2, 4])
 @pytest.mark.parametrize("heads", [1, 5, 16])
 def test_tokens_of_a_pass_see_one_another_causally(tokens, heads):
-    from dsv3.ops.kernels.paged_attention import FEW, decode
+    from dsv3.ops.kernels.paged_attention import decode
 
     # The second sequence's last page holds one token: the other queries see none of it, which may be a piece of its own.
     q, *cache = sequences([tokens, 129, 64 + tokens], tokens, heads, 32, 16)
     for parts in (1, 5):
-        compare(decode(q, *cache, 32, 0.3, parts=parts, config=FEW), reference(q, *cache, 32, 0.3))
+        compare(decode(q, *cache, 32, 0.3, parts=parts), reference(q, *cache, 32, 0.3))
 
 
 def test_the_number_of_parts_is_chosen():
@@ -54,9 +46,12 @@ def test_the_number_of_parts_is_chosen():
     compare(decode(q, *cache, 32, 0.3), reference(q, *cache, 32, 0.3))
 
 
-def test_rows_are_combined_one_by_one(monkeypatch):
+@pytest.mark.parametrize("filling", [True, False])
+def test_pieces_are_combined_few_and_many_at_a_time(filling, monkeypatch):
     from dsv3.ops.kernels import paged_attention
 
-    monkeypatch.setattr(paged_attention, "COMBINED", paged_attention.Combined(8, 100, 4))
-    q, *cache = sequences([64 * 4, 64], 2, 2, 16, 16)
-    compare(paged_attention.decode(q, *cache, 16, 0.3, parts=4), reference(q, *cache, 16, 0.3))
+    small = paged_attention.Combined(4, 8, 2, 1) if filling else paged_attention.Combined(1, 16, 4, 1)
+    monkeypatch.setattr(paged_attention, "COMBINED", {filling: small})
+    monkeypatch.setattr(paged_attention, "FILLING", 0 if filling else 100)
+    q, *cache = sequences([64 * 7, 0, 64], 1, 6, 16, 16)
+    compare(paged_attention.decode(q, *cache, 16, 0.3, parts=8), reference(q, *cache, 16, 0.3))

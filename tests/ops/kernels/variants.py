@@ -35,6 +35,8 @@ def variants() -> Iterator[Variant]:
     yield from router()
     yield from cross_entropy()
     yield from products_fp8()
+    yield from pages()
+    yield from paged_attention()
 
 
 def i32(names: str) -> dict[str, str]:
@@ -271,6 +273,59 @@ def products_fp8() -> Iterator[Variant]:
             {"num_warps": config.warps, "num_stages": config.stages},
             contains="wgmma.mma_async",
         )
+
+
+def pages() -> Iterator[Variant]:
+    """Tokens as they are and packed."""
+    from dsv3.ops.kernels.latent_pages import WARPS, store_kernel
+
+    types = {"slots": "*i64", "latent": "*bf16", "key": "*bf16"} | i32("latent_stride key_stride")
+    shape = {"LATENT": 512, "ROTATED": 64, "TILE": 128, "TILES": 4, "KEY_BLOCK": 64}
+    packed = {"pages": "*u8", "words": "*fp32", "halves": "*bf16"}
+    yield Variant(store_kernel, types | packed, shape | {"SIZE": 656, "PACKED": True}, {"num_warps": WARPS})
+    plain = {"SIZE": 576, "PACKED": False, "words": None, "halves": None}
+    yield Variant(store_kernel, types | {"pages": "*bf16"}, shape | plain, {"num_warps": WARPS})
+
+
+def paged_attention() -> Iterator[Variant]:
+    """Few rows and many, in BF16 and packed; pieces combined; the kernel in Gluon."""
+    from dsv3.ops.kernels import paged_attention, paged_attention_gluon
+
+    results = {"table": "*i32", "lengths": "*i32", "out": "*bf16"} | dict.fromkeys(
+        ("lse", "piece", "piece_lse"), "*fp32"
+    )
+    sizes = i32("batch tokens heads table_stride parts") | {"scale": "fp32"}
+    for packed, config in paged_attention.CONFIGS.items():
+        pages = {"values": "*u8", "words": "*fp32", "halves": "*bf16"} if packed[0] else {"values": "*bf16"}
+        shape = {"LATENT": 512, "ROTATED": 64, "TILE": 128, "PAGE": 64, "ROWS": config.rows, "BATCH": 256}
+        nothing = {} if packed[0] else {"words": None, "halves": None}
+        yield Variant(
+            paged_attention.decode_kernel,
+            {"q": "*bf16"} | pages | results | sizes,
+            shape | nothing | {"SIZE": 656 if packed[0] else 576, "PACKED": packed[0]},
+            {"num_warps": config.warps, "num_stages": config.stages},
+        )
+    del results["table"]
+    for combined in paged_attention.COMBINED.values():
+        shape = {
+            "LATENT": 512,
+            "PAGE": 64,
+            "ROWS": combined.rows,
+            "COLUMNS": combined.columns,
+            "PIECES": combined.pieces,
+        }
+        types = results | i32("batch rows parts")
+        options = {"num_warps": combined.warps}
+        yield Variant(paged_attention.combine_kernel, types, shape | {"BATCH": 256, "PARTS": 128}, options)
+    operand = paged_attention_gluon.OPERAND
+    wide, rotated = (f"tensordesc<bf16[64, {size}],{operand!r}>" for size in (512, 64))
+    yield Variant(
+        paged_attention_gluon.decode_kernel,
+        {"q": wide, "q_rotated": rotated, "pages": wide, "pages_key": rotated, "table": "*i32"} | results | sizes,
+        {"PAGE": 64, "BATCH": 256},
+        {"num_warps": 8},
+        contains="wgmma.mma_async",
+    )
 
 
 def main() -> None:

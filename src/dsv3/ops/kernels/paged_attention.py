@@ -19,10 +19,11 @@ from dsv3.ops.tiles import TILE
 
 
 class Combined(NamedTuple):
-    """How pieces are combined: rows a program, one where there are fewer rows than so many, and warps."""
+    """What a program that combines pieces takes at a time."""
 
     rows: int
-    at_least: int
+    columns: int
+    pieces: int
     warps: int
 
 
@@ -37,10 +38,16 @@ class Config(NamedTuple):
     stages: int
 
 
-FEW = Config(16, 4, 2)
-MANY = Config(64, 8, 1)
-"""For more than 32 rows."""
-COMBINED = Combined(8, 4096, 4)
+CONFIGS = {
+    (False, False): Config(16, 8, 2),
+    (False, True): Config(64, 8, 2),
+    (True, False): Config(16, 8, 2),
+    (True, True): Config(64, 8, 2),
+}
+"""By whether tokens are packed, and whether there are more than 32 rows."""
+COMBINED = {True: Combined(8, 512, 2, 4), False: Combined(1, 128, 32, 4)}
+"""By whether there are as many rows as fill a GPU: else all sequences are few and in many pieces."""
+FILLING = 4096
 
 
 @triton.jit
@@ -143,12 +150,13 @@ def decode_kernel(
 @triton.jit(do_not_specialize=["batch", "rows", "parts"])
 def combine_kernel(
     piece, piece_lse, lengths, out, lse, batch, rows, parts,
-    LATENT: tl.constexpr, PAGE: tl.constexpr, ROWS: tl.constexpr, BATCH: tl.constexpr, PARTS: tl.constexpr,
+    LATENT: tl.constexpr, PAGE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PIECES: tl.constexpr,
+    BATCH: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(rows, ROWS)
     b = tl.program_id(0) // blocks
     row = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, LATENT)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     held = held_by(lengths, batch, BATCH, PAGE)
     pages = tl.sum(held, 0)
     start = tl.sum(tl.where(tl.arange(0, BATCH) < b, held, 0), 0)
@@ -156,23 +164,27 @@ def combine_kernel(
     own_pages = tl.cdiv(tl.load(lengths + b), PAGE)
     # The part of page x is the last that begins at or before it.
     first = ((start + 1) * parts - 1) // tl.maximum(pages, 1)
-    last = ((start + own_pages) * parts - 1) // tl.maximum(pages, 1)
-    if (own_pages == 0) | (first < last):
+    count = tl.where(own_pages > 0, ((start + own_pages) * parts - 1) // tl.maximum(pages, 1) - first + 1, 0)
+    if count != 1:
         part = first + tl.arange(0, PARTS)
-        taken = (part <= last) & (own_pages > 0)
         place = part * 2 + (part * pages // parts < start).to(tl.int32)
+        taken = (part < first + count)[None, :] & (row < rows)[:, None]
         at = piece_lse + place.to(tl.int64)[None, :] * rows + row[:, None]
-        logarithms = tl.load(at, taken[None, :] & (row < rows)[:, None], other=float("-inf"))
+        logarithms = tl.load(at, taken, other=float("-inf"))
         largest = tl.max(logarithms, axis=1)
         seen = tl.where(largest == float("-inf"), 0.0, largest)
         total = tl.sum(tl.exp2(logarithms - seen[:, None]), axis=1)
         logarithm = seen + tl.log2(tl.where(total > 0, total, 1.0))
-        sums = tl.zeros((ROWS, LATENT), tl.float32)
-        for one in range(first, tl.where(own_pages > 0, last, first - 1) + 1):
-            piece_row = (one * 2 + (one * pages // parts < start).to(tl.int32)).to(tl.int64) * rows + row
-            weight = tl.exp2(tl.load(piece_lse + piece_row, row < rows, other=float("-inf")) - logarithm)
-            values = tl.load(piece + piece_row[:, None] * LATENT + column[None, :], (row < rows)[:, None], other=0.0)
-            sums += values * weight[:, None]
+        sums = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for done in range(0, count, PIECES):
+            part = first + done + tl.arange(0, PIECES)
+            place = part * 2 + (part * pages // parts < start).to(tl.int32)
+            taken = (part < first + count)[None, :] & (row < rows)[:, None]
+            piece_row = place.to(tl.int64)[None, :] * rows + row[:, None]
+            weight = tl.exp2(tl.load(piece_lse + piece_row, taken, other=float("-inf")) - logarithm[:, None])
+            at = piece + piece_row[:, :, None] * LATENT + column[None, None, :]
+            values = tl.load(at, taken[:, :, None], other=0.0)
+            sums += tl.sum(values * weight[:, :, None], axis=1)
         out_row = b.to(tl.int64) * rows + row
         tl.store(
             out + out_row[:, None] * LATENT + column[None, :], sums.to(out.dtype.element_ty), (row < rows)[:, None]
@@ -212,11 +224,12 @@ def combine(made: Pieces, lengths_B: Tensor) -> None:
     """Writes the results of sequences that lie in several parts, or have no pages."""
     batch, tokens, heads, latent = made.out.shape
     rows = tokens * heads
-    block = COMBINED.rows if batch * rows >= COMBINED.at_least else 1
-    combine_kernel[(batch * triton.cdiv(rows, block),)](
+    config = COMBINED[batch * rows >= FILLING]
+    columns = min(latent, config.columns)
+    combine_kernel[(batch * triton.cdiv(rows, config.rows), latent // columns)](
         made.piece, made.piece_lse, lengths_B, made.out, made.lse, batch, rows, made.parts,
-        latent, PAGE, block, sequences(batch), triton.next_power_of_2(made.parts),
-        num_warps=COMBINED.warps,
+        latent, PAGE, config.rows, columns, config.pieces, sequences(batch), triton.next_power_of_2(made.parts),
+        num_warps=config.warps,
     )  # fmt: skip
 
 
@@ -232,11 +245,11 @@ def decode(
 ) -> tuple[Tensor, Tensor]:
     """See `dsv3.ops.paged_attention.paged_latent_attention`; `parts` is how many programs share the pages."""
     batch, tokens, heads, size = q_BTHL.shape
-    config = config or (FEW if tokens * heads <= 32 else MANY)
+    packed = pages.dtype == torch.uint8
+    config = config or CONFIGS[packed, tokens * heads > 32]
     made = room(q_BTHL, table_BM, latent, config.rows, parts)
     if not q_BTHL.numel():
         return made.out, made.lse
-    packed = pages.dtype == torch.uint8
     words, halves = (pages.view(torch.float32), pages.view(torch.bfloat16)) if packed else (None, None)
     decode_kernel[(made.parts * triton.cdiv(tokens * heads, config.rows),)](
         q_BTHL, pages, words, halves, table_BM, lengths_B, made.out, made.lse, made.piece, made.piece_lse,
