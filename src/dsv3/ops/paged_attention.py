@@ -67,6 +67,8 @@ def flash_mla_serves(
     q_BTHL: Tensor, pages: Tensor, table_BM: Tensor, lengths_B: Tensor, latent: int, scale: float
 ) -> str | None:
     """Why it does not."""
+    if pages.dtype != torch.bfloat16:
+        return f"needs pages in BF16, not {pages.dtype}"
     reason = gluon_serves(q_BTHL, pages, table_BM, lengths_B, latent, scale)
     return reason or no_flash_mla()
 
@@ -84,8 +86,6 @@ def gluon_serves(
     """Why it does not."""
     if (latent, q_BTHL.shape[3]) != (512, 576):
         return f"needs latents of 512 elements and rotated keys of 64, not {latent} and {q_BTHL.shape[3] - latent}"
-    if pages.dtype != torch.bfloat16:
-        return f"needs pages in BF16, not {pages.dtype}"
     reason = triton_serves(q_BTHL, pages, table_BM, lengths_B, latent, scale)
     return reason or no_bulk_copies(q_BTHL, pages) or no_gluon(q_BTHL.device)
 

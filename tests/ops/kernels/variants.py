@@ -319,13 +319,12 @@ def paged_attention() -> Iterator[Variant]:
         yield Variant(paged_attention.combine_kernel, types, shape | {"BATCH": 256, "PARTS": 128}, options)
     operand = paged_attention_gluon.OPERAND
     wide, rotated = (f"tensordesc<bf16[64, {size}],{operand!r}>" for size in (512, 64))
-    yield Variant(
-        paged_attention_gluon.decode_kernel,
-        {"q": wide, "q_rotated": rotated, "pages": wide, "pages_key": rotated, "table": "*i32"} | results | sizes,
-        {"PAGE": 64, "BATCH": 256},
-        {"num_warps": 8},
-        contains="wgmma.mma_async",
-    )
+    types = {"q": wide, "q_rotated": rotated, "pages_key": rotated, "table": "*i32"} | results | sizes
+    for packed in (False, True):
+        pages, absent = ({"words": "*i32"}, "pages") if packed else ({"pages": wide}, "words")
+        constants = {"PAGE": 64, "BATCH": 256, "PACKED": packed, absent: None}
+        kernel = paged_attention_gluon.decode_kernel
+        yield Variant(kernel, types | pages, constants, {"num_warps": 8}, contains="wgmma.mma_async")
 
 
 def main() -> None:

@@ -177,13 +177,13 @@ def combine_kernel(
         logarithm = seen + tl.log2(tl.where(total > 0, total, 1.0))
         sums = tl.zeros((ROWS, COLUMNS), tl.float32)
         for done in range(0, count, PIECES):
-            part = first + done + tl.arange(0, PIECES)
-            place = part * 2 + (part * pages // parts < start).to(tl.int32)
-            taken = (part < first + count)[None, :] & (row < rows)[:, None]
-            piece_row = place.to(tl.int64)[None, :] * rows + row[:, None]
-            weight = tl.exp2(tl.load(piece_lse + piece_row, taken, other=float("-inf")) - logarithm[:, None])
-            at = piece + piece_row[:, :, None] * LATENT + column[None, None, :]
-            values = tl.load(at, taken[:, :, None], other=0.0)
+            some = first + done + tl.arange(0, PIECES)
+            of_some = some * 2 + (some * pages // parts < start).to(tl.int32)
+            present = (some < first + count)[None, :] & (row < rows)[:, None]
+            piece_row = of_some.to(tl.int64)[None, :] * rows + row[:, None]
+            weight = tl.exp2(tl.load(piece_lse + piece_row, present, other=float("-inf")) - logarithm[:, None])
+            piece_at = piece + piece_row[:, :, None] * LATENT + column[None, None, :]
+            values = tl.load(piece_at, present[:, :, None], other=0.0)
             sums += tl.sum(values * weight[:, :, None], axis=1)
         out_row = b.to(tl.int64) * rows + row
         tl.store(
