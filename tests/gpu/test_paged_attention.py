@@ -101,19 +101,19 @@ def test_other_sizes_take_the_kernel_in_triton():
     close(paged_latent_attention(*arguments), paged_attention.reference(*arguments))
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_a_recorded_pass_takes_other_lengths(packed):
-    arguments = made([640, 130, 64], 2, 16, packed)
-    lengths = arguments[3]
+@pytest.mark.parametrize(("name", "packed"), [(name, False) for name in OURS] + [("gluon", True), ("triton", True)])
+def test_a_recorded_pass_takes_other_lengths(name, packed):
+    arguments = *made([640, 130, 64], 2, 64, packed), 512, SCALE
+    lengths, run = arguments[3], implementation(name, *arguments)
     for _ in range(2):
-        paged_latent_attention(*arguments, 512, SCALE)
+        run(*arguments)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = paged_latent_attention(*arguments, 512, SCALE)
+        found = run(*arguments)
     for changed in ([640, 130, 64], [2, 0, 33]):
         lengths.copy_(torch.tensor(changed))
         graph.replay()
-        close(found, paged_attention.reference(*arguments, 512, SCALE))
+        close(found, paged_attention.reference(*arguments))
 
 
 @pytest.mark.parametrize("dtype", [BF16, torch.uint8])

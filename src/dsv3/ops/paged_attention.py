@@ -69,6 +69,8 @@ def flash_mla_serves(
     """Why it does not."""
     if pages.dtype != torch.bfloat16:
         return f"needs pages in BF16, not {pages.dtype}"
+    if q_BTHL.shape[1] * q_BTHL.shape[2] < 128:
+        return "pays from 128 heads and tokens of a sequence"
     reason = gluon_serves(q_BTHL, pages, table_BM, lengths_B, latent, scale)
     return reason or no_flash_mla()
 

@@ -9,7 +9,7 @@ from tests.ops.paged import sequences
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are interpreted where there is no GPU")
 
-LENGTHS = [[70], [0, 0, 0], [130, 0, 4, 64, 300], [0, 65, 128, 0], [1, 2, 3]]
+LENGTHS = [[0, 0, 0], [130, 0, 4, 64, 300], [0, 65, 128, 0], [1, 2, 3]]
 
 
 def compare(found, expected):
@@ -19,7 +19,7 @@ def compare(found, expected):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("parts", [1, 2, 5])
+@pytest.mark.parametrize("parts", [1, 5])
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 def test_any_lengths_in_any_number_of_parts(lengths, parts, packed):
     from dsv3.ops.kernels.paged_attention import decode
@@ -29,7 +29,7 @@ def test_any_lengths_in_any_number_of_parts(lengths, parts, packed):
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 4])
-@pytest.mark.parametrize("heads", [1, 5, 16])
+@pytest.mark.parametrize("heads", [1, 5])
 def test_tokens_of_a_pass_see_one_another_causally(tokens, heads):
     from dsv3.ops.kernels.paged_attention import decode
 
@@ -42,16 +42,15 @@ def test_tokens_of_a_pass_see_one_another_causally(tokens, heads):
 def test_the_number_of_parts_is_chosen():
     from dsv3.ops.kernels.paged_attention import decode
 
-    q, *cache = sequences([200, 10], 2, 40, 32, 16)
+    # Two blocks of rows.
+    q, *cache = sequences([130], 2, 33, 32, 16)
     compare(decode(q, *cache, 32, 0.3), reference(q, *cache, 32, 0.3))
 
 
-@pytest.mark.parametrize("filling", [True, False])
-def test_pieces_are_combined_few_and_many_at_a_time(filling, monkeypatch):
+@pytest.mark.parametrize(("lengths", "config"), [([64 * 7, 0, 64], (4, 8, 2, 1)), ([64 * 10], (1, 16, 4, 1))], ids=str)
+def test_pieces_are_combined_few_and_many_at_a_time(lengths, config, monkeypatch):
     from dsv3.ops.kernels import paged_attention
 
-    small = paged_attention.Combined(4, 8, 2, 1) if filling else paged_attention.Combined(1, 16, 4, 1)
-    monkeypatch.setattr(paged_attention, "COMBINED", {filling: small})
-    monkeypatch.setattr(paged_attention, "FILLING", 0 if filling else 100)
-    q, *cache = sequences([64 * 7, 0, 64], 1, 6, 16, 16)
-    compare(paged_attention.decode(q, *cache, 16, 0.3, parts=8), reference(q, *cache, 16, 0.3))
+    monkeypatch.setattr(paged_attention, "COMBINED", {len(lengths) == 1: paged_attention.Combined(*config)})
+    q, *cache = sequences(lengths, 1, 6, 16, 16)
+    compare(paged_attention.decode(q, *cache, 16, 0.3, parts=10), reference(q, *cache, 16, 0.3))

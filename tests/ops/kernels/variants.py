@@ -295,16 +295,17 @@ def paged_attention() -> Iterator[Variant]:
         ("lse", "piece", "piece_lse"), "*fp32"
     )
     sizes = i32("batch tokens heads table_stride parts") | {"scale": "fp32"}
-    for packed, config in paged_attention.CONFIGS.items():
-        pages = {"values": "*u8", "words": "*fp32", "halves": "*bf16"} if packed[0] else {"values": "*bf16"}
-        shape = {"LATENT": 512, "ROTATED": 64, "TILE": 128, "PAGE": 64, "ROWS": config.rows, "BATCH": 256}
-        nothing = {} if packed[0] else {"words": None, "halves": None}
-        yield Variant(
-            paged_attention.decode_kernel,
-            {"q": "*bf16"} | pages | results | sizes,
-            shape | nothing | {"SIZE": 656 if packed[0] else 576, "PACKED": packed[0]},
-            {"num_warps": config.warps, "num_stages": config.stages},
-        )
+    shape = {"LATENT": 512, "ROTATED": 64, "TILE": 128, "PAGE": 64, "BATCH": 256}
+    bf16 = {"values": "*bf16"}, {"SIZE": 576, "PACKED": False, "words": None, "halves": None}
+    packed = {"values": "*u8", "words": "*fp32", "halves": "*bf16"}, {"SIZE": 656, "PACKED": True}
+    for config in (paged_attention.FEW, paged_attention.MANY):
+        for types, constants in (bf16, packed):
+            yield Variant(
+                paged_attention.decode_kernel,
+                {"q": "*bf16"} | types | results | sizes,
+                shape | constants | {"ROWS": config.rows},
+                {"num_warps": config.warps, "num_stages": config.stages},
+            )
     del results["table"]
     for combined in paged_attention.COMBINED.values():
         shape = {
@@ -320,9 +321,8 @@ def paged_attention() -> Iterator[Variant]:
     operand = paged_attention_gluon.OPERAND
     wide, rotated = (f"tensordesc<bf16[64, {size}],{operand!r}>" for size in (512, 64))
     types = {"q": wide, "q_rotated": rotated, "pages_key": rotated, "table": "*i32"} | results | sizes
-    for packed in (False, True):
-        pages, absent = ({"words": "*i32"}, "pages") if packed else ({"pages": wide}, "words")
-        constants = {"PAGE": 64, "BATCH": 256, "PACKED": packed, absent: None}
+    for pages, absent in (({"pages": wide}, "words"), ({"words": "*i32"}, "pages")):
+        constants = {"PAGE": 64, "BATCH": 256, "PACKED": absent == "pages", absent: None}
         kernel = paged_attention_gluon.decode_kernel
         yield Variant(kernel, types | pages, constants, {"num_warps": 8}, contains="wgmma.mma_async")
 

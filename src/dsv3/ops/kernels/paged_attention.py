@@ -17,16 +17,6 @@ from dsv3.ops.kernels.product import processors
 from dsv3.ops.latent_pages import PAGE
 from dsv3.ops.tiles import TILE
 
-
-class Combined(NamedTuple):
-    """What a program that combines pieces takes at a time."""
-
-    rows: int
-    columns: int
-    pieces: int
-    warps: int
-
-
 LOG2_E = 1.4426950408889634
 
 
@@ -38,16 +28,20 @@ class Config(NamedTuple):
     stages: int
 
 
-CONFIGS = {
-    (False, False): Config(16, 8, 2),
-    (False, True): Config(64, 8, 2),
-    (True, False): Config(16, 8, 2),
-    (True, True): Config(64, 8, 2),
-}
-"""By whether tokens are packed, and whether there are more than 32 rows."""
-COMBINED = {True: Combined(8, 512, 2, 4), False: Combined(1, 128, 32, 4)}
-"""By whether there are as many rows as fill a GPU: else all sequences are few and in many pieces."""
-FILLING = 4096
+class Combined(NamedTuple):
+    """What a program that combines pieces takes at a time."""
+
+    rows: int
+    columns: int
+    pieces: int
+    warps: int
+
+
+FEW = Config(16, 8, 2)
+MANY = Config(64, 8, 2)
+"""For more than 32 rows."""
+COMBINED = {False: Combined(8, 512, 2, 4), True: Combined(1, 128, 32, 4)}
+"""By whether there are many pieces to a sequence, more than eight in the mean. Programs are what costs: few where that is enough."""
 
 
 @triton.jit
@@ -224,7 +218,7 @@ def combine(made: Pieces, lengths_B: Tensor) -> None:
     """Writes the results of sequences that lie in several parts, or have no pages."""
     batch, tokens, heads, latent = made.out.shape
     rows = tokens * heads
-    config = COMBINED[batch * rows >= FILLING]
+    config = COMBINED[made.parts > 8 * batch]
     columns = min(latent, config.columns)
     combine_kernel[(batch * triton.cdiv(rows, config.rows), latent // columns)](
         made.piece, made.piece_lse, lengths_B, made.out, made.lse, batch, rows, made.parts,
@@ -246,7 +240,7 @@ def decode(
     """See `dsv3.ops.paged_attention.paged_latent_attention`; `parts` is how many programs share the pages."""
     batch, tokens, heads, size = q_BTHL.shape
     packed = pages.dtype == torch.uint8
-    config = config or CONFIGS[packed, tokens * heads > 32]
+    config = config or (FEW if tokens * heads <= 32 else MANY)
     made = room(q_BTHL, table_BM, latent, config.rows, parts)
     if not q_BTHL.numel():
         return made.out, made.lse
