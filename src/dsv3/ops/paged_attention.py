@@ -5,10 +5,11 @@ Legend: B sequences, T tokens of the pass, H heads, P pages, M pages of the long
 rotated key, L = C + R.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from dsv3.ops.gemm_fp8 import no_bulk_copies
 from dsv3.ops.grouped_gemm_fp8 import no_gluon
 from dsv3.ops.kernels.available import no_triton
 from dsv3.ops.kernels.flash_mla import no_flash_mla
@@ -54,32 +55,27 @@ def disagree(
     return None
 
 
-def flash_mla(
-    q_BTHL: Tensor, pages: Tensor, table_BM: Tensor, lengths_B: Tensor, latent: int, scale: float
-) -> Attended:
+def flash_mla(*arguments: Any) -> Attended:
     """The plugin."""
     from dsv3.ops.kernels.flash_mla import decode
 
-    return decode(q_BTHL, pages, table_BM, lengths_B, latent, scale)
+    return decode(*arguments)
 
 
-def flash_mla_serves(
-    q_BTHL: Tensor, pages: Tensor, table_BM: Tensor, lengths_B: Tensor, latent: int, scale: float
-) -> str | None:
+def flash_mla_serves(q_BTHL: Tensor, pages: Tensor, *rest: Any) -> str | None:
     """Why it does not."""
     if pages.dtype != torch.bfloat16:
         return f"needs pages in BF16, not {pages.dtype}"
     if q_BTHL.shape[1] * q_BTHL.shape[2] < 128:
         return "pays from 128 heads and tokens of a sequence"
-    reason = gluon_serves(q_BTHL, pages, table_BM, lengths_B, latent, scale)
-    return reason or no_flash_mla()
+    return gluon_serves(q_BTHL, pages, *rest) or no_flash_mla()
 
 
-def gluon(q_BTHL: Tensor, pages: Tensor, table_BM: Tensor, lengths_B: Tensor, latent: int, scale: float) -> Attended:
+def gluon(*arguments: Any) -> Attended:
     """The kernel whose warps share the work out."""
     from dsv3.ops.kernels.paged_attention_gluon import decode
 
-    return decode(q_BTHL, pages, table_BM, lengths_B, latent, scale)
+    return decode(*arguments)
 
 
 def gluon_serves(
@@ -89,14 +85,14 @@ def gluon_serves(
     if (latent, q_BTHL.shape[3]) != (512, 576):
         return f"needs latents of 512 elements and rotated keys of 64, not {latent} and {q_BTHL.shape[3] - latent}"
     reason = triton_serves(q_BTHL, pages, table_BM, lengths_B, latent, scale)
-    return reason or no_bulk_copies(q_BTHL, pages) or no_gluon(q_BTHL.device)
+    return reason or no_gluon(q_BTHL.device)
 
 
-def triton(q_BTHL: Tensor, pages: Tensor, table_BM: Tensor, lengths_B: Tensor, latent: int, scale: float) -> Attended:
+def triton(*arguments: Any) -> Attended:
     """The kernel."""
     from dsv3.ops.kernels.paged_attention import decode
 
-    return decode(q_BTHL, pages, table_BM, lengths_B, latent, scale)
+    return decode(*arguments)
 
 
 def triton_serves(

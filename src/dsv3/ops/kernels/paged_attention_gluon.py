@@ -3,8 +3,10 @@
 Four warps multiply queries and keys of a page, and leave weights in the place of the rotated keys, which are done with by then.
 Eight warps hold the 64 x 512 sums, half of a multiprocessor's registers, multiply weights and latents, and fetch the next page
 but one into the place that this empties. While scores become weights, or sums are scaled, the tensor cores work for the other
-side. Of packed pages, those that make weights read the next while they work on one, and unpack it into the place. Which pages a program reads, and how pieces are combined, is as in `dsv3.ops.kernels.paged_attention`: the same without
-Gluon, whose interface changes from one release of Triton to the next.
+side. Of packed pages, the four warps read the next one ahead, and unpack it into its place.
+
+Which pages a program reads, and how pieces are combined, is as in `dsv3.ops.kernels.paged_attention`: the same without Gluon,
+whose interface changes from one release of Triton to the next.
 """
 
 import torch
