@@ -1,9 +1,11 @@
 from random import Random
 
+import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsv3.data.joined import joined_newline_splits, split_joined
+from dsv3.data.joined import JoinedSplitter, joined_newline_splits
 
 
 def test_joined_newline_tokens_split_at_the_line_break(tokenizer):
@@ -21,16 +23,23 @@ def test_joined_newline_tokens_split_at_the_line_break(tokenizer):
 @given(seed=st.integers(0, 2**32), rate=st.floats(0, 1))
 def test_splitting_leaves_the_text_alone(tokenizer, seed, rate):
     text = "f(x):\n    g(),\n\n[1];\nend.\r\n" * 5
-    ids, splits = tokenizer.encode(text), joined_newline_splits(tokenizer)
-    assert tokenizer.decode(split_joined(ids, splits, rate, Random(seed))) == text
+    found = JoinedSplitter(tokenizer, rate).split(np.array(tokenizer.encode(text), dtype=np.uint32), Random(seed))
+    assert found.dtype == np.uint32
+    assert tokenizer.decode(found.tolist()) == text
 
 
 def test_splitting_rate(tokenizer):
     splits = joined_newline_splits(tokenizer)
-    ids = tokenizer.encode("f(x):\n" * 2000)
-    joined = sum(token in splits for token in ids)
-    assert joined == 2000
-    assert split_joined(ids, splits, 0, Random(0)) == ids
-    assert not splits.keys() & set(split_joined(ids, splits, 1, Random(0)))
-    left = sum(token in splits for token in split_joined(ids, splits, 0.3, Random(0)))
-    assert 1300 < left < 1500
+    ids = np.array(tokenizer.encode("f(x):\n" * 2000), dtype=np.uint32)
+
+    def left(rate):
+        return sum(token in splits for token in JoinedSplitter(tokenizer, rate).split(ids, Random(0)).tolist())
+
+    assert (left(0), left(1)) == (2000, 0)
+    assert 1300 < left(0.3) < 1500
+
+
+@pytest.mark.parametrize("text", ["", "word", "):\n", "f():\n", "):\nf"])
+def test_texts_of_few_tokens(tokenizer, text):
+    ids = np.array(tokenizer.encode(text), dtype=np.uint32)
+    assert tokenizer.decode(JoinedSplitter(tokenizer, 1).split(ids, Random(0)).tolist()) == text

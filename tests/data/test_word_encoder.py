@@ -1,6 +1,7 @@
 import unicodedata
 from itertools import islice
 
+import numpy as np
 import pytest
 import tokenizers
 from hypothesis import given, settings
@@ -25,12 +26,28 @@ def encoders(tokenizer):
     return [(each, WordEncoder(each)) for each in (tokenizer, single)]
 
 
+def encode(encoder, texts):
+    found = encoder.encode_batch(texts)
+    assert all(ids.dtype == np.uint32 for ids in found)
+    return [ids.tolist() for ids in found]
+
+
 @settings(max_examples=150, deadline=None)
 @given(texts=st.lists(TEXTS, max_size=4))
 def test_ids_are_the_tokenizers_own(encoders, texts):
     for tokenizer, encoder in encoders:
         assert encoder.fast
-        assert encoder.encode_batch(texts) == tokenizer.encode_batch(texts)
+        assert encode(encoder, texts) == tokenizer.encode_batch(texts)
+
+
+@settings(max_examples=20, deadline=None)
+@given(batches=st.lists(st.lists(TEXTS, max_size=4), max_size=6), room=st.integers(0, 2000))
+def test_batches_one_after_another_while_the_table_starts_again(tokenizer, batches, room):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(word_encoder, "TABLE_CHARACTERS", room)
+        encoder = WordEncoder(tokenizer)
+        for texts in batches:
+            assert encode(encoder, texts) == tokenizer.encode_batch(texts)
 
 
 @given(text=TEXTS)
@@ -64,9 +81,10 @@ def test_characters_of_later_versions_of_unicode_are_not_known():
 def test_real_text_in_a_table_that_starts_again(tokenizer, monkeypatch):
     texts = [document.text for document in islice(documents("builtin:stdlib", "train", seed=0), 25)]
     expected = tokenizer.encode_batch(texts)
-    assert WordEncoder(tokenizer).encode_batch(texts) == expected
+    assert encode(WordEncoder(tokenizer), texts) == expected
     monkeypatch.setattr(word_encoder, "TABLE_CHARACTERS", 2000)
-    assert WordEncoder(tokenizer).encode_batch(texts) == expected
+    encoder = WordEncoder(tokenizer)
+    assert [encode(encoder, [text])[0] for text in texts] == expected
 
 
 @pytest.mark.prove
@@ -76,7 +94,10 @@ def test_every_document_of_the_test_corpora(vocab_size):
         document.text for split in ("train", "validation") for document in documents("builtin:stdlib", split, seed=0)
     ]
     tokenizer = train_tokenizer(texts, vocab_size)
-    assert WordEncoder(tokenizer).encode_batch(texts) == tokenizer.encode_batch(texts)
+    encoder = WordEncoder(tokenizer)
+    for start in range(0, len(texts), 50):
+        batch = texts[start : start + 50]
+        assert encode(encoder, batch) == tokenizer.encode_batch(batch)
 
 
 def test_another_pre_tokenizer_does_the_work_itself(tokenizer):
@@ -85,9 +106,11 @@ def test_another_pre_tokenizer_does_the_work_itself(tokenizer):
     encoder = WordEncoder(other)
     assert not encoder.fast
     text = "1 22 333 4444 a-b.\n"
-    assert encoder.encode_batch([text]) == other.encode_batch([text])
+    assert encode(encoder, [text]) == other.encode_batch([text])
 
 
 def test_a_text_without_a_utf8_form_is_refused(encoders):
+    tokenizer, encoder = encoders[0]
     with pytest.raises(UserError, match="has no UTF-8 form"):
-        encoders[0][1].encode_batch(["fine", "bad \ud800"])
+        encoder.encode_batch(["fine", "never 😀 seen\n", "bad \ud800"])
+    assert encode(encoder, ["fine", "never 😀 seen\n"]) == tokenizer.encode_batch(["fine", "never 😀 seen\n"])

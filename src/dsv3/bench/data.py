@@ -22,23 +22,24 @@ from dsv3.errors import RunError
 
 RATE = 0.1
 """Of fill-in-the-middle and of split tokens."""
-TARGET = 1.5
-"""Megabytes a second of one core."""
+ENCODING = Encoding(0, RATE, RATE)
+TARGET = 5.0
+"""Megabytes a second of one core, in the best turn: what else runs on a machine can only take from that."""
 
 
 def bench_data(
     vocab_sizes: Sequence[int] = (2048, 32_768),
-    rounds: int = 3,
+    rounds: int = 5,
     *,
-    megabytes: float = 4.0,
+    megabytes: float = 8.0,
     progress: Progress = lambda **_: None,
 ) -> Result:
     """Sides, on the first `megabytes` of the standard library: `tokenizers`' own encoding of the texts; ours of the same
-    documents, fill-in-the-middle and split tokens included; and a whole build from files to shards.
+    documents, fill-in-the-middle and split tokens included, by an encoder that has met their words and by a new one; and
+    a whole build from files to shards, by a new one.
 
-    One process and one thread, in seconds of its processor time, so that other programs do not count; every turn starts
-    from an empty table of words. Raises `RunError` when our ids of any document
-    differ from those of `tokenizers`.
+    One process and one thread, in seconds of its processor time. Raises `RunError` when our ids of any document differ
+    from those of `tokenizers`.
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     size = 0
@@ -61,18 +62,20 @@ def bench_data(
             group = f"vocabulary {vocab_size}"
             sides: dict[str, Work] = {
                 "tokenizers": partial(backend.encode_batch_fast, texts, add_special_tokens=False),
+                "dsv3 encoding, words known": partial(DocumentEncoder(tokenizer, ENCODING).encode, chosen),
                 "dsv3 encoding": partial(encode, tokenizer, chosen),
                 "dsv3 data build": partial(build, tokenizer, Path(scratch), count),
             }
             seconds = take_turns(sides, rounds, progress, f"bench data, {group}", time.process_time)
             for name, each in seconds.items():
                 speed = Spread.of([tokens / turn for turn in each])
-                rows.append(Row(name, group, speed, {"MB/s": speed.median * total / tokens / 1e6}))
+                scale = total / tokens / 1e6
+                rows.append(Row(name, group, speed, {"MB/s": speed.median * scale, "best turn": speed.high * scale}))
                 if name == "dsv3 data build":
-                    met = "met" if rows[-1].figures["MB/s"] >= TARGET else "missed"
-                    checks[f"{TARGET} MB/s a core, {group}"] = f"{met}: {rows[-1].figures['MB/s']:.2f}"
-            for name in ("dsv3 encoding", "dsv3 data build"):
-                ratios.append(ratio(f"text a second, {group}", seconds, name, ["tokenizers"], None))
+                    met = "met" if (best := rows[-1].figures["best turn"]) >= TARGET else "missed"
+                    checks[f"{TARGET} MB/s a core, {group}"] = f"{met}: {best:.2f}"
+                if name != "tokenizers":
+                    ratios.append(ratio(f"text a second, {group}", seconds, name, ["tokenizers"], None))
     checks["ids"] = f"the same as those of tokenizers in all {count} documents"
     shapes = {"documents": count, "megabytes": round(total / 1e6, 2), "fim_rate": RATE, "split_joined_rate": RATE}
     return Result("data", shapes, rows, ratios, checks)
@@ -81,14 +84,14 @@ def bench_data(
 def check(tokenizer: Tokenizer, backend: tokenizers.Tokenizer, texts: list[str]) -> int:
     """Compares the ids of every text; their number."""
     expected = [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
-    if WordEncoder(tokenizer).encode_batch(texts) != expected:
+    if [ids.tolist() for ids in WordEncoder(tokenizer).encode_batch(texts)] != expected:
         raise RunError("the ids of dsv3's encoder differ from those of tokenizers: the speeds cannot be compared")
     return sum(map(len, expected))
 
 
 def encode(tokenizer: Tokenizer, chosen: list[Document]) -> None:
     """The ids of documents, by a new encoder."""
-    DocumentEncoder(tokenizer, Encoding(0, RATE, RATE)).encode(chosen)
+    DocumentEncoder(tokenizer, ENCODING).encode(chosen)
 
 
 def build(tokenizer: Tokenizer, scratch: Path, count: int) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dsv3.ops import (
+    adamw,
     attention,
     block_scaled,
     cross_entropy,
@@ -70,6 +71,9 @@ def calls(device: torch.device) -> Iterator[Call]:
     yield grouped_linear.grouped_linear, (x, random(EXPERTS, SIZE, SIZE, dtype=torch.float32), counts)
     yield grouped_linear.grouped_weight_gradient, (rows, rows, counts)
 
+    moment = torch.zeros_like(weight, dtype=torch.bfloat16)
+    one, setting = torch.ones((), device=device), (1e-6, (0.9, 0.95), 1e-8, 0.1)
+    yield adamw.adamw, (weight, weight.clone(), moment, moment.clone(), one, one, *setting)
     for operation in (tiles.quantize_rows, tiles.quantize_columns, tiles.quantize_both, e5m6.pack_e5m6):
         yield operation, (rows,)
     across, down = tiles.quantize_both(rows)

@@ -28,6 +28,8 @@ bench.add_command(ops)
 @click.option("--preset", default="tiny", show_default=True, help="The network, without its MTP modules.")
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
 @click.option("--overhead", is_flag=True, help="Instead: what a recipe's training takes beside its steps.")
+@click.option("--share", is_flag=True, help="Instead: the layers of DeepSeek-V3 that one GPU of a cluster holds.")
+@click.option("--mtp", is_flag=True, help="For --share: with its MTP module.")
 @click.option("--recipe", type=click.Path(path_type=Path), help="For --overhead; the quickstart's when not given.")
 @click.option("--steps", type=click.IntRange(2), default=60, show_default=True, help="For --overhead.")
 @threads_option
@@ -36,6 +38,8 @@ def train(
     preset: str,
     rounds: int,
     overhead: bool,
+    share: bool,
+    mtp: bool,
     recipe: Path | None,
     steps: int,
     threads: int | None,
@@ -43,7 +47,8 @@ def train(
 ) -> None:
     """Training on the CPU: forward, backward and AdamW on 8 x 256 tokens, against transformers.
 
-    With --overhead: the share of the training time that goes into data, metrics, logs and checkpoints.
+    With --overhead: the share of the training time that goes into data, metrics, logs and checkpoints. With --share, on a GPU:
+    full-width layers in BF16 and FP8, as 64-way expert parallelism leaves them to one GPU.
     """
     from dsv3.bench.train import bench_train
     from dsv3.cli.ui import Progress
@@ -51,6 +56,11 @@ def train(
     use_threads(threads)
     if overhead:
         show_overhead(recipe, steps, json_path)
+        return
+    if share:
+        from dsv3.cli.bench_share import show_share
+
+        show_share(mtp, json_path)
         return
     with Progress() as progress:
         result = bench_train(preset, rounds, progress=progress)
@@ -144,8 +154,8 @@ def memory(preset: str, batch: int, length: int, device: str, precision: Precisi
 
 @bench.command()
 @click.option("--vocabularies", default="2048,32768", show_default=True, help="Entries; several by commas.")
-@click.option("--megabytes", type=click.FloatRange(0.1), default=4.0, show_default=True, help="Text a turn.")
-@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
+@click.option("--megabytes", type=click.FloatRange(0.1), default=8.0, show_default=True, help="Text a turn.")
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
 @json_option
 def data(vocabularies: str, megabytes: float, rounds: int, json_path: Path | None) -> None:
     """Documents to shards on one core, against tokenizers alone."""

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from dsv3.data.files import Document
 from dsv3.data.fim import fim_document, fim_ids
-from dsv3.data.joined import joined_newline_splits, split_joined
+from dsv3.data.joined import JoinedSplitter
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.data.word_encoder import WordEncoder
 from dsv3.errors import UserError
@@ -37,23 +37,21 @@ class DocumentEncoder:
     def __init__(self, tokenizer: Tokenizer, encoding: Encoding) -> None:
         self._tokenizer, self._encoding = tokenizer, encoding
         self._words = WordEncoder(tokenizer)
-        self._splits = joined_newline_splits(tokenizer) if encoding.split_joined_rate else {}
-        self._frame = tokenizer.bos_id, tokenizer.eos_id
+        self._joined = JoinedSplitter(tokenizer, encoding.split_joined_rate)
+        self._bos, self._eos = (np.array([token], dtype=np.uint32) for token in (tokenizer.bos_id, tokenizer.eos_id))
 
     def encode(self, batch: Sequence[Document]) -> list[npt.NDArray[np.uint32]]:
         """For each document `bos, tokens, eos`, uint32 [length]; a bos per document is a choice: the report does not say."""
-        rate = self._encoding.split_joined_rate
         generators = [Random(f"{self._encoding.seed}:{document.id}") for document in batch]
         cut = [fim_document(d.text, rng, self._encoding.fim_rate) for d, rng in zip(batch, generators, strict=True)]
         texts = [text for d, parts in zip(batch, cut, strict=True) for text in (parts or (d.text,))]
         encoded = iter(self._words.encode_batch(texts))
-        bos, eos = self._frame
         found = []
         for parts, rng in zip(cut, generators, strict=True):
             if parts is None:
-                body = split_joined(next(encoded), self._splits, rate, rng)
+                body = self._joined.split(next(encoded), rng)
             else:
-                prefix, middle, suffix = (split_joined(next(encoded), self._splits, rate, rng) for _ in parts)
-                body = fim_ids(prefix, middle, suffix, self._tokenizer)
-            found.append(np.array([bos, *body, eos], dtype=np.uint32))
+                prefix, middle, suffix = (self._joined.split(next(encoded), rng).tolist() for _ in parts)
+                body = np.array(fim_ids(prefix, middle, suffix, self._tokenizer), dtype=np.uint32)
+            found.append(np.concatenate([self._bos, body, self._eos]))
         return found

@@ -5,8 +5,10 @@ splits a proportion of them at random while training (section 4.1) and leaves th
 """
 
 import unicodedata
-from collections.abc import Sequence
 from random import Random
+
+import numpy as np
+import numpy.typing as npt
 
 from dsv3.data.tokenizer import Tokenizer
 
@@ -15,30 +17,34 @@ def joined_newline_splits(tokenizer: Tokenizer) -> dict[int, tuple[list[int], li
     """For each token that joins punctuation or symbols with following line breaks: the ids of its two parts."""
     splits = {}
     for token in range(tokenizer.vocab_size):
-        text = tokenizer.token_bytes(token).decode("utf-8", errors="replace")
+        whole = tokenizer.token_bytes(token)
+        if not whole.endswith((b"\r", b"\n")):
+            continue
+        text = whole.decode("utf-8", errors="replace")
         head = text.rstrip("\r\n")
         marks = head.removeprefix(" ")
-        if marks and head != text and all(unicodedata.category(c)[0] in "PS" and c != "\ufffd" for c in marks):
+        if marks and all(unicodedata.category(c)[0] in "PS" and c != "\ufffd" for c in marks):
             splits[token] = (tokenizer.encode(head), tokenizer.encode(text[len(head) :]))
     return splits
 
 
-def split_joined(
-    ids: Sequence[int], splits: dict[int, tuple[list[int], list[int]]], rate: float, rng: Random
-) -> list[int]:
-    """Splits each joined token with probability `rate`; the decoded text stays the same.
+class JoinedSplitter:
+    """Splits each joined token of a tokenizer with probability `rate`; the decoded text stays the same."""
 
-    `splits` comes from `joined_newline_splits`.
-    """
-    if rate == 0:
-        return list(ids)
-    chosen = [at for at, token in enumerate(ids) if token in splits and rng.random() < rate]
-    result: list[int] = []
-    copied = 0
-    for at in chosen:
-        head, tail = splits[ids[at]]
-        result += ids[copied:at]
-        result += head
-        result += tail
-        copied = at + 1
-    return [*result, *ids[copied:]]
+    def __init__(self, tokenizer: Tokenizer, rate: float) -> None:
+        self._rate = rate
+        splits = joined_newline_splits(tokenizer) if rate else {}
+        self._parts = {token: np.array(head + tail, dtype=np.uint32) for token, (head, tail) in splits.items()}
+        self._joined = np.zeros(tokenizer.vocab_size, dtype=np.bool_)
+        self._joined[list(splits)] = True
+
+    def split(self, ids: npt.NDArray[np.uint32], rng: Random) -> npt.NDArray[np.uint32]:
+        """uint32 [length] -> uint32 [no shorter]. Draws one number for each joined token."""
+        if self._rate == 0:
+            return ids
+        pieces, copied = [], 0
+        for at in np.flatnonzero(self._joined[ids]).tolist():
+            if rng.random() < self._rate:
+                pieces += [ids[copied:at], self._parts[int(ids[at])]]
+                copied = at + 1
+        return np.concatenate([*pieces, ids[copied:]])

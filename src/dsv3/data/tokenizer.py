@@ -176,6 +176,20 @@ class Tokenizer:
         """The bytes one id stands for: a part of a UTF-8 character is possible."""
         return self._bytes[token] if 0 <= token < len(self._bytes) else b""
 
+    @property
+    def pre_tokenizer(self) -> pre_tokenizers.PreTokenizer | None:
+        """What makes words of a text."""
+        found: pre_tokenizers.PreTokenizer | None = self._plain.pre_tokenizer
+        return found
+
+    def merges(self) -> tokenizers.Tokenizer:
+        """What merges the bytes of one word: the same model with nothing before it that would make words."""
+        found = tokenizers.Tokenizer(self._plain.model)
+        if self._plain.normalizer is not None:
+            found.normalizer = self._plain.normalizer
+        found.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        return found
+
     def stream(self) -> "TextStream":
         """A fresh incremental detokeniser."""
         return TextStream(self)

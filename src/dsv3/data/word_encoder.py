@@ -1,7 +1,8 @@
 """The tokenizer's ids, several times faster: the pre-tokenizer as one regular expression, and every word encoded once.
 
 Nearly all of `tokenizers`' time goes into the three splits of DeepSeek-V3's pre-tokenizer. Here Python's `re` makes the
-same words in one pass, a table holds the ids of words met before, and `tokenizers` merges the bytes of new ones.
+same words in one pass, a table numbers them, `tokenizers` merges the bytes of new ones, and NumPy turns the numbers of
+a batch into ids at once.
 That is done for characters whose class has been the same since Unicode 3.2, and so is the same in every library.
 Lines with any other character (emoji, control characters) go to `tokenizers` whole: no word reaches past a line break
 that a visible character follows.
@@ -10,18 +11,21 @@ that a visible character follows.
 import json
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
-from itertools import chain
-from typing import Any, NamedTuple
+from itertools import chain, count, islice, pairwise
+from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import tokenizers
 from tokenizers import Regex, pre_tokenizers
 
 from dsv3.data.tokenizer import HAN_AND_KANA, WORDS, Tokenizer
 
 TABLE_CHARACTERS = 1 << 24
-"""Of words whose ids are kept, with 64 counted for the rest of an entry: some 60 MB. Past that the table starts again."""
+"""Of words whose ids are kept, with 64 counted for the rest of an entry: some 50 MB. Past that the table starts again."""
 
 
 class Patterns(NamedTuple):
@@ -42,37 +46,66 @@ class WordEncoder:
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        content = json.loads(tokenizer.json)
-        found = one_form(content["pre_tokenizer"])
+        self._merges = tokenizer.merges()
+        found = one_form(tokenizer.pre_tokenizer)
         digits = next((count for count in (1, 2, 3) if found == one_form(pre_tokenizer(count))), None)
         self.fast = digits is not None
         self._tokenizer = tokenizer
         self._patterns = patterns(digits or 1)
-        self._table: dict[str, list[int]] = {}
+        self._start_again()
+
+    def _start_again(self) -> None:
         self._room = TABLE_CHARACTERS
-        content |= {"added_tokens": [], "post_processor": None, "pre_tokenizer": pre_tokenizer(None)}
-        self._merges = tokenizers.Tokenizer.from_str(json.dumps(content))
+        # The number of each unit, a word or a line that is encoded whole: the next free one for a new unit.
+        self._numbers: defaultdict[str, int] = defaultdict(count().__next__)
+        # The ids of all units in that order, and where each begins, with the end of the last.
+        self._ids, self._starts = np.empty(0, dtype=np.uint32), np.zeros(1, dtype=np.intp)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """The token ids of each text; `UserError` for a string that has no UTF-8 form (lone surrogates)."""
+    def encode_batch(self, texts: Sequence[str]) -> list[npt.NDArray[np.uint32]]:
+        """The token ids of each text, uint32; `UserError` for a string that has no UTF-8 form (lone surrogates)."""
         if not self.fast:
-            return self._tokenizer.encode_batch(texts)
+            return [np.array(ids, dtype=np.uint32) for ids in self._tokenizer.encode_batch(texts)]
         parts = [list(parts_of(text, self._patterns)) for text in texts]
-        others = iter(self._tokenizer.encode_batch([part for each in parts for known, part in each if not known]))
-        words = [self._patterns.words.findall(part) for each in parts for known, part in each if known]
-        self._learn(set(chain.from_iterable(words)))
-        known_ids = (map(self._table.__getitem__, each) for each in words)
-        pieces = ((next(known_ids) if known else [next(others)] for known, _ in each) for each in parts)
-        return [list(chain.from_iterable(chain.from_iterable(each))) for each in pieces]
-
-    def _learn(self, words: set[str]) -> None:
-        """Sees to it that the table holds these words."""
-        new = list(words.difference(self._table))
-        self._room -= sum(map(len, new)) + 64 * len(new)
+        self._learn_lines({part for each in parts for known, part in each if not known})
+        words, number = self._patterns.words.findall, self._numbers.__getitem__
+        # Word by word through C alone, and a text's words at a time, while its strings are in the processor's cache.
+        units = [
+            np.fromiter(
+                map(number, chain.from_iterable(words(part) if known else [part] for known, part in each)), np.intp
+            )
+            for each in parts
+        ]
+        self._learn_words()
+        ids, ends = self._gather(np.concatenate([np.empty(0, dtype=np.intp), *units]))
+        cuts = ends[np.cumsum([0, *map(len, units)])].tolist()
         if self._room < 0:
-            self._table, self._room, new = {}, TABLE_CHARACTERS, list(words)
-        found = self._merges.encode_batch_fast(new, add_special_tokens=False)
-        self._table.update((word, encoding.ids) for word, encoding in zip(new, found, strict=True))
+            self._start_again()
+        return [ids[start:end] for start, end in pairwise(cuts)]
+
+    def _learn_lines(self, lines: set[str]) -> None:
+        new = list(lines.difference(self._numbers))
+        found = self._tokenizer.encode_batch(new)
+        for line in new:
+            self._numbers[line]
+        self._append(new, chain.from_iterable(found), map(len, found))
+
+    def _learn_words(self) -> None:
+        new = list(islice(self._numbers, len(self._starts) - 1, None))
+        found = self._merges.encode(new, is_pretokenized=True, add_special_tokens=False)
+        self._append(new, found.ids, np.bincount(np.array(found.word_ids, dtype=np.intp), minlength=len(new)))
+
+    def _append(self, units: list[str], ids: Iterable[int], counts: Iterable[int]) -> None:
+        """Adds the last units of the table: their ids one after another, and how many each has."""
+        self._room -= sum(map(len, units)) + 64 * len(units)
+        ends = self._starts[-1] + np.cumsum(np.fromiter(counts, np.intp))
+        self._ids = np.concatenate([self._ids, np.fromiter(ids, np.uint32)])
+        self._starts = np.concatenate([self._starts, ends])
+
+    def _gather(self, units: npt.NDArray[np.intp]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.intp]]:
+        """The ids of these units one after another; for any number of the first units, how many ids they have."""
+        first, counts = self._starts[units], np.diff(self._starts)[units]
+        ends = np.concatenate([[0], np.cumsum(counts)])
+        return self._ids[np.repeat(first - ends[:-1], counts) + np.arange(ends[-1])], ends
 
 
 def parts_of(text: str, patterns: Patterns) -> Iterator[tuple[bool, str]]:
@@ -97,18 +130,19 @@ def patterns(digits: int) -> Patterns:
     """The three splits one inside the other, for at most `digits` digits a token.
 
     A split sees the pieces of the one before it: digits and Han are in no other class here, and end a run of white space
-    as the end of the text does. Of two branches that may start alike, the order is that of `WORDS`.
+    as the end of the text does. Of two branches that may start alike, the order is that of `WORDS`. Where what follows is in
+    another class, no repetition (`++`) has to be ready to give characters back.
     """
     kinds = unchanged_classes()
     han = set(re.findall(HAN_AND_KANA.removesuffix("+"), "".join(kinds.values())))
     rest = {kind: ranges(set(found) - han) for kind, found in kinds.items()}
     letters, marks, numbers, visible, spaces = rest["L"], rest["M"], rest["N"], rest["P"] + rest["S"], rest["Z"]
     words = (
-        rf"[{marks}{spaces}\t]?[{letters}{marks}]+"
-        r"|[!-/:-@\[-`{-~][A-Za-z]+"
-        rf"| ?[{visible}]+[\r\n]*"
-        rf"|[{numbers}]{{1,{digits}}}|[{ranges(han)}]+"
-        rf"|\s*[\r\n]+|\s+(?![{letters}{marks}{visible}])|\s+"
+        rf"[{spaces}\t]?+[{letters}{marks}]++"
+        r"|[!-/:-@\[-`{-~][A-Za-z]++"
+        rf"| ?+[{visible}]++[\r\n]*+"
+        rf"|[{numbers}]{{1,{digits}}}+|[{ranges(han)}]++"
+        rf"|\s*[\r\n]++|\s+(?![{letters}{marks}{visible}])|\s++"
     )
     shown = letters + numbers + visible + ranges(han)
     return Patterns(re.compile(words), re.compile(rf"[^\t\r\n{shown}{marks}{spaces}]"), re.compile(rf"\n(?=[{shown}])"))
@@ -136,16 +170,17 @@ def ranges(characters: set[str]) -> str:
     return "".join(f"\\u{first:04x}-\\u{last:04x}" for first, last in found)
 
 
-def pre_tokenizer(digits: int | None) -> Any:
-    """DeepSeek-V3's pre-tokenizer as `tokenizer.json` holds it; without `digits` its last step alone, bytes."""
-    splits = [] if digits is None else [rf"\p{{N}}{{1,{digits}}}", HAN_AND_KANA, WORDS]
+def pre_tokenizer(digits: int) -> pre_tokenizers.PreTokenizer:
+    """DeepSeek-V3's, for at most `digits` digits a token."""
+    splits = [rf"\p{{N}}{{1,{digits}}}", HAN_AND_KANA, WORDS]
     steps = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in splits]
-    last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    whole = tokenizers.Tokenizer(tokenizers.models.BPE())
-    whole.pre_tokenizer = pre_tokenizers.Sequence([*steps, last])
-    return json.loads(whole.to_str())["pre_tokenizer"]
+    return pre_tokenizers.Sequence([*steps, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
-def one_form(pre_tokenizer: Any) -> str:
+def one_form(pre_tokenizer: pre_tokenizers.PreTokenizer | None) -> str:
     """Its JSON, with line breaks in the patterns written one way: the released file holds the characters themselves."""
-    return json.dumps(pre_tokenizer, sort_keys=True).replace(r"\\r", r"\r").replace(r"\\n", r"\n")
+    whole = tokenizers.Tokenizer(tokenizers.models.BPE())
+    if pre_tokenizer is not None:
+        whole.pre_tokenizer = pre_tokenizer
+    found = json.dumps(json.loads(whole.to_str())["pre_tokenizer"], sort_keys=True)
+    return found.replace(r"\\r", r"\r").replace(r"\\n", r"\n")
