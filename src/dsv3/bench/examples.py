@@ -16,6 +16,8 @@ from dsv3.ops import (
     grouped_gemm_fp8,
     grouped_linear,
     latent_attention,
+    latent_pages,
+    paged_attention,
     permute,
     rms_norm,
     router,
@@ -41,6 +43,10 @@ def calls(device: torch.device) -> Iterator[Call]:
     rows, weight = x.detach(), random(SIZE, SIZE, dtype=torch.float32)
     yield attention.attention, (heads(192), heads(192), heads(128), 0.1, None)
     yield latent_attention.latent_attention, (random(2, 1, 4, 576), random(2, 64, 576), None, 512, 0.1)
+    pages, slots = random(4, 64, 576), torch.arange(2, device=device)
+    yield latent_pages.store_latents, (pages, slots, random(2, 512), random(2, 64))
+    table = torch.zeros(2, 1, dtype=torch.int32, device=device)
+    yield paged_attention.paged_latent_attention, (random(2, 1, 16, 576), pages, table, table[:, 0] + 64, 512, 0.1)
     yield rms_norm.rms_norm, (x, weight[0], 1e-6)
     yield rms_norm.rms_norm_tiles, (rows, weight[0], 1e-6)
     yield rms_norm.rms_norm_backward, (rows, rows, weight[0], 1e-6)

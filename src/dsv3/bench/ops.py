@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dsv3.bench.kernels import attention, products, quantise, routing
+from dsv3.bench.kernels import attention, decode, products, quantise, routing
 from dsv3.bench.kernels.case import Case, Work
 from dsv3.bench.measure import Progress
 from dsv3.errors import UserError
@@ -15,6 +15,7 @@ from dsv3.ops.kernels.available import no_kernels
 FAMILIES: dict[str, Callable[[torch.device], Iterator[Case]]] = {
     "quantise": quantise.cases, "routing": routing.cases, "products": products.cases,
     "attention": attention.cases,
+    "decode": decode.cases,
 }  # fmt: skip
 COPIED = 2**30
 """Bytes of the copy that gives the copy rate: each is read once and written once."""

@@ -37,6 +37,8 @@ def variants() -> Iterator[Variant]:
     yield from products_fp8()
     yield from of_adamw()
     yield from attention()
+    yield from pages()
+    yield from paged_attention()
 
 
 def i32(names: str) -> dict[str, str]:
@@ -327,6 +329,58 @@ def attention() -> Iterator[Variant]:
                 constants[bounds] = None
             options = {"num_warps": config.warps, "num_stages": config.stages, "maxnreg": config.registers}
             yield Variant(kernel, types, constants, options, "wgmma.mma_async")
+
+
+def pages() -> Iterator[Variant]:
+    """Tokens as they are and packed."""
+    from dsv3.ops.kernels.latent_pages import WARPS, store_kernel
+
+    types = {"slots": "*i64", "latent": "*bf16", "key": "*bf16"} | i32("latent_stride key_stride")
+    shape = {"LATENT": 512, "ROTATED": 64, "TILE": 128, "TILES": 4, "KEY_BLOCK": 64}
+    packed = {"pages": "*u8", "words": "*fp32", "halves": "*bf16"}
+    yield Variant(store_kernel, types | packed, shape | {"SIZE": 656, "PACKED": True}, {"num_warps": WARPS})
+    plain = {"SIZE": 576, "PACKED": False, "words": None, "halves": None}
+    yield Variant(store_kernel, types | {"pages": "*bf16"}, shape | plain, {"num_warps": WARPS})
+
+
+def paged_attention() -> Iterator[Variant]:
+    """Few rows and many, in BF16 and packed; pieces combined; the kernel in Gluon."""
+    from dsv3.ops.kernels import paged_attention, paged_attention_gluon
+
+    results = {"table": "*i32", "lengths": "*i32", "out": "*bf16"} | dict.fromkeys(
+        ("lse", "piece", "piece_lse"), "*fp32"
+    )
+    sizes = i32("batch tokens heads table_stride parts") | {"scale": "fp32"}
+    shape = {"LATENT": 512, "ROTATED": 64, "TILE": 128, "PAGE": 64, "BATCH": 256}
+    bf16 = {"values": "*bf16"}, {"SIZE": 576, "PACKED": False, "words": None, "halves": None}
+    packed = {"values": "*u8", "words": "*fp32", "halves": "*bf16"}, {"SIZE": 656, "PACKED": True}
+    for config in (paged_attention.FEW, paged_attention.MANY):
+        for types, constants in (bf16, packed):
+            yield Variant(
+                paged_attention.decode_kernel,
+                {"q": "*bf16"} | types | results | sizes,
+                shape | constants | {"ROWS": config.rows},
+                {"num_warps": config.warps, "num_stages": config.stages},
+            )
+    del results["table"]
+    for combined in paged_attention.COMBINED.values():
+        shape = {
+            "LATENT": 512,
+            "PAGE": 64,
+            "ROWS": combined.rows,
+            "COLUMNS": combined.columns,
+            "PIECES": combined.pieces,
+        }
+        types = results | i32("batch rows parts")
+        options = {"num_warps": combined.warps}
+        yield Variant(paged_attention.combine_kernel, types, shape | {"BATCH": 256, "PARTS": 128}, options)
+    operand = paged_attention_gluon.OPERAND
+    wide, rotated = (f"tensordesc<bf16[64, {size}],{operand!r}>" for size in (512, 64))
+    types = {"q": wide, "q_rotated": rotated, "pages_key": rotated, "table": "*i32"} | results | sizes
+    for pages, absent in (({"pages": wide}, "words"), ({"words": "*i32"}, "pages")):
+        constants = {"PAGE": 64, "BATCH": 256, "PACKED": absent == "pages", absent: None}
+        kernel = paged_attention_gluon.decode_kernel
+        yield Variant(kernel, types | pages, constants, {"num_warps": 8}, contains="wgmma.mma_async")
 
 
 def main() -> None:
