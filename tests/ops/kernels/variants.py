@@ -27,6 +27,7 @@ class Variant:
 def variants() -> Iterator[Variant]:
     """All of them, one generator an operation."""
     yield from of_tiles()
+    yield from of_e5m6()
     yield from of_blocks()
     yield from of_rms_norm()
     yield from of_swiglu()
@@ -95,6 +96,19 @@ def of_tiles() -> Iterator[Variant]:
         if constants["WITH_ROWS"]:
             options = dict(zip(("num_warps", "maxnreg"), tiles.BOTH, strict=True))
         yield Variant(tiles.transposing_kernel, types | turned, constants | shape, options)
+
+
+def of_e5m6() -> Iterator[Variant]:
+    """Twelve bits an element, and back."""
+    from dsv3.ops.kernels import e5m6
+
+    rows, warps = e5m6.CONFIG
+    sizes, constants = i32("rows columns packed_stride scale_stride"), {"DROPPED": 4, "ROWS": rows, "TILE": 128}
+    for x in ("*bf16", "*fp32"):
+        pointers = {"packed": "*u8", "scale": "*fp32"} | sizes
+        yield Variant(e5m6.pack_kernel, {"x": x} | pointers | i32("x_stride"), constants, {"num_warps": warps})
+        types = {"out": x} | pointers | i32("scale_row_stride")
+        yield Variant(e5m6.unpack_kernel, types, constants, {"num_warps": warps})
 
 
 def of_blocks() -> Iterator[Variant]:

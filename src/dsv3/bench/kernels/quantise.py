@@ -8,6 +8,7 @@ from torch import Tensor
 from dsv3.bench.kernels.case import Case
 from dsv3.ops.adamw import adamw
 from dsv3.ops.block_scaled import quantize_blocks, transpose_blocks
+from dsv3.ops.e5m6 import pack_e5m6, unpack_e5m6
 from dsv3.ops.rms_norm import rms_norm, rms_norm_backward, rms_norm_tiles
 from dsv3.ops.swiglu import swiglu, swiglu_backward, swiglu_tiles
 from dsv3.ops.tiles import dequantize_rows, quantize_both, quantize_columns, quantize_rows, transpose_tiles
@@ -47,6 +48,9 @@ def of_tiles(device: torch.device) -> Iterator[Case]:
     tiles = quantize_rows(x)
     yield against_copy("dequantize_rows", shape, lambda: dequantize_rows(tiles), 3 * size + scales)
     yield against_copy("transpose_tiles", shape, lambda: transpose_tiles(tiles), 2 * size + 2 * scales)
+    yield against_copy("pack_e5m6", shape, lambda: pack_e5m6(x), 3.5 * size + scales)
+    packed = pack_e5m6(x)
+    yield against_copy("unpack_e5m6", shape, lambda: unpack_e5m6(packed), 3.5 * size + scales)
 
 
 def of_weights(device: torch.device) -> Iterator[Case]:
