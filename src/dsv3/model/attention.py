@@ -18,6 +18,7 @@ from dsv3.model.recompute import Recomputation
 from dsv3.model.rope import Rope
 from dsv3.ops.attention import attention
 from dsv3.ops.latent_attention import latent_attention
+from dsv3.ops.rotary import keys_and_values
 from dsv3.precision.projection import Projection
 
 
@@ -60,16 +61,18 @@ class MultiHeadLatentAttention(nn.Module):
         if self.recomputation is not None and cache is None:
             return self.o_proj(self.recomputed(x, rope, segment_ids, self.recomputation).flatten(2))
         q, kv = self.inputs(x)
-        q_nope, q_rope = self.queries(q, rope)
+        q = self.queries(q)
         latent, key = self.latents(kv, rope)
         cached = None
         if cache is not None:
             cache.store(self.name, latent, key)
             cached = cache.read(self.name)
         if cached is None:
-            out = self.expanded(q_nope, q_rope, latent, key, segment_ids)
+            k, v = self.keys_and_values(self.kv_b_proj(latent), key)
+            out = attention(rope.rotate_heads(q), k, v, self.config.softmax_scale, segment_ids)
         else:
-            out = self.absorbed(q_nope, q_rope, *cached)
+            q_nope, q_rope = q.split([self.config.qk_nope_head_dim, self.config.qk_rope_head_dim], dim=-1)
+            out = self.absorbed(q_nope, rope.rotate(q_rope), *cached)
         return self.o_proj(out.flatten(2))
 
     @property
@@ -85,39 +88,26 @@ class MultiHeadLatentAttention(nn.Module):
         to_q, to_kv = self.input_layers
         return to_q(x), to_kv(x)
 
-    def queries(self, q: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
-        """(content part [B, T, H, N], rotated part [B, T, H, R])."""
-        return self.parts_of_queries(
-            q if self.config.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(q)), rope
-        )
+    def queries(self, q: Tensor) -> Tensor:
+        """[B, T, H, N + R], not yet rotated, from the queries' part of `inputs`."""
+        return self.in_heads(q if self.config.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(q)))
 
-    def parts_of_queries(self, q: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
-        """As `queries`, from the projection's output [B, T, H (N + R)]."""
-        config = self.config
-        q = q.unflatten(-1, (config.num_attention_heads, config.qk_head_dim))
-        q_nope, q_rope = q.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
-        return q_nope, rope.rotate(q_rope)
+    def in_heads(self, projected: Tensor) -> Tensor:
+        """[B, T, H X] -> [B, T, H, X]."""
+        return projected.unflatten(-1, (self.config.num_attention_heads, -1))
 
     def latents(self, kv: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
         """What is cached: (normed latent [B, T, C], rotated key shared by all heads [B, T, R])."""
         latent, key = kv.split([self.config.kv_lora_rank, self.config.qk_rope_head_dim], dim=-1)
         return self.kv_a_layernorm(latent), rope.rotate(key.unsqueeze(2)).squeeze(2)
 
-    def expanded(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, key: Tensor, segments: Tensor | None) -> Tensor:
-        """Equations (5) to (10): keys and values per head, ordinary attention. [B, T, H, V]"""
-        q = torch.cat((q_nope, q_rope), dim=-1)
-        k, v = self.keys_and_values(self.kv_b_proj(latent), key)
-        return attention(q, k, v, self.config.softmax_scale, segments)
-
     def keys_and_values(self, kv: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """(keys [B, T, H, N + R], values [B, T, H, V]) from the up-projection's output and the rotated key."""
-        config = self.config
-        kv = kv.unflatten(-1, (config.num_attention_heads, -1))
-        k_nope, v = kv.split([config.qk_nope_head_dim, config.v_head_dim], dim=-1)
-        return torch.cat((k_nope, key.unsqueeze(2).expand(-1, -1, config.num_attention_heads, -1)), dim=-1), v
+        """Equations (6) to (9): (keys [B, T, H, N + R], values [B, T, H, V]) from the up-projection's output and the rotated key."""
+        k, v = keys_and_values(self.in_heads(kv), key, self.config.qk_nope_head_dim)
+        return k, v
 
     def recomputed(self, x: Tensor, rope: Rope, segments: Tensor | None, recomputation: Recomputation) -> Tensor:
-        """`expanded` of an input [B, T, D], its queries, keys and values made again from the latents in backward."""
+        """The expanded form of an input [B, T, D], its queries, keys and values made again from the latents in backward."""
         to_q: Linear | None
         if self.config.q_lora_rank is None and self.inputs_fp8 is None:
             low, to_q, kv = x, self.q_proj, self.kv_a_proj_with_mqa(x)
@@ -131,8 +121,9 @@ class MultiHeadLatentAttention(nn.Module):
             low: Tensor, latent: Tensor, key: Tensor, up_kv: Tensor, up_q: Tensor | None = None
         ) -> tuple[Tensor, ...]:
             q = low if to_q is None or up_q is None else to_q.multiply(low, up_q)
-            q = torch.cat(self.parts_of_queries(q, rope), dim=-1)
-            return q, *self.keys_and_values(self.kv_b_proj.multiply(latent, up_kv), key)
+            return rope.rotate_heads(self.in_heads(q)), *self.keys_and_values(
+                self.kv_b_proj.multiply(latent, up_kv), key
+            )
 
         weights = (self.kv_b_proj.weight,) if to_q is None else (self.kv_b_proj.weight, to_q.weight)
         q, k, v = recomputation(heads, low, latent, key, *weights)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dsv3.model.config import ModelConfig, RopeScaling
+from dsv3.ops.rotary import rotate_heads, rotated
 
 
 def frequencies(config: ModelConfig) -> Tensor:
@@ -54,9 +55,10 @@ class Rope:
         return Rope(self.turn[:, tokens])
 
     def rotate(self, x_BTHR: Tensor) -> Tensor:
-        """Turns the pairs (0, 1), (2, 3), ... by the angle of their token: the released weights' interleaved layout.
+        """All pairs of every head, turned by the angle of their token: see `dsv3.ops.rotary.rotated`."""
+        return rotated(x_BTHR, self.turn)
 
-        A pair is a complex number, its rotation a product in FP32.
-        """
-        pairs = torch.view_as_complex(x_BTHR.float().unflatten(-1, (-1, 2)))
-        return torch.view_as_real(pairs * self.turn.unsqueeze(2)).flatten(-2).to(x_BTHR.dtype)
+    def rotate_heads(self, x: Tensor) -> Tensor:
+        """[B, T, H, N + R] with the last R elements of every head turned."""
+        turned: Tensor = rotate_heads(x, self.turn)
+        return turned

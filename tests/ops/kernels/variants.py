@@ -28,6 +28,7 @@ def variants() -> Iterator[Variant]:
     """All of them, one generator an operation."""
     yield from of_tiles()
     yield from of_e5m6()
+    yield from of_rotary()
     yield from of_blocks()
     yield from of_rms_norm()
     yield from of_swiglu()
@@ -109,6 +110,25 @@ def of_e5m6() -> Iterator[Variant]:
         yield Variant(e5m6.pack_kernel, {"x": x} | pointers | i32("x_stride"), constants, {"num_warps": warps})
         types = {"out": x} | pointers | i32("scale_row_stride")
         yield Variant(e5m6.unpack_kernel, types, constants, {"num_warps": warps})
+
+
+def of_rotary() -> Iterator[Variant]:
+    """Heads of DeepSeek-V3 put together, and their gradients taken apart."""
+    from dsv3.ops.kernels import rotary
+
+    heads, warps = rotary.HEADS
+    shape, options = {"HEADS": heads, "CONTENT": 128}, {"num_warps": warps}
+    sizes = i32("tokens heads content")
+    strides = i32("pairs x_batch x_token x_head turn_batch turn_token")
+    for backwards in (False, True):
+        types = {"x": "*bf16", "turn": "*fp32", "out": "*bf16"} | sizes | strides
+        yield Variant(rotary.rotate_kernel, types, shape | {"PAIRS": 32, "BACKWARDS": backwards}, options)
+    strides = i32("rotary kv_batch kv_token kv_head key_batch key_token")
+    types = {"kv": "*bf16", "key": "*bf16", "out": "*bf16"} | sizes | strides
+    yield Variant(rotary.keys_kernel, types, shape | {"ROTARY": 64}, options)
+    strides = i32("rotary value keys_batch keys_token keys_head values_batch values_token values_head")
+    types = dict.fromkeys(("grad_keys", "grad_values", "grad_kv", "grad_key"), "*bf16") | sizes | strides
+    yield Variant(rotary.keys_backward_kernel, types, shape | {"ROTARY": 64, "VALUE": 128}, options)
 
 
 def of_blocks() -> Iterator[Variant]:

@@ -8,8 +8,11 @@ from torch import Tensor
 
 from dsv3.bench.kernels.case import Case
 from dsv3.ops.attention import sdpa, triton
+from dsv3.ops.rotary import keys_and_values, rotate_heads
 
 LENGTH, HEADS, QUERY, VALUE = 4096, 128, 192, 128
+CONTENT = 128
+"""Of a query's or key's elements, those that are not rotated."""
 SCALE = QUERY**-0.5
 DOCUMENTS = 4
 """Of equal lengths, in one sequence."""
@@ -42,6 +45,21 @@ def cases(device: torch.device) -> Iterator[Case]:
             partial(gradients, theirs, leaves, grad),
             flops=2.5 * flops / documents, peer_flops=2.5 * flops, target=target,
         )  # fmt: skip
+    yield from of_heads(device)
+
+
+def of_heads(device: torch.device) -> Iterator[Case]:
+    """Queries rotated, keys put together: what lies between the projections and attention."""
+    rotary = QUERY - CONTENT
+    x = torch.randn(1, LENGTH, HEADS, QUERY, dtype=torch.bfloat16, device=device)
+    kv = torch.randn(1, LENGTH, HEADS, CONTENT + VALUE, dtype=torch.bfloat16, device=device)
+    key = torch.randn(1, LENGTH, rotary, dtype=torch.bfloat16, device=device)
+    turn = torch.ones(1, LENGTH, rotary // 2, dtype=torch.complex64, device=device)
+    for op, work, moved in (
+        ("rotate_heads", partial(rotate_heads, x, turn), 4 * x.numel()),
+        ("keys_and_values", partial(keys_and_values, kv, key, CONTENT), 2 * (x.numel() + LENGTH * HEADS * CONTENT)),
+    ):
+        yield Case(op, f"{LENGTH}x{HEADS} heads of {QUERY}", work, "copy rate", bytes=moved)
 
 
 @torch.no_grad()
