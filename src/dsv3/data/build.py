@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from dsv3.data.encoding import Encoding
 from dsv3.data.files import Document, SkipReport
+from dsv3.data.fim import FimUnit
 from dsv3.data.shard_writer import ShardWriter
 from dsv3.data.shards import MANIFEST, Manifest, ShardSet, file_hash
 from dsv3.data.sources import ENDLESS, Split, documents, fingerprint
@@ -39,6 +40,7 @@ def build_shards(
     seed: int,
     fim_rate: float = 0.0,
     split_joined_rate: float = 0.0,
+    fim_unit: FimUnit = "character",
     validation_fraction: float = 0.05,
     limit_documents: int | None = None,
     limit_tokens: int | None = None,
@@ -56,7 +58,7 @@ def build_shards(
     `progress(documents, tokens, bytes)` is called every megabyte of text with the totals so far.
     Raises `UserError` for bad input; `RunError` when the disk is full, a source disappears or a worker dies.
     """
-    encoding = Encoding(seed, fim_rate, split_joined_rate)
+    encoding = Encoding(seed, fim_rate, split_joined_rate, fim_unit)
     limits = (limit_documents, limit_tokens, limit_bytes)
     if (uri, split) in ENDLESS and all(limit is None for limit in limits):
         raise UserError(f"the {split} split of {uri} never ends; expected a limit in tokens, documents or bytes")
@@ -67,6 +69,7 @@ def build_shards(
         "seed": seed,
         "fim_rate": fim_rate,
         "split_joined_rate": split_joined_rate,
+        "fim_unit": fim_unit,
         "validation_fraction": validation_fraction,
         "limit_documents": limit_documents,
         "limit_tokens": limit_tokens,

@@ -95,6 +95,7 @@ def what_is_built(recipe: Recipe, source: Source, split: Split) -> dict[str, Any
         "split": split,
         "seed": recipe.data_seed,
         "fim_rate": recipe.data.fim_rate if training else 0.0,
+        "fim_unit": recipe.data.fim_unit if training else "character",
         "split_joined_rate": recipe.data.split_joined_rate if training else 0.0,
         "validation_fraction": recipe.data.validation_fraction,
         "limit_tokens": source.tokens if training else VALIDATION_TOKENS,
