@@ -12,7 +12,7 @@ VLLM := .venv-vllm
 BIN := $(ENV)/bin
 
 EXTRAS_run := parquet
-EXTRAS_test := parquet,remote,datasets,test
+EXTRAS_test := parquet,datasets,test
 EXTRAS_check := parquet,dev
 EXTRAS_docs := docs
 

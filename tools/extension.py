@@ -10,24 +10,22 @@ are not found more often than before. `--without-yarn` runs both phases with pla
 
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
-from dsv3.bench.measure import versions
 from dsv3.cli import main as dsv3
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.errors import RunError
-from dsv3.evaluation.tasks import Plan, run_tasks
+from dsv3.evaluation.tasks import run_tasks
 from dsv3.model.config import RopeScaling
 from dsv3.model.device import pick_device
 from dsv3.model.transformer import DeepSeekV3
 from dsv3.recipe.schema import Recipe
 from dsv3.stages.evaluate import recipe_of
-from dsv3.stages.pretrain import machine
-from dsv3.stages.scores import plan_of
+from dsv3.stages.machine import machine, versions
+from dsv3.stages.scores import held_out
 from dsv3.weights.opening import load_model
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "quickstart"
@@ -53,14 +51,19 @@ def main(
     assert trained is not None
     last = Recipe.load(RECIPES / f"{PHASES[-1]}.toml", overrides)
     old, new = trained.data.sequence_length, last.data.sequence_length
-    plan = replace(
-        plan_of(trained), tasks=("needle", "position"), length=new, needle_samples=samples,
-        needle_lengths=tuple(new * k // 8 for k in (1, 2, 4, 6, 8)),
-    )  # fmt: skip
+    lengths = tuple(new * k // 8 for k in (1, 2, 4, 6, 8))
+    asked = {"tasks": ("needle", "position"), "needle_lengths": lengths, "needle_samples": samples}
+    wanted = trained.evaluation.model_copy(update=asked)
+    texts = held_out(trained, wanted.bits_per_byte_bytes)
+
+    def scored(path: Path, scaling: RopeScaling | None = None) -> dict[str, Any]:
+        model, tokenizer = opened(path, device, scaling)
+        return run_tasks(model, tokenizer, wanted, new, texts)
+
     scaling = last.model.config().rope_scaling
     found = {
-        "start": scored(start, plan, device),
-        "start, YaRN on": scored(start, plan, device, scaling),
+        "start": scored(start),
+        "start, YaRN on": scored(start, scaling),
     }
     runs = {"": ()} | ({" without YaRN": ("model.rope_scaling=none",)} if without_yarn else {})
     for label, more in runs.items():
@@ -68,7 +71,7 @@ def main(
         for phase in PHASES:
             run = out / (phase + label.replace(" ", "-"))
             extend(phase, run, [f"extension.initial_from={before}", *overrides, *more])
-            found[phase + label] = scored(run, plan, device)
+            found[phase + label] = scored(run)
             before = run
     for name, figures in found.items():
         say(name, figures, old, new)
@@ -101,14 +104,14 @@ def extend(phase: str, run: Path, overrides: list[str]) -> None:
         raise RunError(f"dsv3 extend ended with {code}")
 
 
-def scored(path: Path, plan: Plan, device: str, scaling: RopeScaling | None = None) -> dict[str, Any]:
-    """Needles and loss by position of a run; with `scaling`, of its weights in a network that scales its positions so."""
+def opened(path: Path, device: str, scaling: RopeScaling | None) -> tuple[DeepSeekV3, Tokenizer]:
+    """A run's model and tokenizer; with `scaling`, its weights in a network that scales its positions so."""
     model, tokenizer = load_model(path, device=device)
     if scaling is not None:
         weights, device_of = model.state_dict(), model.lm_head.weight.device
         model = DeepSeekV3(model.config.replace(rope_scaling=scaling), model.compute_dtype).to(device_of)
         model.load_state_dict(weights)
-    return run_tasks(model, Tokenizer.load(tokenizer), plan)
+    return model, Tokenizer.load(tokenizer)
 
 
 def losses(figures: dict[str, Any], source: str, old: int, new: int) -> tuple[float, float]:

@@ -1,9 +1,8 @@
 import json
 import sys
 import time
-from importlib import metadata
 
-from dsv3.bench.measure import Ratio, Result, Row, Spread, ratio, take_turns, versions
+from dsv3.bench.measure import Ratio, Result, Row, Spread, ratio, take_turns
 
 
 def test_sides_take_turns_after_a_round_that_does_not_count():
@@ -40,13 +39,3 @@ def test_the_file_names_machine_versions_and_command(tmp_path, monkeypatch):
     assert found["versions"].keys() == {"dsv3", "python", "torch", "transformers"}
     assert found["command"] == "dsv3 bench decode --json 'a b.json'"
     assert found["shapes"] == {"batch": 1}
-
-
-def test_a_peer_that_is_not_installed_is_left_out(monkeypatch):
-    def version(name):
-        if name == "transformers":
-            raise metadata.PackageNotFoundError(name)
-        return "1.0"
-
-    monkeypatch.setattr("dsv3.bench.measure.version", version)
-    assert versions().keys() == {"dsv3", "python", "torch"}

@@ -27,6 +27,10 @@ def test_a_peer_is_compared_by_time(clock):
     assert not ops.measure(case(target=0.6), 4.0, clock).met
 
 
+def test_a_peer_that_does_other_work_is_compared_by_its_rate(clock):
+    assert ops.measure(case(flops=4e9, peer_flops=16e9), 4.0, clock).of_the_peer == 0.125
+
+
 def test_the_copy_rate_is_compared_by_bytes(clock):
     row = ops.measure(case(peer_name="copy rate", peer=None, bytes=60e6, target=0.7), 4.0, clock)
     assert row.terabytes == pytest.approx(3.0)

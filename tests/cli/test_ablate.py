@@ -6,8 +6,6 @@ from pathlib import Path
 import pytest
 
 from dsv3.cli import main
-from dsv3.cli.ablate import read_seeds
-from dsv3.errors import UserError
 from dsv3.recipe.schema import Recipe
 
 ABLATIONS = Path(__file__).parents[2] / "recipes" / "ablations"
@@ -62,8 +60,13 @@ def test_a_mini_pair(capsys, tmp_path):
     assert all(path.stat().st_mtime_ns == time for path, time in before.items() if names[0] not in path.parts)
 
 
-@pytest.mark.parametrize("written", ["", "0,0", "0,x", "-1", "1-3"])
-def test_seeds_are_different_whole_numbers(written):
-    with pytest.raises(UserError, match="expected different whole numbers"):
-        read_seeds(written)
-    assert read_seeds("4,1, 2") == [4, 1, 2]
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        ("0,0", "expected different ones"),
+        *((each, "expected whole numbers from 0 on") for each in ("", "0,x", "-1", "1-3")),
+    ],
+)
+def test_seeds_are_different_whole_numbers(written, said, capsys):
+    assert main.run(["ablate", "recipes", "--seeds", written]) == 2
+    assert said in capsys.readouterr().err

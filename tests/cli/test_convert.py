@@ -5,7 +5,7 @@ import torch
 
 import dsv3
 from dsv3.cli.main import run
-from dsv3.weights.shards import read_headers
+from dsv3.weights.safetensors import read_headers
 
 
 def command(*arguments):

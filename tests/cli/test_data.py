@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from dsv3.cli import main
-from dsv3.data.shards import ShardSet
+from dsv3.data.token_shards import ShardSet
 from dsv3.data.tokenizer import Tokenizer
 
 REDUCED = Path(__file__).parents[1] / "recipes" / "quickstart-reduced.toml"
@@ -47,7 +47,7 @@ def test_the_figures_are_those_of_the_shards_and_a_second_time_nothing_is_built(
         assert f"{name}: {manifest.documents:,} documents, {manifest.tokens:,} tokens" in err
     assert figures["texts/train"]["skipped"] == figures["texts/train"]["empty"] == 1
     assert figures["texts/train"]["documents"] + figures["texts/validation"]["documents"] == 30
-    assert "texts: skipped 1 files or rows that are no text: bad.txt: not UTF-8" in err
+    assert "texts/train: skipped 1 files or rows that are no text: bad.txt: not UTF-8" in err
     again, err = build(capsys, tmp_path / "out", texts)
     assert err.count(": cached") == 5
     assert [row.pop("tokens_per_second") for row in again.values()] == [None] * 4
@@ -113,7 +113,7 @@ def test_a_tokenizer_of_ones_own(tmp_path, texts, capsys):
     assert "holds a tokenizer already" in err
     code, _, err = run(capsys, "tokenizer", "train", texts, "--out", tmp_path / "o", "--training-bytes", "many")
     assert code == 2
-    assert "--training-bytes many: expected a whole number" in err
+    assert "--training-bytes 'many': expected a whole number" in err
     # A recipe that names it builds its shards with it.
     build(capsys, tmp_path / "out", texts, f"tokenizer.path={out}", "model.vocab_size=600")
     assert ShardSet.open(tmp_path / "out" / "shards" / "t" / "train", found.hash)

@@ -62,8 +62,8 @@ def test_every_task_as_json_and_the_heat_map(run, tmp_path, capsys):
     # The recipe's own held-out text, in windows of its length.
     model, tokenizer = load_model(run)
     recipe = Recipe.load(REDUCED, START)
-    texts = held_out(recipe, "builtin:tinypy", 5000)
-    expected = bits_per_byte(model, Tokenizer.load(tokenizer), texts, sequence_length=128, batch_rows=16).value
+    texts = held_out(recipe, 5000)["t"]
+    expected = bits_per_byte(model, Tokenizer.load(tokenizer), texts, sequence_length=128, batch_rows=16)
     assert found["bits_per_byte"] == {"t": pytest.approx(expected, rel=1e-6)}
     assert found["pass_at_1"]["tinypy"]["total"] == 2
     assert (found["needle"]["lengths"], found["needle"]["depths"]) == ([160, 200], [0.0, 0.5, 1.0])
@@ -103,7 +103,7 @@ def test_the_average_of_the_weights(checkpoint, run, tmp_path, capsys):
     command = ["eval", str(checkpoint), "--tasks", "bpb", "--json", "--length", "32", "--data", mine]
     model, tokenizer = load_model(checkpoint, ema=True)
     texts = [(tmp_path / "mine.txt").read_text()]
-    expected = bits_per_byte(model, Tokenizer.load(tokenizer), texts, sequence_length=32, batch_rows=16).value
+    expected = bits_per_byte(model, Tokenizer.load(tokenizer), texts, sequence_length=32, batch_rows=16)
     assert main.run([*command, "--ema"]) == 0
     assert json.loads(capsys.readouterr().out)["bits_per_byte"][mine] == pytest.approx(expected, rel=1e-6)
     assert main.run(command) == 0
@@ -119,7 +119,7 @@ def test_the_average_of_the_weights(checkpoint, run, tmp_path, capsys):
         (["--tasks", ","], "--tasks ',' names none: expected"),
         (["--tasks", "bpb", "--plot", "a.svg"], "--plot a.svg draws the needle's heat map: add needle to --tasks"),
         (["--plot", "a.pdf"], "cannot draw a.pdf: expected a name that ends in .svg or .png"),
-        (["--needle-lengths", "64,x"], "--needle-lengths '64,x': expected numbers of tokens"),
+        (["--needle-lengths", "64,x"], "--needle-lengths '64,x': expected whole numbers"),
         (["--bytes", "many"], "--bytes 'many': expected a whole number"),
         (["--tasks", "needle", "--needle-lengths", "20"], "a needle in 20 tokens: expected at least"),
         (["--tasks", "position", "--length", "4096"], "tokens in all; expected at least 7681"),

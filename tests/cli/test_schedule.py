@@ -34,7 +34,7 @@ def test_the_report_s_schedules_are_printed_and_drawn(tmp_path, monkeypatch, cap
     ("options", "said"),
     [
         (["--at", "15T"], "15T tokens is past the end: expected at most training.tokens = 14.8T"),
-        (["--at", "ten"], "--at ten: expected a whole number, or text such as"),
+        (["--at", "ten"], "--at 'ten': expected a whole number, or text such as"),
         (["--plot", "a.gif"], "cannot draw a.gif: expected a name that ends in .svg or .png"),
         (["--plot", "/dev/null/a.svg"], "cannot be written"),
         (["schedule.learning_rat=1"], "unknown key schedule.learning_rat"),

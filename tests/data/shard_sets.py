@@ -1,19 +1,28 @@
 """Small shard sets, whole and interrupted, for several test files."""
 
 import hashlib
+from pathlib import Path
 
+from dsv3.data.build import ShardPlan, build_shards
 from dsv3.data.files import SkipReport
-from dsv3.data.shard_writer import ShardWriter
+from dsv3.data.token_shard_writer import ShardWriter
 
 DOCUMENTS = [("a.py", [0, 300, 65535, 1], 9), ("dir/ü\n.txt", [0, 1], 0), ("c", [0, *range(1000), 1], 4000)]
 
 
+def build_set(source, split, tokenizer, directory, *, earlier=None, workers=1, progress=lambda *_: None, **how):
+    """`build_shards` of a plan."""
+    plan = ShardPlan(source, split, **how)
+    return build_shards(plan, tokenizer, Path(directory), earlier=earlier, workers=workers, progress=progress)
+
+
 def write(directory, documents=DOCUMENTS, *, vocab_size=65536, shard_bytes=None):
-    options = dict(vocab_size=vocab_size, tokenizer_hash="hash", shard_bytes=shard_bytes)
+    origin = {"source": "here", "seed": 3}
+    options = dict(vocab_size=vocab_size, tokenizer_hash="hash", shard_bytes=shard_bytes, origin=origin)
     with ShardWriter(directory, **options) as writer:
         for name, ids, byte_count in documents:
             writer.add(name, ids, byte_count)
-        return writer.finish({"source": "here", "seed": 3}, SkipReport(1, ["bad: why"]))
+        return writer.finish(SkipReport(1, ["bad: why"]))
 
 
 def many(count=12):
@@ -24,9 +33,9 @@ def contents(directory):
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
-def begin(directory, documents, identity, stop=None, *, hashes=False):
+def begin(directory, documents, origin, stop=None, *, hashes=False):
     """Writes until `stop` documents are there, then is interrupted; without `stop`, to the end. How many were kept."""
-    options = dict(vocab_size=65536, tokenizer_hash="hash", shard_bytes=200, identity=identity)
+    options = dict(vocab_size=65536, tokenizer_hash="hash", shard_bytes=200, origin=origin)
     with ShardWriter(directory, **options) as writer:
         kept = writer.documents
         assert writer.read == 2 * kept
@@ -36,5 +45,5 @@ def begin(directory, documents, identity, stop=None, *, hashes=False):
             if number >= kept:
                 text_hash = hashlib.sha256(name.encode()).digest()[:16] if hashes else None
                 writer.add(name, ids, byte_count, read=2 * (number + 1), text_hash=text_hash)
-        writer.finish({}, SkipReport())
+        writer.finish(SkipReport())
     return kept

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from dsv3.data import build, shard_writer, workers
-from dsv3.data.build import build_shards
+from dsv3.data import build, token_shard_writer, workers
 from dsv3.data.joined import joined_newline_splits
-from dsv3.data.shards import ShardSet
 from dsv3.data.sources import documents, hash_fraction
+from dsv3.data.token_shards import ShardSet
 from dsv3.errors import RunError, UserError
+from tests.data.shard_sets import build_set
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def unfim(ids, tokenizer):
 
 
 def test_documents_are_framed_and_complete(corpus, tokenizer, tmp_path):
-    manifest = build_shards(corpus, "train", tokenizer, tmp_path / "out", seed=0)
+    manifest = build_set(corpus, "train", tokenizer, tmp_path / "out", seed=0)
     texts = [document.text for document in documents(corpus, "train", seed=0)]
     assert every(tmp_path / "out") == [[tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id] for text in texts]
     assert manifest.bytes == sum(len(text.encode()) for text in texts)
@@ -52,8 +52,8 @@ def test_documents_are_framed_and_complete(corpus, tokenizer, tmp_path):
 
 
 def test_rearranged_documents_hold_the_same_text(corpus, tokenizer, tmp_path):
-    build_shards(corpus, "train", tokenizer, tmp_path / "plain", seed=0)
-    build_shards(corpus, "train", tokenizer, tmp_path / "fim", seed=0, fim_rate=0.5)
+    build_set(corpus, "train", tokenizer, tmp_path / "plain", seed=0)
+    build_set(corpus, "train", tokenizer, tmp_path / "fim", seed=0, fim_rate=0.5)
     plain, fim = every(tmp_path / "plain"), every(tmp_path / "fim")
     assert 10 < sum(tokenizer.fim_begin_id in ids for ids in fim) < 50
     for whole, changed in zip(plain, fim, strict=True):
@@ -63,7 +63,7 @@ def test_rearranged_documents_hold_the_same_text(corpus, tokenizer, tmp_path):
 
 
 def test_documents_are_cut_between_lines(corpus, tokenizer, tmp_path):
-    build_shards(corpus, "train", tokenizer, tmp_path, seed=0, fim_rate=1.0, fim_unit="line")
+    build_set(corpus, "train", tokenizer, tmp_path, seed=0, fim_rate=1.0, fim_unit="line")
     for ids in every(tmp_path):
         hole, end = ids.index(tokenizer.fim_hole_id), ids.index(tokenizer.fim_end_id)
         parts = [tokenizer.decode(part) for part in (ids[2:hole], ids[hole + 1 : end], ids[end + 1 : -1])]
@@ -74,7 +74,7 @@ def test_joined_tokens_are_split_at_the_rate(corpus, tokenizer, tmp_path):
     splits = joined_newline_splits(tokenizer)
     counts = []
     for rate in (0.0, 0.5, 1.0):
-        build_shards(corpus, "train", tokenizer, tmp_path / str(rate), seed=0, split_joined_rate=rate, fim_rate=0.2)
+        build_set(corpus, "train", tokenizer, tmp_path / str(rate), seed=0, split_joined_rate=rate, fim_rate=0.2)
         found = every(tmp_path / str(rate))
         counts.append(sum(token in splits for ids in found for token in ids))
     assert counts[0] > counts[1] > counts[2] == 0
@@ -84,10 +84,10 @@ def test_joined_tokens_are_split_at_the_rate(corpus, tokenizer, tmp_path):
 
 def test_the_seed_decides_and_the_batch_does_not(corpus, tokenizer, tmp_path, monkeypatch):
     options = dict(fim_rate=0.5, split_joined_rate=0.5)
-    build_shards(corpus, "train", tokenizer, tmp_path / "a", seed=0, **options)
-    build_shards(corpus, "train", tokenizer, tmp_path / "b", seed=1, **options)
+    build_set(corpus, "train", tokenizer, tmp_path / "a", seed=0, **options)
+    build_set(corpus, "train", tokenizer, tmp_path / "b", seed=1, **options)
     monkeypatch.setattr(build, "BATCH_BYTES", 1)
-    build_shards(corpus, "train", tokenizer, tmp_path / "c", seed=0, **options)
+    build_set(corpus, "train", tokenizer, tmp_path / "c", seed=0, **options)
     names = ("tokens-00000.bin", "documents-00000.npy", "documents-00000.names", "manifest.json")
     assert [(tmp_path / "a" / n).read_bytes() for n in names] == [(tmp_path / "c" / n).read_bytes() for n in names]
     assert every(tmp_path / "a") != every(tmp_path / "b")
@@ -97,26 +97,26 @@ def files(directory):
     return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
 
 
-@pytest.mark.parametrize(("count", "limit"), [(3, None), (2, 2000)])
+@pytest.mark.parametrize(("count", "limit"), [(3, None), (2, 1000)])
 def test_the_number_of_workers_and_where_they_start_change_no_byte(
     corpus, tokenizer, tmp_path, monkeypatch, count, limit
 ):
     monkeypatch.setattr(build, "BATCH_BYTES", 500)
-    monkeypatch.setattr(shard_writer, "SHARD_BYTES", 3000)
-    options = dict(seed=0, fim_rate=0.3, split_joined_rate=0.5, limit_bytes=limit, earlier=[])
+    monkeypatch.setattr(token_shard_writer, "SHARD_BYTES", 3000)
+    options = dict(seed=0, fim_rate=0.3, split_joined_rate=0.5, limit_tokens=limit, earlier=[])
     for number in range(20):
         # Read ahead of a limit, and not to be counted then.
         (Path(corpus) / f"9{number}x.txt").write_text("" if number % 2 else "again and again")
-    build_shards(corpus, "train", tokenizer, tmp_path / "1", **options)
+    build_set(corpus, "train", tokenizer, tmp_path / "1", **options)
     monkeypatch.setattr(workers, "ALONE", 1000)
-    build_shards(corpus, "train", tokenizer, tmp_path / "more", workers=count, **options)
+    build_set(corpus, "train", tokenizer, tmp_path / "more", workers=count, **options)
     assert files(tmp_path / "more") == files(tmp_path / "1")
 
 
 def test_a_worker_that_dies_ends_the_build_and_what_is_complete_stays(corpus, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(build, "BATCH_BYTES", 500)
     monkeypatch.setattr(workers, "ALONE", 1000)
-    monkeypatch.setattr(shard_writer, "SHARD_BYTES", 500)
+    monkeypatch.setattr(token_shard_writer, "SHARD_BYTES", 500)
     for number in range(200):
         (Path(corpus) / f"more{number}.txt").write_text(f"one more, number {number}, and longer than the others\n")
     begun = multiprocessing.active_children()
@@ -126,20 +126,21 @@ def test_a_worker_that_dies_ends_the_build_and_what_is_complete_stays(corpus, to
             child.kill()
 
     with pytest.raises(RunError, match="a process that encodes documents has ended"):
-        build_shards(corpus, "train", tokenizer, tmp_path / "out", seed=0, workers=2, progress=kill)
+        build_set(corpus, "train", tokenizer, tmp_path / "out", seed=0, workers=2, progress=kill)
     assert list((tmp_path / "out").glob("shard-*.json"))
     monkeypatch.setattr(workers, "ALONE", 1 << 20)
-    build_shards(corpus, "train", tokenizer, tmp_path / "out", seed=0)
-    build_shards(corpus, "train", tokenizer, tmp_path / "whole", seed=0)
+    build_set(corpus, "train", tokenizer, tmp_path / "out", seed=0)
+    build_set(corpus, "train", tokenizer, tmp_path / "whole", seed=0)
     assert files(tmp_path / "out") == files(tmp_path / "whole")
 
 
 KILLED = """
 import sys
-from dsv3.data import build, shard_writer, workers
+from pathlib import Path
+from dsv3.data import build, token_shard_writer, workers
 from dsv3.data.tokenizer import Tokenizer
 
-build.BATCH_BYTES, shard_writer.SHARD_BYTES, workers.ALONE = 500, 800, 1000
+build.BATCH_BYTES, token_shard_writer.SHARD_BYTES, workers.ALONE = 500, 800, 1000
 corpus, tokenizer, out = sys.argv[1:]
 
 def say(*totals):
@@ -147,17 +148,17 @@ def say(*totals):
     sys.stdin.readline()
 
 if __name__ == "__main__":
-    options = dict(seed=0, fim_rate=0.3, split_joined_rate=0.5, earlier=[], workers=2, limit_bytes=4000)
-    build.build_shards(corpus, "train", Tokenizer.load(tokenizer), out, progress=say, **options)
+    plan = build.ShardPlan(corpus, "train", 0, 0.3, 0.5, limit_tokens=3000)
+    build.build_shards(plan, Tokenizer.load(tokenizer), Path(out), earlier=[], workers=2, progress=say)
 """
 
 
 def test_after_kill_9_the_build_continues_with_the_complete_shards(corpus, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(build, "BATCH_BYTES", 500)
-    monkeypatch.setattr(shard_writer, "SHARD_BYTES", 800)
+    monkeypatch.setattr(token_shard_writer, "SHARD_BYTES", 800)
     (Path(corpus) / "10again.txt").write_text((Path(corpus) / "10.txt").read_text())
-    options = dict(seed=0, fim_rate=0.3, split_joined_rate=0.5, earlier=[], limit_bytes=4000)
-    whole = build_shards(corpus, "train", tokenizer, tmp_path / "whole", **options)
+    options = dict(seed=0, fim_rate=0.3, split_joined_rate=0.5, earlier=[], limit_tokens=3000)
+    whole = build_set(corpus, "train", tokenizer, tmp_path / "whole", **options)
     assert whole.skipped["duplicates"] == 1
     assert len(whole.shards) > 4
     tokenizer.save(tmp_path / "tokenizer")
@@ -167,7 +168,7 @@ def test_after_kill_9_the_build_continues_with_the_complete_shards(corpus, token
     process = subprocess.Popen(
         arguments, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
     )
-    for _ in range(4):
+    for _ in range(2):
         assert process.stdout.readline()
         process.stdin.write("\n")
         process.stdin.flush()
@@ -176,8 +177,10 @@ def test_after_kill_9_the_build_continues_with_the_complete_shards(corpus, token
     kept = len(list((tmp_path / "out").glob("shard-*.json")))
     assert 0 < kept < len(whole.shards)
     opened = []
-    monkeypatch.setattr(shard_writer.ShardWriter, "_create", record(opened, shard_writer.ShardWriter._create))
-    assert build_shards(corpus, "train", tokenizer, tmp_path / "out", **options) == whole
+    monkeypatch.setattr(
+        token_shard_writer.ShardWriter, "_create", record(opened, token_shard_writer.ShardWriter._create)
+    )
+    assert build_set(corpus, "train", tokenizer, tmp_path / "out", **options) == whole
     assert files(tmp_path / "out") == files(tmp_path / "whole")
     assert len([kind for kind in opened if kind == "tokens"]) == len(whole.shards) - kept
 
@@ -192,7 +195,7 @@ def record(calls, function):
 
 def test_a_whole_set_is_left_as_it_is_unless_anything_differs(corpus, tokenizer, tmp_path):
     def built(**options):
-        build_shards(corpus, "train", tokenizer, tmp_path / "out", **{"seed": 0, **options})
+        build_set(corpus, "train", tokenizer, tmp_path / "out", **{"seed": 0, **options})
         return (tmp_path / "out" / "manifest.json").stat().st_mtime_ns
 
     first = built()
@@ -231,7 +234,7 @@ def test_of_equal_documents_the_first_is_kept_across_sources_and_splits(twice, t
         for split in ("train", "validation"):
             out = twice / "out" / source / split
             options = dict(seed=0, validation_fraction=fraction, earlier=list(done))
-            manifest = build_shards(str(twice / source), split, tokenizer, out, **options)
+            manifest = build_set(str(twice / source), split, tokenizer, out, **options)
             found += texts_of(out, tokenizer)
             duplicates += manifest.skipped["duplicates"]
             done.append(out)
@@ -241,32 +244,29 @@ def test_of_equal_documents_the_first_is_kept_across_sources_and_splits(twice, t
 
 def test_a_set_of_duplicates_alone_is_refused(twice, tokenizer):
     options = dict(seed=0, validation_fraction=0.0)
-    build_shards(str(twice / "a"), "train", tokenizer, twice / "out", earlier=[], **options)
+    build_set(str(twice / "a"), "train", tokenizer, twice / "out", earlier=[], **options)
     with pytest.raises(UserError, match=r"all 4 documents of the train split of .* came before.*data\.deduplicate"):
-        build_shards(str(twice / "a"), "train", tokenizer, twice / "more", earlier=[twice / "out"], **options)
+        build_set(str(twice / "a"), "train", tokenizer, twice / "more", earlier=[twice / "out"], **options)
 
 
 def test_a_limit_ends_the_set(corpus, tokenizer, tmp_path):
-    assert build_shards(corpus, "train", tokenizer, tmp_path / "d", seed=0, limit_documents=7).documents == 7
-    for key, total in (("limit_tokens", "tokens"), ("limit_bytes", "bytes")):
-        manifest = build_shards(corpus, "train", tokenizer, tmp_path / key, seed=0, **{key: 500})
-        last = ShardSet.open(tmp_path / key)
-        last = last.lengths[-1] if total == "tokens" else last.byte_lengths[-1]
-        assert getattr(manifest, total) - last < 500 <= getattr(manifest, total)
+    assert build_set(corpus, "train", tokenizer, tmp_path / "d", seed=0, limit_documents=7).documents == 7
+    manifest = build_set(corpus, "train", tokenizer, tmp_path / "t", seed=0, limit_tokens=500)
+    assert manifest.tokens - ShardSet.open(tmp_path / "t").lengths[-1] < 500 <= manifest.tokens
 
 
 def test_endless_sources_need_a_limit(tokenizer, tmp_path):
     with pytest.raises(UserError, match="the train split of builtin:tinypy never ends; expected a limit"):
-        build_shards("builtin:tinypy", "train", tokenizer, tmp_path / "a", seed=0)
+        build_set("builtin:tinypy", "train", tokenizer, tmp_path / "a", seed=0)
     assert not (tmp_path / "a").exists()
-    manifest = build_shards("builtin:tinypy", "train", tokenizer, tmp_path / "a", seed=0, limit_tokens=5000)
+    manifest = build_set("builtin:tinypy", "train", tokenizer, tmp_path / "a", seed=0, limit_tokens=5000)
     assert 5000 <= manifest.tokens < 6000
 
 
 def test_progress_counts_up(corpus, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(build, "BATCH_BYTES", 1000)
     seen = []
-    manifest = build_shards(
+    manifest = build_set(
         corpus, "train", tokenizer, tmp_path / "a", seed=0, progress=lambda *totals: seen.append(totals)
     )
     assert len(seen) > 2
@@ -276,10 +276,10 @@ def test_progress_counts_up(corpus, tokenizer, tmp_path, monkeypatch):
 
 def test_bad_rates_and_empty_corpora_leave_nothing(corpus, tokenizer, tmp_path):
     with pytest.raises(UserError, match=r"fim_rate = 1\.5: expected a share"):
-        build_shards(corpus, "train", tokenizer, tmp_path / "a", seed=0, fim_rate=1.5)
+        build_set(corpus, "train", tokenizer, tmp_path / "a", seed=0, fim_rate=1.5)
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "a.txt").write_text("")
     with pytest.raises(UserError, match="holds no text"):
-        build_shards(str(tmp_path / "empty"), "train", tokenizer, tmp_path / "b", seed=0)
+        build_set(str(tmp_path / "empty"), "train", tokenizer, tmp_path / "b", seed=0)
     with pytest.raises(UserError, match="is no shard set"):
         ShardSet.open(tmp_path / "b")

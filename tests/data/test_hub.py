@@ -3,11 +3,11 @@ import sys
 
 import pytest
 
-from dsv3.data.build import build_shards
 from dsv3.data.files import SkipReport
-from dsv3.data.shards import ShardSet
 from dsv3.data.sources import documents, fingerprint
+from dsv3.data.token_shards import ShardSet
 from dsv3.errors import UserError
+from tests.data.shard_sets import build_set
 
 ROWS = [{"id": n, "text": f"row number {n}, 第{n}行\n" * (1 + n % 3)} for n in range(150)]
 
@@ -43,7 +43,7 @@ def test_the_rows_are_the_documents(directory):
 
 def test_shards_are_built_and_the_content_counts(directory, tokenizer, tmp_path):
     uri = f"hf:{directory}"
-    manifest = build_shards(uri, "train", tokenizer, tmp_path / "out", seed=0)
+    manifest = build_set(uri, "train", tokenizer, tmp_path / "out", seed=0)
     assert manifest.documents == len(ShardSet.open(tmp_path / "out")) > 130
     first = fingerprint(uri)
     assert fingerprint(uri) == first

@@ -3,10 +3,10 @@ import sys
 import fsspec
 import pytest
 
-from dsv3.data.build import build_shards
 from dsv3.data.files import SkipReport
 from dsv3.data.sources import documents, fingerprint
 from dsv3.errors import RunError, UserError
+from tests.data.shard_sets import build_set
 from tests.data.test_files import ROWS, write
 
 
@@ -50,7 +50,7 @@ def test_a_directory_a_glob_and_a_file_at_a_url_are_those_here(copy):
 
 def test_the_shards_are_those_of_the_files_here(copy, tokenizer, tmp_path):
     for name, uri in {"here": str(copy), "there": "memory://corpus"}.items():
-        build_shards(uri, "train", tokenizer, tmp_path / "out" / name, seed=0, fim_rate=0.5)
+        build_set(uri, "train", tokenizer, tmp_path / "out" / name, seed=0, fim_rate=0.5)
     for name in ("tokens-00000.bin", "documents-00000.names", "documents-00000.npy"):
         assert (tmp_path / "out/here" / name).read_bytes() == (tmp_path / "out/there" / name).read_bytes()
 
@@ -87,9 +87,3 @@ def test_what_cannot_be_opened_is_refused_at_once(memory, monkeypatch, uri, mess
     monkeypatch.setitem(sys.modules, "s3fs", None)
     with pytest.raises(UserError, match=message):
         documents(uri, "train", seed=0)
-
-
-def test_without_fsspec_the_way_out_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "fsspec", None)
-    with pytest.raises(UserError, match=r"pip install 'dsv3\[remote\]'"):
-        documents("memory://corpus", "train", seed=0)

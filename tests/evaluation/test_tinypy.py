@@ -1,7 +1,6 @@
 import pytest
 
 from dsv3.data import tinypy as data
-from dsv3.data.tinypy import COMBINATIONS
 from dsv3.errors import RunError
 from dsv3.evaluation.tinypy import cut, pass_at_1
 
@@ -15,22 +14,7 @@ def answers(split, seed, n, change=lambda task: task.solution):
 def test_a_perfect_model_passes_all():
     result = pass_at_1(answers("validation", 4, 60), 60, seed=4)
     assert (result.passed, result.total, result.failures) == (60, 60, {})
-    assert set(result.by_combination) <= set(COMBINATIONS["validation"])
-    assert sum(total for _, total in result.by_combination.values()) == 60
-    assert all(passed == total for passed, total in result.by_combination.values())
-
-
-def test_in_distribution_asks_training_combinations_of_another_stream():
-    asked = []
-
-    def generate(prompts):
-        asked.extend(prompts)
-        return [""] * len(prompts)
-
-    result = pass_at_1(generate, 200, seed=4, in_distribution=True)
-    assert {example.task.combination for example in result.examples} <= set(COMBINATIONS["train"])
-    assert sum(prompt == data.prompt(task) for prompt, task in zip(asked, data.tasks("train", 4, 200), strict=True)) < 5
-    assert result.failures == {"no function": 200}
+    assert {example.task.combination for example in result.examples} <= set(data.COMBINATIONS["validation"])
 
 
 def test_failures_are_counted_by_kind():
@@ -62,8 +46,6 @@ def test_failures_are_counted_by_kind():
     assert sum(result.failures.values()) == result.total - result.passed
     assert list(result.failures.values()) == sorted(result.failures.values(), reverse=True)
     assert by_aggregate["descending"].source.rstrip() == by_aggregate["descending"].task.solution.rstrip()
-    example = by_aggregate["largest"]
-    assert result.by_combination[example.task.combination][0] == 0
 
 
 def test_a_miscopied_constant_fails():

@@ -3,8 +3,8 @@ import torch
 import torch.nn.functional as F
 
 from dsv3.data.files import SkipReport
-from dsv3.data.shard_writer import ShardWriter
-from dsv3.data.shards import ShardSet
+from dsv3.data.token_shard_writer import ShardWriter
+from dsv3.data.token_shards import ShardSet
 from dsv3.evaluation.validation_loss import ValidationLoss
 from dsv3.model.config import ModelConfig
 from dsv3.model.transformer import DeepSeekV3
@@ -18,10 +18,10 @@ def model():
 
 
 def shard_set(directory, documents):
-    with ShardWriter(directory, vocab_size=300, tokenizer_hash="t") as writer:
+    with ShardWriter(directory, vocab_size=300, tokenizer_hash="t", origin={}) as writer:
         for number, ids in enumerate(documents):
             writer.add(str(number), ids, len(ids))
-        writer.finish({}, SkipReport())
+        writer.finish(SkipReport())
     return ShardSet.open(directory)
 
 
@@ -42,7 +42,7 @@ def expected(model, validation, name, rows, mask):
     nats, count = 0.0, 0
     batch = validation._loaders[name].rows(0, rows)
     segments = batch.segment_ids[:, :-1] if mask else None
-    logits = model(batch.inputs, positions=batch.positions[:, :-1], segment_ids=segments).logits
+    logits = model(batch.tokens[:, :-1], positions=batch.positions[:, :-1], segment_ids=segments).logits
     for k in range(rows):
         for t in range(ROW - 1):
             crosses = batch.segment_ids[k, t] != batch.segment_ids[k, t + 1]

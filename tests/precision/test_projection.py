@@ -5,7 +5,7 @@ from torch import nn
 from dsv3.ops.block_scaled import dequantize
 from dsv3.ops.e5m6 import pack_e5m6, unpack_e5m6
 from dsv3.ops.tiles import dequantize_rows, quantize_columns, quantize_rows
-from dsv3.precision import weights as weights_module
+from dsv3.precision import scaling
 from dsv3.precision.deferred import WeightGradients
 from dsv3.precision.projection import Projection
 
@@ -43,9 +43,7 @@ def test_all_three_products_are_those_of_quantised_matrices(rows, twelve_bits):
     torch.cat(out, dim=-1).backward(grad)
 
     flat, flat_grad = x.detach().flatten(0, 1), grad.flatten(0, 1)
-    weight = dequantize(
-        *weights_module.quantize_blocks(torch.cat([each.weight.detach() for each in linears])), torch.float64
-    )
+    weight = dequantize(*scaling.quantize_blocks(torch.cat([each.weight.detach() for each in linears])), torch.float64)
     kept = unpack_e5m6(pack_e5m6(flat)) if twelve_bits else dequantize_rows(quantize_rows(flat), torch.float32)
     flat_weight_grad = seen_by_columns(flat_grad).t() @ seen_by_columns(kept)
     # Sums in FP32.
@@ -59,8 +57,8 @@ def test_all_three_products_are_those_of_quantised_matrices(rows, twelve_bits):
 
 def test_weights_are_quantised_once_a_step(monkeypatch):
     made = []
-    inner = weights_module.quantize_blocks
-    monkeypatch.setattr(weights_module, "quantize_blocks", lambda *args: made.append(1) or inner(*args))
+    inner = scaling.quantize_blocks
+    monkeypatch.setattr(scaling, "quantize_blocks", lambda *args: made.append(1) or inner(*args))
     linears = layers(32)
     projection = Projection(linears, WeightGradients())
     optimizer = torch.optim.SGD(linears[0].parameters(), lr=0.1)

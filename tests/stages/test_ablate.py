@@ -53,6 +53,18 @@ def test_shipped_recipes_differ_in_what_is_ablated_alone():
     ])  # fmt: skip
 
 
+def test_recipes_of_fp8_differ_in_arithmetic_alone():
+    recipes = {path.stem: Recipe.load(path) for path in find_recipes([ABLATIONS.parent / "fp8"])}
+    changed = {name: changed_keys(recipes["baseline"], each) for name, each in recipes.items()}
+    assert changed == {
+        "baseline": set(), "bf16-split": {"training.micro_batch_size"}, "fp8": {"training.precision"},
+        "fp8-gradient-blocks": {"training.precision", "training.fp8_scaling"},
+        "fp8-tensors": {"training.precision", "training.fp8_scaling"},
+    }  # fmt: skip
+    tokens = {recipe.training.tokens for recipe in recipes.values()}
+    assert tokens == {3000 * 8 * 2048}
+
+
 def test_never_more_at_once_than_asked_for(tmp_path):
     log = tmp_path / "log"
     code = f"import time; f = open({str(log)!r}, 'a'); f.write('+'); f.flush(); time.sleep(0.4); f.write('-')"
@@ -61,6 +73,13 @@ def test_never_more_at_once_than_asked_for(tmp_path):
     running = [log.read_text()[: i + 1].count("+") - log.read_text()[:i].count("-") for i in range(10)]
     assert max(running) == 2
     assert sorted(note.split(":")[0] for note in notes if ": done in" in note) == list("01234")
+
+
+def test_jobs_are_spread_over_the_gpus(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    code = "import os, time; time.sleep(0.4); print(os.environ['CUDA_VISIBLE_DEVICES'])"
+    run([script(tmp_path / str(i), code) for i in range(4)], 4)
+    assert sorted((tmp_path / str(i) / "log.txt").read_text() for i in range(4)) == ["3\n", "3\n", "5\n", "5\n"]
 
 
 def test_a_failed_run_is_named_with_its_last_line_and_the_others_end(tmp_path):

@@ -1,8 +1,9 @@
+import matplotlib
 import pytest
 
 from dsv3.stages.compare import compare
 from dsv3.stages.comparison_view import drawing, markdown, table
-from dsv3.stages.drawing import save
+from dsv3.stages.drawing import STYLE, save
 from tests.stages.comparable import write_run
 
 
@@ -41,7 +42,8 @@ def test_markdown_has_the_table_and_what_it_means(comparison):
 
 @pytest.mark.parametrize("ending", ["svg", "png"])
 def test_the_drawing_has_every_figure_variant_and_sign(comparison, tmp_path, ending):
-    figure = drawing(comparison)
+    with matplotlib.rc_context(STYLE):
+        figure = drawing(comparison)
     assert [axes.get_title(loc="left") for axes in figure.axes] == [
         "validation loss, stdlib", "bits per byte, stdlib", "bits per byte, tinypy", "pass@1, tinypy %", "MaxVio",
     ]  # fmt: skip
@@ -52,5 +54,5 @@ def test_the_drawing_has_every_figure_variant_and_sign(comparison, tmp_path, end
     assert violation.lines[0].get_ydata()[-1] == pytest.approx(0.2)
     legend = [text.get_text() for text in solved.get_legend().get_texts()]
     assert legend == ["baseline", "mtp-off (report: lower; here: yes)"]
-    save(figure, tmp_path / "new" / f"comparison.{ending}")
+    save(lambda: figure, tmp_path / "new" / f"comparison.{ending}")
     assert (tmp_path / "new" / f"comparison.{ending}").stat().st_size > 10_000

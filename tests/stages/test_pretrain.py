@@ -137,7 +137,7 @@ def test_run_json_is_whole_and_readable_by_others(tmp_path):
 
 
 def test_held_out_texts_follow_the_data_seed():
-    texts = [held_out(Recipe.load(REDUCED, overrides), "builtin:tinypy", 2_000) for overrides in (
+    texts = [held_out(Recipe.load(REDUCED, overrides), 2_000) for overrides in (
         ["training.seed=5"], ["training.seed=6", "data.seed=5"], ["training.seed=6"],
     )]  # fmt: skip
     assert texts[0] == texts[1]

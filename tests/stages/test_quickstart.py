@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from dsv3.cli import main
-from dsv3.data.shards import ShardSet
+from dsv3.data.token_shards import ShardSet
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.recipe.schema import Recipe
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsv3.errors import UserError
-from dsv3.stages.report import duration, to_toml, write_report
+from dsv3.stages.report import to_toml, write_report
 
 HOSTILE = "<script>alert('x')</script>\"'&${}{{ 7*7 }} http://example.com/\ud800"
 VOID = {"meta", "br", "hr", "img", "link", "input"}
@@ -191,9 +191,3 @@ def test_to_toml_reads_back(table):
 
 def test_to_toml_keeps_absent_values_as_comments():
     assert to_toml({"path": None, "digits": 3}) == "# path is not set\ndigits = 3\n"
-
-
-def test_duration():
-    assert [duration(s) for s in (0.4, 89.0, 283.0, 5399.0, 10800.0)] == [
-        "0 seconds", "89 seconds", "4.7 minutes", "90.0 minutes", "3.0 hours",
-    ]  # fmt: skip

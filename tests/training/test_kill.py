@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dsv3.data.loader import Loader
-from dsv3.data.shards import ShardSet
+from dsv3.data.token_shards import ShardSet
 from dsv3.recipe.schema import Recipe
 from dsv3.training.trainer import Trainer
 from dsv3.weights.checkpoint import latest_checkpoint, read_state

@@ -6,8 +6,8 @@ from torch import nn
 
 from dsv3.model.config import ModelConfig
 from dsv3.model.transformer import DeepSeekV3
+from dsv3.ops import adamw
 from dsv3.recipe.schema import OptimizerSection
-from dsv3.training import adamw
 from dsv3.training.optimizer import Muon, Optimizer, is_hidden_matrix, orthogonalise
 
 KINDS = {

@@ -18,10 +18,9 @@ from dsv3.weights import convert, jobs
 from dsv3.weights.checkpoint import save_checkpoint
 from dsv3.weights.convert import export_weights, import_weights, plan_import
 from dsv3.weights.huggingface import from_pretrained, save_pretrained
-from dsv3.weights.loading import published
 from dsv3.weights.opening import load_model
-from dsv3.weights.shards import read_headers, read_tensor
-from tests.weights.sparse import write_sparse
+from dsv3.weights.safetensors import read_headers, read_tensor
+from tests.weights.sparse import published, write_sparse
 
 E4M3 = torch.float8_e4m3fn
 CONFIGS = {

@@ -12,7 +12,7 @@ from dsv3.model.transformer import DeepSeekV3
 from dsv3.weights.deepseek import find_config, is_deepseek, read_config, read_headers
 from dsv3.weights.huggingface import save_pretrained
 from dsv3.weights.opening import load_model
-from dsv3.weights.shards import read_tensor
+from dsv3.weights.safetensors import read_tensor
 from tests.weights.inference_layout import split
 
 CONFIG = ModelConfig.preset(

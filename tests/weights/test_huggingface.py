@@ -12,7 +12,7 @@ import dsv3
 from dsv3.errors import RunError, UserError
 from dsv3.model.config import ModelConfig
 from dsv3.model.transformer import DeepSeekV3
-from dsv3.weights import shard_writer
+from dsv3.weights import safetensors_writer
 from dsv3.weights.huggingface import from_pretrained, save_pretrained
 
 SHAPE = dict(
@@ -315,8 +315,8 @@ def test_a_full_disk_leaves_what_was_there(directory, monkeypatch):
         if path.name.startswith("model-00003"):
             raise OSError(28, "No space left on device")
 
-    write_shard = shard_writer.write_shard
-    monkeypatch.setattr(shard_writer, "write_shard", full)
+    write_shard = safetensors_writer.write_shard
+    monkeypatch.setattr(safetensors_writer, "write_shard", full)
     with pytest.raises(RunError, match="No space left"):
         save_pretrained(DeepSeekV3(ModelConfig.preset("debug")).initialize(), directory, max_shard_bytes=30_000)
     assert {file.name: file.read_bytes() for file in directory.iterdir()} == before

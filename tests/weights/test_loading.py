@@ -10,10 +10,11 @@ from dsv3.model.config import ModelConfig
 from dsv3.model.transformer import DeepSeekV3
 from dsv3.weights.convert import export_weights, import_weights, plan_import
 from dsv3.weights.huggingface import from_pretrained, open_directory, save_pretrained
-from dsv3.weights.loading import fill, published
+from dsv3.weights.loading import fill
 from dsv3.weights.opening import load_model, open_weights
 from dsv3.weights.released import Converted
-from dsv3.weights.shard_writer import write_shards
+from dsv3.weights.safetensors_writer import write_shards
+from tests.weights.sparse import published
 from tests.weights.test_convert import assert_same_files, random_model
 
 E4M3 = torch.float8_e4m3fn

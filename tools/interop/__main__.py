@@ -21,9 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 from dsv3 import LLM
-from dsv3.bench.measure import versions
 from dsv3.errors import RunError, UserError
-from dsv3.stages.pretrain import machine
+from dsv3.stages.machine import machine, versions
 from tools.interop.compare import Row, compare, expected_drafts, smallest_lead
 from tools.interop.network import (
     NEW_TOKENS,

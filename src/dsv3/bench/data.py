@@ -11,7 +11,7 @@ from pathlib import Path
 import tokenizers
 
 from dsv3.bench.measure import Progress, Result, Row, Spread, Work, ratio, take_turns
-from dsv3.data.build import build_shards
+from dsv3.data.build import ShardPlan, build_shards
 from dsv3.data.encoding import DocumentEncoder, Encoding
 from dsv3.data.files import Document
 from dsv3.data.library import STDLIB
@@ -97,6 +97,4 @@ def encode(tokenizer: Tokenizer, chosen: list[Document]) -> None:
 def build(tokenizer: Tokenizer, scratch: Path, count: int) -> None:
     """Shards of the first documents, anew each time."""
     with tempfile.TemporaryDirectory(dir=scratch) as out:
-        build_shards(
-            STDLIB, "train", tokenizer, out, seed=0, fim_rate=RATE, split_joined_rate=RATE, limit_documents=count
-        )
+        build_shards(ShardPlan(STDLIB, "train", 0, RATE, RATE, limit_documents=count), tokenizer, Path(out))

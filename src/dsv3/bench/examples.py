@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dsv3.ops import (
+    adamw,
     attention,
     block_scaled,
     cross_entropy,
@@ -15,6 +16,8 @@ from dsv3.ops import (
     grouped_gemm_fp8,
     grouped_linear,
     latent_attention,
+    latent_pages,
+    paged_attention,
     permute,
     rms_norm,
     router,
@@ -40,6 +43,10 @@ def calls(device: torch.device) -> Iterator[Call]:
     rows, weight = x.detach(), random(SIZE, SIZE, dtype=torch.float32)
     yield attention.attention, (heads(192), heads(192), heads(128), 0.1, None)
     yield latent_attention.latent_attention, (random(2, 1, 4, 576), random(2, 64, 576), None, 512, 0.1)
+    pages, slots = random(4, 64, 576), torch.arange(2, device=device)
+    yield latent_pages.store_latents, (pages, slots, random(2, 512), random(2, 64))
+    table = torch.zeros(2, 1, dtype=torch.int32, device=device)
+    yield paged_attention.paged_latent_attention, (random(2, 1, 16, 576), pages, table, table[:, 0] + 64, 512, 0.1)
     yield rms_norm.rms_norm, (x, weight[0], 1e-6)
     yield rms_norm.rms_norm_tiles, (rows, weight[0], 1e-6)
     yield rms_norm.rms_norm_backward, (rows, rows, weight[0], 1e-6)
@@ -64,6 +71,9 @@ def calls(device: torch.device) -> Iterator[Call]:
     yield grouped_linear.grouped_linear, (x, random(EXPERTS, SIZE, SIZE, dtype=torch.float32), counts)
     yield grouped_linear.grouped_weight_gradient, (rows, rows, counts)
 
+    moment = torch.zeros_like(weight, dtype=torch.bfloat16)
+    one, setting = torch.ones((), device=device), (1e-6, (0.9, 0.95), 1e-8, 0.1)
+    yield adamw.adamw, (weight, weight.clone(), moment, moment.clone(), one, one, *setting)
     for operation in (tiles.quantize_rows, tiles.quantize_columns, tiles.quantize_both, e5m6.pack_e5m6):
         yield operation, (rows,)
     across, down = tiles.quantize_both(rows)

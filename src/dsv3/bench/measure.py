@@ -5,22 +5,16 @@ round drifts far less.
 """
 
 import json
-import platform
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dsv3 import __version__
-from dsv3.stages.pretrain import machine
+from dsv3.stages.machine import command, machine, versions
 
 Work = Callable[[], object]
 """One turn of one side."""
@@ -77,8 +71,8 @@ class Result:
     checks: Mapping[str, str]
     """What says that the sides computed the same."""
     machine: Mapping[str, str] = field(default_factory=lambda: machine(torch.device("cpu")))
-    versions: Mapping[str, str] = field(default_factory=lambda: versions())
-    command: str = field(default_factory=lambda: shlex.join(["dsv3", *sys.argv[1:]]))
+    versions: Mapping[str, str] = field(default_factory=versions)
+    command: str = field(default_factory=command)
 
     def write(self, path: Path) -> None:
         """Writes the JSON file, with its directory where there is none."""
@@ -116,12 +110,3 @@ def ratio(
     best = min(theirs, key=lambda name: statistics.median(seconds[name]))
     by_round = [b / a for a, b in zip(seconds[ours], seconds[best], strict=True)]
     return Ratio(title, ours, best, Spread.of(by_round), target)
-
-
-def versions() -> dict[str, str]:
-    """With what this was measured, of what is installed: not every benchmark needs every peer."""
-    found = {"dsv3": __version__, "python": platform.python_version()}
-    for name in ("torch", "transformers"):
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dsv3.bench.kernels import products, quantise, routing
+from dsv3.bench.kernels import attention, decode, products, quantise, routing
 from dsv3.bench.kernels.case import Case, Work
 from dsv3.bench.measure import Progress
 from dsv3.errors import UserError
@@ -14,6 +14,8 @@ from dsv3.ops.kernels.available import no_kernels
 
 FAMILIES: dict[str, Callable[[torch.device], Iterator[Case]]] = {
     "quantise": quantise.cases, "routing": routing.cases, "products": products.cases,
+    "attention": attention.cases,
+    "decode": decode.cases,
 }  # fmt: skip
 COPIED = 2**30
 """Bytes of the copy that gives the copy rate: each is read once and written once."""
@@ -41,7 +43,7 @@ class Measured:
     peer_microseconds: float | None
     """None where the peer is the copy rate, or is not installed."""
     of_the_peer: float | None
-    """The peer's time over ours, or our share of the copy rate."""
+    """The peer's time over ours, our rate over the peer's where they do other work, or our share of the copy rate."""
     target: float | None
     unit: str
     or_of_the_peer: float | None = None
@@ -112,6 +114,8 @@ def measure(case: Case, copy_rate: float, flush: torch.Tensor) -> Measured:
     ours, *peers = times([case.ours] if case.peer is None else [case.ours, case.peer], flush)
     terabytes = None if case.bytes is None else case.bytes / ours / 1e6
     share = peers[0] / ours if peers else None
+    if share is not None and case.flops is not None and case.peer_flops is not None:
+        share *= case.flops / case.peer_flops
     if case.peer_name == "copy rate" and terabytes is not None:
         share = terabytes / copy_rate
     return Measured(

@@ -8,7 +8,8 @@ from typing import Any
 from dsv3.bench.measure import Progress
 from dsv3.model.device import pick_device
 from dsv3.recipe.schema import Recipe
-from dsv3.stages.pretrain import machine, pretraining_stages, train
+from dsv3.stages.machine import machine
+from dsv3.stages.pretrain import pretraining_stages, train
 from dsv3.stages.runner import run_stages
 from dsv3.training.device import device_name
 

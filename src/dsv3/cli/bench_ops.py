@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 
 import click
 
-from dsv3.cli.bench_options import json_option, write_json
+from dsv3.cli.options import json_file_option, write_json
 from dsv3.errors import UserError, nearest
 
 
 @click.command()
-@click.option("--only", default=None, help="Families by commas: quantise, routing, products; all when not given.")
+@click.option(
+    "--only", default=None, help="Families by commas: quantise, routing, products, attention; all when not given."
+)
 @click.option(
     "--warm", is_flag=True, help="Only compile every kernel into Triton's cache on the disk, for the runs to come."
 )
-@json_option
+@json_file_option
 def ops(only: str | None, warm: bool, json_path: Path | None) -> None:
     """Operations on this GPU, each against a named peer or limit of the same run."""
     from dataclasses import asdict
 
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
     from dsv3.bench import ops
-    from dsv3.cli.ui import Progress
+    from dsv3.cli.ui import Progress, print_table
+    from dsv3.stages.machine import command
 
     families = list(ops.FAMILIES) if only is None else [name for name in only.split(",") if name]
     for name in families:
@@ -39,34 +36,19 @@ def ops(only: str | None, warm: bool, json_path: Path | None) -> None:
             click.echo(f"compiled what {count} cases launch; Triton keeps it in $TRITON_CACHE_DIR, or ~/.triton/cache")
             return
         copy_rate, rows = ops.bench_ops(families, progress)
-    console = Console()
-    console.print(f"copy of 1 GiB: {copy_rate:.2f} TB/s, read and written", highlight=False)
-    table = Table(box=box.SIMPLE_HEAD)
-    for name in ("operation", "shape"):
-        table.add_column(name)
-    for name in ("us", "TB/s", "TFLOP/s"):
-        table.add_column(name, justify="right")
-    table.add_column("against")
-    for name in ("ratio", "target"):
-        table.add_column(name, justify="right")
-    table.add_column("")
+    click.echo(f"copy of 1 GiB: {copy_rate:.2f} TB/s, read and written")
+    lines = []
     for row in rows:
         rates = ("" if each is None else f"{each:,.2f}" for each in (row.terabytes, row.teraflops))
         ratio = "" if row.of_the_peer is None else f"{row.of_the_peer:.2f}"
         wanted = "" if row.target is None else f"{row.target:g}{'' if row.unit == 'of the peer' else ' ' + row.unit}"
         verdict = {True: "met", False: "missed", None: ""}[row.met]
-        table.add_row(row.op, row.shape, f"{row.microseconds:,.1f}", *rates, row.peer, ratio, wanted, verdict)
-    console.print(table)
+        lines.append([row.op, row.shape, f"{row.microseconds:,.1f}", *rates, row.peer, ratio, wanted, verdict])
+    head = ["operation", "shape", "us", "TB/s", "TFLOP/s", "against", "ratio", "target", ""]
+    print_table(head, [lines], left=(0, 1, 5, 8))
     if json_path is not None:
-        write_json(
-            json_path,
-            {
-                **device(),
-                "command": shlex.join(["dsv3", *sys.argv[1:]]),
-                "copy_rate": copy_rate,
-                "rows": [asdict(row) for row in rows],
-            },
-        )
+        measured = {"copy_rate": copy_rate, "rows": [asdict(row) for row in rows]}
+        write_json(json_path, {**device(), "command": command(), **measured})
 
 
 def device() -> dict[str, str]:

@@ -1,20 +1,19 @@
 """`dsv3 chat`: continue what is typed, line by line."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from dsv3.cli.generate import sampling_options, unescape
+from dsv3.cli.options import PATH
 
 
-@click.command(short_help="Type, and see it continued.")
-@click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option("--template", default="{}", show_default=True, help="What a line is put into before it is continued.")
+@click.command()
+@click.argument("checkpoint", type=PATH)
+@click.option("--template", default="{}", help="What a line is put into before it is continued.")
 @sampling_options
-def chat(
-    checkpoint: Path, template: str, temperature: float, top_p: float, max_tokens: int,
-    stop: tuple[str, ...], seed: int | None, ema: bool, device: str,
-) -> None:  # fmt: skip
+def chat(checkpoint: Path, template: str, ema: bool, device: str, **sampling: Any) -> None:
     """Plain continuation with the model in CHECKPOINT. Ctrl-C stops an answer, /exit or Ctrl-D ends."""
     from dsv3.errors import UserError
     from dsv3.inference.llm import LLM
@@ -22,7 +21,7 @@ def chat(
 
     if "{}" not in template:
         raise UserError(f"--template {template!r} has no place for the line: expected one {{}}")
-    params = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=max_tokens, stop=stop, seed=seed)
+    params = SamplingParams(**sampling)
     llm = LLM(checkpoint, device=device, ema=ema)
     click.echo(f"{checkpoint}: type a line, /exit ends", err=True)
     while True:

@@ -2,10 +2,9 @@
 
 from typing import Any
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
+import click
 
+from dsv3.cli.ui import print_table
 from dsv3.weights.describe import Description, Share
 
 SHOWN = 3
@@ -16,26 +15,18 @@ LISTED = 20
 
 def print_description(found: Description) -> None:
     """A line about the network, a table of what is stored, and a line for whatever is wrong."""
-    config, console = found.config, Console()
-
-    def say(line: str) -> None:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-
+    config, say = found.config, click.echo
     experts = f"{config.n_shared_experts} + {config.n_routed_experts} experts, {config.num_experts_per_tok} a token"
-    say(f"{found.path}: {found.layout}, {found.files} file{'s'[: found.files != 1]}, {found.file_bytes:,} bytes")
+    say(
+        f"{found.path}: {found.layout}, {len(found.files)} file{'s'[: len(found.files) != 1]}, {found.file_bytes:,} bytes"
+    )
     say(
         f"{config.num_hidden_layers} layers ({config.num_dense_layers} dense), {experts}, "
         f"MTP depth {config.num_nextn_predict_layers}, vocabulary {config.vocab_size:,}, "
         f"context {config.max_position_embeddings:,}"
     )
-    table = Table(box=box.SIMPLE_HEAD)
-    for column in ("", "tensors", "parameters", "bytes"):
-        table.add_column(column, justify="right" if column else "left")
-    for section in rows(found):
-        for name, share in section.items():
-            table.add_row(name, *(f"{value:,}" for value in share))
-        table.add_section()
-    console.print(table)
+    sections = [[[name, *(f"{value:,}" for value in share)] for name, share in part.items()] for part in rows(found)]
+    print_table(["", "tensors", "parameters", "bytes"], sections)
     say(f"quantised: {quantization_line(found)}")
     say(f"tokenizer: {'there' if found.tokenizer else 'none'}")
     for title, names in listed(found).items():
@@ -53,7 +44,7 @@ def rows(found: Description) -> list[dict[str, Share]]:
     parts = {"main model": found.main, **({"MTP modules": found.mtp} if found.mtp.tensors else {})}
     return [
         parts,
-        dict(found.dtypes),
+        found.dtypes,
         {"all": found.total},
         {f"beside: {name}": each for name, each in found.beside.items()},
     ]
@@ -61,7 +52,8 @@ def rows(found: Description) -> list[dict[str, Share]]:
 
 def listed(found: Description) -> dict[str, list[str]]:
     """Tensors that are not as the config wants them."""
-    return {"missing": found.missing, "unexpected": list(found.unexpected), "of another kind": found.misfits}
+    fit = found.fit
+    return {"missing": fit.missing, "unexpected": fit.unexpected, "of another kind": list(fit.misfits.values())}
 
 
 def quantization_line(found: Description) -> str:
@@ -99,7 +91,7 @@ def values(found: Description) -> dict[str, Any]:
         "dtypes": {name: each._asdict() for name, each in found.dtypes.items()},
         "beside": {name: each._asdict() for name, each in found.beside.items()},
         "quantization": found.quantization,
-        "files": {"count": found.files, "bytes": found.file_bytes},
+        "files": {"count": len(found.files), "bytes": found.file_bytes},
         "tokenizer": found.tokenizer,
         **{
             title.replace("of another kind", "misfits"): {"count": len(names), "first": names[:LISTED]}

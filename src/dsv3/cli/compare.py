@@ -1,23 +1,22 @@
 """`dsv3 compare`: runs side by side, over seeds, with the report's signs beside them."""
 
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from dsv3.cli.options import PATH, json_option
+
 if TYPE_CHECKING:
     from dsv3.stages.compare import Comparison
 
 
-@click.command(short_help="Runs side by side, and the report's signs.")
-@click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=click.Path(path_type=Path))
-@click.option(
-    "--plot", type=click.Path(path_type=Path), help="Draw every figure over the training: a .svg or .png file."
-)
+@click.command()
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=PATH)
+@click.option("--plot", type=PATH, help="Draw every figure over the training: a .svg or .png file.")
 @click.option("--markdown", "as_markdown", is_flag=True, help="Print the table as Markdown.")
-@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+@json_option
 def compare(runs: tuple[Path, ...], plot: Path | None, as_markdown: bool, as_json: bool) -> None:
     """Compares run directories: validation loss, bits per byte, solved tasks and MaxVio at the last evaluation that all have.
 
@@ -32,7 +31,7 @@ def compare(runs: tuple[Path, ...], plot: Path | None, as_markdown: bool, as_jso
         check_drawable(plot)
     comparison = compare_runs(runs)
     if plot is not None:
-        save(drawing(comparison), plot)
+        save(lambda: drawing(comparison), plot)
         click.echo(f"drawn: {plot}", err=True)
     if as_json:
         click.echo(json.dumps(comparison.to_dict(), indent=1))
@@ -44,19 +43,15 @@ def compare(runs: tuple[Path, ...], plot: Path | None, as_markdown: bool, as_jso
 
 def show_comparison(comparison: "Comparison") -> None:
     """The table and its notes, on stdout."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
+    from dsv3.cli.ui import print_table
     from dsv3.stages.comparison_view import EXPLANATION, summary, table
 
     head, *rows = table(comparison)
-    shown = Table(*head, box=box.SIMPLE_HEAD, pad_edge=False)
+    sections: list[list[list[str]]] = []
     for row in rows:
-        if row[0] and shown.row_count:
-            shown.add_section()
-        shown.add_row(*row)
-    # Where no terminal has a width, no cell is broken.
-    Console(width=None if sys.stdout.isatty() else 200).print(shown, markup=False, highlight=False)
+        if row[0]:
+            sections.append([])
+        sections[-1].append(row)
+    print_table(head, sections, left=range(len(head)))
     for text in (summary(comparison), EXPLANATION, *comparison.notes):
         click.echo(text)

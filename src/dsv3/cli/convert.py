@@ -6,23 +6,21 @@ from typing import TYPE_CHECKING
 
 import click
 
+from dsv3.cli.options import PATH, ema_option
 from dsv3.errors import UserError
 
 if TYPE_CHECKING:
-    from dsv3.cli.ui import Progress
     from dsv3.weights.convert import ImportPlan
 
-WORKERS = click.option("--workers", type=click.IntRange(1, 64), default=2, help="Files written at a time; 2.")
+WORKERS = click.option("--workers", type=click.IntRange(1, 64), default=2, help="Files written at a time.")
 GB = 1e9
 
 
 @click.command("import")
-@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("directory", metavar="DIR", type=PATH)
+@click.argument("checkpoint", type=PATH)
 @click.option("--dtype", default="auto", help="auto (what the files hold, FP8 included), bf16 or fp32.")
-@click.option(
-    "--config", type=click.Path(path_type=Path), help="The ModelArgs file of DeepSeek's own layout, if not in DIR."
-)
+@click.option("--config", type=PATH, help="The ModelArgs file of DeepSeek's own layout, if not in DIR.")
 @click.option("--dry-run", is_flag=True, help="Check the files and print what would be written.")
 @WORKERS
 def import_command(
@@ -43,17 +41,17 @@ def import_command(
     from dsv3.cli.ui import Progress
 
     with Progress() as progress:
-        import_weights(plan, checkpoint, workers, partial(show_bytes, progress, "import"))
+        import_weights(plan, checkpoint, workers, partial(progress.count, "import", gigabytes=True))
     click.echo(f"checkpoint: {checkpoint}")
 
 
 @click.command("export")
-@click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("checkpoint", type=PATH)
+@click.argument("directory", metavar="DIR", type=PATH)
 @click.option("--dtype", help="bf16 or fp32; without it, weights stay what they are.")
 @click.option("--fp8", is_flag=True, help="Weights in FP8 blocks, as the released checkpoints have them.")
-@click.option("--ema", is_flag=True, help="The average of the weights that the run kept, instead of the weights.")
-@click.option("--shard-size", type=float, default=5.0, help="GB of a file at most; 5.")
+@ema_option
+@click.option("--shard-size", type=float, default=5.0, help="GB of a file at most.")
 @WORKERS
 def export_command(
     checkpoint: Path, directory: Path, dtype: str | None, fp8: bool, ema: bool, shard_size: float, workers: int
@@ -73,14 +71,9 @@ def export_command(
 
     wanted = torch.float8_e4m3fn if fp8 else named_dtype(dtype or "auto")
     with Progress() as progress:
-        advance = partial(show_bytes, progress, "export")
+        advance = partial(progress.count, "export", gigabytes=True)
         export_weights(checkpoint, directory, wanted, int(shard_size * GB), workers, advance, ema)
     click.echo(f"weights: {directory}")
-
-
-def show_bytes(progress: "Progress", stage: str, done: int, total: int) -> None:
-    """Tells the terminal how many bytes are done."""
-    progress(stage=stage, done=done, total=total, gigabytes=True)
 
 
 def describe(plan: "ImportPlan") -> None:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import click
 
+from dsv3.cli.options import PATH, device_option, json_option
 from dsv3.errors import UserError, nearest
 from dsv3.model.config import PRESETS, ModelConfig
 from dsv3.planning.flops import training_flops_per_token
@@ -28,42 +29,29 @@ def info() -> None:
 
 @info.command()
 @click.argument("model", metavar="PRESET|DIR")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
+@json_option
 def model(model: str, as_json: bool) -> None:
     """Parameters, cache and training FLOPs of a preset, or of a directory that holds a config.json."""
     config = find_config(model)
     if as_json:
         click.echo(json.dumps(model_figures(config), indent=2))
         return
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
+    from dsv3.cli.ui import print_table
 
     known = count_parameters(config) == count_parameters(ModelConfig.preset("deepseek-v3"))
-    title = (
+    click.echo(
         f"{model}: {config.num_hidden_layers} layers, {config.n_shared_experts} + {config.n_routed_experts} experts, "
         f"{training_length(config)} tokens a training sequence"
     )
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("")
-    table.add_column("dsv3", justify="right")
-    if known:
-        table.add_column("DeepSeek says")
-    for section in rows(config):
-        for row in section:
-            table.add_row(*(row if known else row[:2]))
-        table.add_section()
-    console = Console()
-    console.print(title, highlight=False, soft_wrap=True)
-    console.print(table)
+    head = ["", "dsv3", "DeepSeek says"] if known else ["", "dsv3"]
+    print_table(head, [[row[: len(head)] for row in section] for section in rows(config)], left=(0, 2))
     if config.num_nextn_predict_layers:
-        note = "Embedding and head are shared; the published files repeat them under every MTP module."
-        console.print(note, highlight=False, soft_wrap=True)
+        click.echo("Embedding and head are shared; the published files repeat them under every MTP module.")
 
 
 @info.command()
-@click.argument("path", metavar="DIR", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
+@click.argument("path", metavar="DIR", type=PATH)
+@json_option
 def checkpoint(path: Path, as_json: bool) -> None:
     """What a directory of weights holds, and what it lacks; no tensor is read.
 
@@ -80,8 +68,8 @@ def checkpoint(path: Path, as_json: bool) -> None:
 
 
 @info.command()
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1 or auto.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
+@device_option
+@json_option
 def ops(device: str, as_json: bool) -> None:
     """Which implementation of every operation serves on this machine, and why those before it do not.
 
@@ -98,24 +86,16 @@ def ops(device: str, as_json: bool) -> None:
             json.dumps({"device": device_name(where), "operations": {k: dict(v) for k, v in found.items()}}, indent=2)
         )
         return
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
+    from dsv3.cli.ui import print_table
 
-    table = Table(box=box.SIMPLE_HEAD)
-    for name in ("operation", "serves", "not"):
-        table.add_column(name, no_wrap=True)
-    table.add_column("because")
+    lines = []
     for name, implementations in found.items():
         number, serving = next((i, each) for i, (each, reason) in enumerate(implementations) if reason is None)
         before = implementations[:number] or [("", "")]
         for row, (faster, reason) in enumerate(before):
-            table.add_row(*((name, serving) if row == 0 else ("", "")), faster, reason)
-    console = Console()
-    console.print(
-        f"{device_name(where)}: calls in BF16 or FP8, as training makes them", highlight=False, soft_wrap=True
-    )
-    console.print(table)
+            lines.append([*((name, serving) if row == 0 else ("", "")), faster, reason or ""])
+    click.echo(f"{device_name(where)}: calls in BF16 or FP8, as training makes them")
+    print_table(["operation", "serves", "not", "because"], [lines], left=range(4))
 
 
 def find_config(model: str) -> ModelConfig:

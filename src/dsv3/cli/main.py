@@ -20,7 +20,7 @@ COMMANDS = {
     "tokenizer": ("dsv3.cli.tokenizer:tokenizer", "Train byte-level BPE on your texts."),
     "data": ("dsv3.cli.data:data", "Documents to token shards."),
     "pretrain": ("dsv3.cli.pretrain:pretrain", "Train a recipe's model: tokenizer, shards, training."),
-    "extend": ("dsv3.cli.extend:extend", "Train on at a greater length, from a run or published weights."),
+    "extend": ("dsv3.cli.pretrain:extend", "Train on at a greater length, from a run or published weights."),
     "eval": ("dsv3.cli.eval:evaluate", "Score a model: bits per byte, tasks, needles, loss by position."),
     "generate": ("dsv3.cli.generate:generate", "Continue a prompt, or fill in the middle."),
     "chat": ("dsv3.cli.chat:chat", "Type, and see it continued."),
@@ -57,7 +57,7 @@ class LazyGroup(click.Group):
             formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.version_option(__version__, prog_name="dsv3")
 @click.option("--debug", is_flag=True, help="Show Python's traceback when something goes wrong; works anywhere.")
 def dsv3(debug: bool) -> None:

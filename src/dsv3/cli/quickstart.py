@@ -6,30 +6,25 @@ from pathlib import Path
 
 import click
 
-from dsv3.cli.run import out_option, overrides_argument, recipe_beside, run_recipe
+from dsv3.cli.options import PATH
+from dsv3.cli.run import overrides_argument, recipe_beside, run_recipe
+from dsv3.recipe.figures import duration
 
 
-@click.command(short_help="Everything, small, on this machine; writes a report.")
+@click.command()
 @overrides_argument
-@click.option("--recipe", type=click.Path(path_type=Path), help="Another recipe than recipes/quickstart/pretrain.toml.")
+@click.option("--recipe", type=PATH, help="Another recipe than recipes/quickstart/pretrain.toml.")
 @click.option("--data", multiple=True, metavar="PATH", help="Train on these texts instead; may be given several times.")
-@out_option("runs/quickstart")
+@click.option("--out", type=PATH, default="runs/quickstart", help="Where everything goes.")
 def quickstart(overrides: tuple[str, ...], recipe: Path | None, data: tuple[str, ...], out: Path) -> None:
     """Trains a tokenizer and a small DeepSeek-V3, scores it before and after, and writes OUT/report.html.
 
     Running it again continues where it stopped, and repeats only what a changed recipe or corpus touches.
     """
     started = time.monotonic()
-    run_recipe(
-        recipe or recipe_beside("quickstart/pretrain.toml"),
-        overrides,
-        list(data),
-        out,
-        stages="quickstart",
-        replace=True,
-    )
-    minutes = (time.monotonic() - started) / 60
-    click.echo(f"\n{minutes:.1f} minutes. Look at {out / 'report.html'}, then try")
+    recipe = recipe or recipe_beside("quickstart/pretrain.toml")
+    run_recipe(recipe, overrides, list(data), out, stages="quickstart", replace=True)
+    click.echo(f"\n{duration(time.monotonic() - started)}. Look at {out / 'report.html'}, then try")
     run = shlex.quote(str(out))
     click.echo(f'  dsv3 generate {run} --prompt "def read_file("')
     click.echo(f"  dsv3 chat {run} --template 'User: {{}}\\nAssistant:\\n'")

@@ -4,10 +4,12 @@ from pathlib import Path
 
 import click
 
+from dsv3.cli.options import PATH
+
 
 @click.command()
-@click.argument("run", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), help="The file to write; RUN/report.html when not given.")
+@click.argument("run", type=PATH)
+@click.option("--out", type=PATH, help="The file to write; RUN/report.html when not given.")
 def report(run: Path, out: Path | None) -> None:
     """Write one HTML page about RUN, a run directory such as runs/quickstart, finished or still going."""
     # Here, because drawing takes half a second to import, which `dsv3 --help` must not pay.

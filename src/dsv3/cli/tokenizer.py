@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+from dsv3.cli.options import PATH, Quantity
 from dsv3.errors import UserError
 
 
@@ -14,37 +15,22 @@ def tokenizer() -> None:
 
 @tokenizer.command()
 @click.argument("corpora", nargs=-1, required=True, metavar="CORPUS...")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="The directory to write.")
-@click.option(
-    "--vocab-size", type=click.IntRange(1), default=32_768, show_default=True, help="Ids, special tokens included."
-)
-@click.option(
-    "--digits", type=click.IntRange(1, 3), default=3, show_default=True, help="Most digits that one token joins."
-)
-@click.option(
-    "--training-bytes", default="100M", show_default=True, help="Text to learn from, the same of each corpus."
-)
-def train(corpora: tuple[str, ...], out: Path, vocab_size: int, digits: int, training_bytes: str) -> None:
+@click.option("--out", type=PATH, required=True, help="The directory to write.")
+@click.option("--vocab-size", type=click.IntRange(1), default=32_768, help="Ids, special tokens included.")
+@click.option("--digits", type=click.IntRange(1, 3), default=3, help="Most digits that one token joins.")
+@click.option("--training-bytes", type=Quantity(), default="100M", help="Text to learn from, the same of each corpus.")
+def train(corpora: tuple[str, ...], out: Path, vocab_size: int, digits: int, training_bytes: int) -> None:
     """Trains a tokenizer on an even sample of each CORPUS: a file, a directory, a glob, a URL, hf:NAME or a builtin.
 
     A recipe uses it with tokenizer.path=OUT.
     """
-    from itertools import islice
-
-    from dsv3.data.sources import ENDLESS, documents, sample
+    from dsv3.data.sources import VALIDATION_FRACTION, to_learn_from
     from dsv3.data.tokenizer import train_tokenizer
-    from dsv3.recipe.quantity import parse_quantity
 
     if (out / "tokenizer.json").exists():
         raise UserError(f"{out} holds a tokenizer already; name another directory with --out")
-    try:
-        share = parse_quantity(training_bytes) // len(corpora)
-    except ValueError as error:
-        raise UserError(f"--training-bytes {training_bytes}: {error}") from None
-    texts = []
-    for uri in corpora:
-        found = documents(uri, "train", seed=0)
-        texts += sample(islice(found, 4000) if (uri, "train") in ENDLESS else found, share)
+    share = training_bytes // len(corpora)
+    texts = [text for uri in corpora for text in to_learn_from(uri, 0, VALIDATION_FRACTION, share)]
     made = train_tokenizer(texts, vocab_size, digits)
     made.save(out)
     size, tokens = sum(len(text.encode()) for text in texts), sum(map(len, made.encode_batch(texts)))

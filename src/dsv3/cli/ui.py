@@ -6,7 +6,7 @@ the terminal's. On a terminal every stage is a live bar, otherwise a line every 
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -17,17 +17,26 @@ from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
 
+from dsv3.recipe.figures import duration, human
+
 SECONDS_BETWEEN_LINES = 5.0
-WIDTH = 120
+WIDTH = 200
 """Columns of a table that is written to a file or a pipe."""
 
 
-def table_console() -> Console:
-    """For tables on standard output."""
-    console = Console()
+def print_table(head: Sequence[str], sections: Iterable[Iterable[Sequence[str]]], left: Container[int] = (0,)) -> None:
+    """Prints a table on stdout with room between its sections: figures to the right, but for the columns of these numbers."""
+    table = Table(box=box.SIMPLE_HEAD)
+    for number, name in enumerate(head):
+        table.add_column(name, justify="left" if number in left else "right")
+    for section in sections:
+        for row in section:
+            table.add_row(*row)
+        table.add_section()
+    console = Console(markup=False, highlight=False)
     if not console.is_terminal:
         console.width = WIDTH
-    return console
+    console.print(table)
 
 
 def panel(console: Console, title: str, rows: Mapping[str, object]) -> None:
@@ -77,9 +86,9 @@ class Progress:
         count = f"{done / 1e9:.2f}/{total / 1e9:.2f} GB" if gigabytes else f"{done}/{total}"
         parts = [count, *(show_figure(name, value) for name, value in figures.items())]
         if first < done < total:
-            parts.append(f"{show_seconds((now - started) * (total - done) / (done - first))} left")
+            parts.append(f"{duration((now - started) * (total - done) / (done - first))} left")
         elif done >= total:
-            parts.append(f"done in {show_seconds(now - started)}")
+            parts.append(f"done in {duration(now - started)}")
         if self._live:
             text = "  ".join(parts)
             if stage not in self._tasks:
@@ -88,6 +97,10 @@ class Progress:
         elif done >= total or now - self._printed.get(stage, -SECONDS_BETWEEN_LINES) >= SECONDS_BETWEEN_LINES:
             self._printed[stage] = now
             self.note(f"{stage}: {', '.join(parts)}")
+
+    def count(self, stage: str, done: int, total: int, gigabytes: bool = False) -> None:
+        """The same for callers that have nothing else to tell."""
+        self(stage=stage, done=done, total=total, gigabytes=gigabytes)
 
     def note(self, text: str) -> None:
         """One line above the bars."""
@@ -99,22 +112,5 @@ def show_figure(name: str, value: float | str) -> str:
     if isinstance(value, str):
         return f"{name.replace('_', ' ')} {value}"
     if name.endswith("_per_second"):
-        return f"{show_number(value)} {name.removesuffix('_per_second').replace('_', ' ')}/s"
-    return f"{name.replace('_', ' ')} {show_number(value)}"
-
-
-def show_number(value: float) -> str:
-    """At most four digits, with K, M, B, T as powers of ten; ints below 10,000 in full."""
-    if isinstance(value, int) and abs(value) < 10_000:
-        return str(value)
-    for suffix, power in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
-        if abs(value) >= power:
-            return f"{value / power:.3g}{suffix}"
-    return f"{value:.4g}"
-
-
-def show_seconds(seconds: float) -> str:
-    """`0:07`, `12:05`, `3:00:00`."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+        return f"{human(value)} {name.removesuffix('_per_second').replace('_', ' ')}/s"
+    return f"{name.replace('_', ' ')} {human(value)}"

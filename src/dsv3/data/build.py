@@ -3,21 +3,46 @@
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
 
 from dsv3.data.encoding import Encoding
 from dsv3.data.files import Document, SkipReport
 from dsv3.data.fim import FimUnit
-from dsv3.data.shard_writer import ShardWriter
-from dsv3.data.shards import MANIFEST, Manifest, ShardSet, file_hash
-from dsv3.data.sources import ENDLESS, Split, documents, fingerprint
+from dsv3.data.sources import ENDLESS, VALIDATION_FRACTION, Split, documents, fingerprint
+from dsv3.data.token_shard_writer import ShardWriter
+from dsv3.data.token_shards import MANIFEST, Manifest, ShardSet, file_hash
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.data.workers import encode_all
 from dsv3.errors import RunError, UserError
 
 BATCH_BYTES = 1 << 20
 """Text that is tokenized at once. The shards do not depend on it."""
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """Which documents become a shard set, and what becomes of them (`sources.py`, `encoding.py`)."""
+
+    source: str
+    split: Split
+    seed: int
+    fim_rate: float = 0.0
+    split_joined_rate: float = 0.0
+    fim_unit: FimUnit = "character"
+    validation_fraction: float = VALIDATION_FRACTION
+    limit_documents: int | None = None
+    limit_tokens: int | None = None
+    """A limit ends the set with the first document that reaches it; sources that never end need one."""
+
+    def reached(self, documents: int, tokens: int) -> bool:
+        """Whether so many are enough."""
+        enough = self.limit_documents is not None and documents >= self.limit_documents
+        return enough or (self.limit_tokens is not None and tokens >= self.limit_tokens)
 
 
 class Candidate(NamedTuple):
@@ -31,91 +56,53 @@ class Candidate(NamedTuple):
     """What had been skipped, empty and duplicate before it."""
 
 
+Encoded = Iterable[tuple[Sequence[Candidate], list[npt.NDArray[np.uint32]]]]
+Progress = Callable[[int, int, int], None]
+"""Told every megabyte of text how many documents, tokens and bytes are in the set."""
+
+
 def build_shards(
-    uri: str,
-    split: Split,
+    plan: ShardPlan,
     tokenizer: Tokenizer,
-    out_dir: str | Path,
+    directory: Path,
     *,
-    seed: int,
-    fim_rate: float = 0.0,
-    split_joined_rate: float = 0.0,
-    fim_unit: FimUnit = "character",
-    validation_fraction: float = 0.05,
-    limit_documents: int | None = None,
-    limit_tokens: int | None = None,
-    limit_bytes: int | None = None,
     earlier: Sequence[Path] | None = None,
     workers: int = 1,
-    progress: Callable[[int, int, int], None] | None = None,
+    progress: Progress = lambda *_: None,
 ) -> Manifest:
-    """Writes one split of a source as a shard set; the same arguments give the same files, whatever the `workers`.
+    """Writes a shard set; the same plan gives the same files, whatever the `workers`.
 
-    What an interrupted build of the same set left complete is kept, and a set that is whole is left as it is.
-    `encoding.py` says what becomes of a document. With `earlier` (shard sets built the same way, or none), a document
-    whose text came before, in those sets or in this one, is left out and counted; each takes 100 bytes of memory.
-    A limit ends the set with the first document that reaches it; sources that never end need one.
-    `progress(documents, tokens, bytes)` is called every megabyte of text with the totals so far.
+    What an interrupted build of the same set left complete is kept, and a set that is whole is left as it is. With
+    `earlier` (shard sets built the same way, or none), a document whose text came before, in those sets or in this one, is
+    left out and counted; each takes 100 bytes of memory.
     Raises `UserError` for bad input; `RunError` when the disk is full, a source disappears or a worker dies.
     """
-    encoding = Encoding(seed, fim_rate, split_joined_rate, fim_unit)
-    limits = (limit_documents, limit_tokens, limit_bytes)
-    if (uri, split) in ENDLESS and all(limit is None for limit in limits):
-        raise UserError(f"the {split} split of {uri} never ends; expected a limit in tokens, documents or bytes")
-    origin = {
-        "source": uri,
-        "fingerprint": fingerprint(uri),
-        "split": split,
-        "seed": seed,
-        "fim_rate": fim_rate,
-        "split_joined_rate": split_joined_rate,
-        "fim_unit": fim_unit,
-        "validation_fraction": validation_fraction,
-        "limit_documents": limit_documents,
-        "limit_tokens": limit_tokens,
-        "limit_bytes": limit_bytes,
-        "without_duplicates_of": None if earlier is None else [file_hash(each / MANIFEST) for each in earlier],
-    }
-    if (whole := whole_set(Path(out_dir), tokenizer, origin)) is not None:
+    encoding = Encoding(plan.seed, plan.fim_rate, plan.split_joined_rate, plan.fim_unit)
+    if (plan.source, plan.split) in ENDLESS and plan.limit_tokens is None and plan.limit_documents is None:
+        raise UserError(f"the {plan.split} split of {plan.source} never ends; expected a limit in tokens or documents")
+    before = None if earlier is None else [file_hash(each / MANIFEST) for each in earlier]
+    origin = {**asdict(plan), "fingerprint": fingerprint(plan.source), "without_duplicates_of": before}
+    if (whole := whole_set(directory, tokenizer, origin)) is not None:
         return whole
     seen = None if earlier is None else {text for each in earlier for text in ShardSet.open(each).text_hashes()}
     report = SkipReport()
-    found = documents(uri, split, seed=seed, validation_fraction=validation_fraction, report=report)
+    fraction = plan.validation_fraction
+    found = documents(plan.source, plan.split, seed=plan.seed, validation_fraction=fraction, report=report)
     candidates = without_duplicates(found, seen, report)
-    last = None
     with ShardWriter(
-        out_dir, vocab_size=tokenizer.vocab_size, tokenizer_hash=tokenizer.hash, identity=origin
+        directory, vocab_size=tokenizer.vocab_size, tokenizer_hash=tokenizer.hash, origin=origin
     ) as writer:
-
-        def reached() -> bool:
-            totals = zip(limits, (writer.documents, writer.tokens, writer.bytes), strict=True)
-            return any(limit is not None and total >= limit for limit, total in totals)
-
-        if kept := writer.read:
-            last = next((candidate for candidate in candidates if candidate.read == kept), None)
-            if last is None:
-                raise RunError(
-                    f"{uri} has changed since the build in {out_dir} was interrupted; delete that directory and run again"
-                )
-        if not reached():
-            encoded = encode_all(batches(candidates), documents_of, tokenizer, encoding, workers)
-            with closing(encoded):
-                for batch, ids_of_each in encoded:
-                    for candidate, ids in zip(batch, ids_of_each, strict=True):
-                        if not reached():
-                            last, document = candidate, candidate.document
-                            size = len(document.text.encode())
-                            writer.add(document.id, ids, size, read=candidate.read, text_hash=candidate.text_hash)
-                    if progress is not None:
-                        progress(writer.documents, writer.tokens, writer.bytes)
-                    if reached():
-                        break
+        last = pass_over(candidates, writer.read, plan.source, directory) if writer.read else None
+        if not plan.reached(writer.documents, writer.tokens):
+            with closing(encode_all(batches(candidates), documents_of, tokenizer, encoding, workers)) as encoded:
+                last = fill(writer, plan, encoded, progress) or last
         if last is None:
             raise UserError(
-                f"all {report.duplicates} documents of the {split} split of {uri} came before, in it or in the sources "
-                "named before it; leave the source out, or set data.deduplicate = false"
+                f"all {report.duplicates} documents of the {plan.split} split of {plan.source} came before, in it or in the "
+                "sources named before it; leave the source out, or set data.deduplicate = false"
             )
-        return writer.finish(origin, up_to(last, report) if reached() else report)
+        # How far the reader was ahead of a limit must not show.
+        return writer.finish(up_to(last, report) if plan.reached(writer.documents, writer.tokens) else report)
 
 
 def whole_set(directory: Path, tokenizer: Tokenizer, origin: dict[str, Any]) -> Manifest | None:
@@ -141,8 +128,34 @@ def without_duplicates(found: Iterable[Document], seen: set[bytes] | None, repor
         yield Candidate(document, read, text_hash, (report.count, report.empty, report.duplicates))
 
 
+def pass_over(candidates: Iterator[Candidate], read: int, source: str, directory: Path) -> Candidate:
+    """Reads past the documents that are in the set already; the last of them."""
+    for candidate in candidates:
+        if candidate.read == read:
+            return candidate
+    raise RunError(
+        f"{source} has changed since the build in {directory} was interrupted; delete that directory and run again"
+    )
+
+
+def fill(writer: ShardWriter, plan: ShardPlan, encoded: Encoded, progress: Progress) -> Candidate | None:
+    """Writes documents until they are enough or there are no more; the last one written."""
+    last, enough = None, False
+    for batch, ids_of_each in encoded:
+        for candidate, ids in zip(batch, ids_of_each, strict=True):
+            last, document = candidate, candidate.document
+            size = len(document.text.encode())
+            writer.add(document.id, ids, size, read=candidate.read, text_hash=candidate.text_hash)
+            if enough := plan.reached(writer.documents, writer.tokens):
+                break
+        progress(writer.documents, writer.tokens, writer.bytes)
+        if enough:
+            break
+    return last
+
+
 def up_to(last: Candidate, report: SkipReport) -> SkipReport:
-    """What had been left out when the last document was read: how far the reader was ahead must not show."""
+    """What had been left out when the last document was read."""
     count, empty, duplicates = last.left_out
     return SkipReport(count, report.named[:count], empty, duplicates)
 

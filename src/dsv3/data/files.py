@@ -8,8 +8,11 @@ import zlib
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, Protocol
+from typing import Any, BinaryIO
 
+import zstandard
+
+from dsv3.data.remote import RemoteFile
 from dsv3.errors import RunError, UserError
 
 LONGEST_DOCUMENT = 256 * 1024
@@ -19,6 +22,7 @@ LONGEST_ROW = 64 * 1024 * 1024
 FIELD = "text"
 """The field of a `.jsonl` or `.parquet` row that holds its text."""
 NAMED = 100
+File = Path | RemoteFile
 
 
 @dataclass(frozen=True)
@@ -27,19 +31,6 @@ class Document:
 
     id: str
     text: str
-
-
-class File(Protocol):
-    """What is needed of a file: a `Path` is one, and so is one at a URL (`remote.py`)."""
-
-    @property
-    def name(self) -> str:
-        """The last part of its path."""
-        ...
-
-    def open(self, mode: Literal["rb"], /) -> BinaryIO:
-        """Its bytes."""
-        ...
 
 
 @dataclass
@@ -94,7 +85,6 @@ def read_text(path: File, name: str, report: SkipReport, longest: int) -> Iterat
 def read_jsonl(path: File, name: str, report: SkipReport, longest: int) -> Iterator[Document]:
     """`.jsonl`, plain or compressed: one object a line, its text in the field `text`."""
     number = 0
-    failures: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error, *zstd_errors(path))
     try:
         with open_bytes(path) as stream:
             while line := stream.readline(LONGEST_ROW):
@@ -105,7 +95,7 @@ def read_jsonl(path: File, name: str, report: SkipReport, longest: int) -> Itera
                         line = stream.readline(LONGEST_ROW)
                 elif not line.isspace():
                     yield from cut_row(parse_row(line), f"{name}:{number}", report, longest)
-    except failures as error:
+    except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
         refuse_gone(path, error)
         report.add(name, f"unreadable after row {number} ({error})")
 
@@ -204,7 +194,6 @@ def open_bytes(path: File) -> BinaryIO:
 
 def decompress_zstd(path: File) -> Iterator[bytes]:
     """The content of a `.zst` file. `EOFError` when it ends inside a frame, which zstandard's own reader does not tell."""
-    zstandard = import_zstandard(path)
     decoder = None
     with path.open("rb") as stream:
         # Small blocks: one byte may stand for 32 KiB, and what a block yields is held in memory.
@@ -240,20 +229,6 @@ class ChunkStream(io.RawIOBase):
         buffer[:count] = self._held[:count]
         self._held = self._held[count:]
         return count
-
-
-def zstd_errors(path: File) -> tuple[type[Exception], ...]:
-    """What reading a damaged `.zst` raises."""
-    return (import_zstandard(path).ZstdError,) if path.name.lower().endswith(".zst") else ()
-
-
-def import_zstandard(path: File) -> Any:
-    """The module, or a refusal that says how to get it."""
-    try:
-        import zstandard
-    except ImportError:
-        raise UserError(f"{path}: reading .zst needs zstandard: pip install zstandard") from None
-    return zstandard
 
 
 READERS: dict[str, Callable[[File, str, SkipReport, int], Iterator[Document]]] = {

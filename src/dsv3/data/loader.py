@@ -10,7 +10,7 @@ import torch
 
 from dsv3.data.mixture import LONGEST_CYCLE, interleave
 from dsv3.data.packing import Packing, pack
-from dsv3.data.shards import ShardSet
+from dsv3.data.token_shards import ShardSet
 from dsv3.errors import UserError
 
 
@@ -28,11 +28,6 @@ class Batch:
     """int64 [B, T + 1], from 0 in each row, or with a document mask in each document (a later piece of one included)."""
     documents: list[list[tuple[str, int]]]
     """For each row the (source, document index) of what it holds."""
-
-    @property
-    def inputs(self) -> torch.Tensor:
-        """int64 [B, T]: what the model reads."""
-        return self.tokens[:, :-1]
 
 
 class Loader:
@@ -142,12 +137,6 @@ class Loader:
             shuffled = shuffle.permutation(self.plans[source].rows)
             self._shuffled[source] = (epoch, shuffled)
         return source, int(shuffled[position])
-
-    def epochs(self, first_row: int) -> dict[str, float]:
-        """Passes over each source that lie before a global row."""
-        cycle, step = divmod(first_row, len(self._order))
-        drawn = cycle * self._shares + np.bincount(self._order[:step], minlength=len(self.names))
-        return {name: float(n / plan.rows) for name, n, plan in zip(self.names, drawn, self.plans, strict=True)}
 
     def describe(self, batch: Batch) -> list[str]:
         """The documents of a batch by name, `source:document`, for messages."""

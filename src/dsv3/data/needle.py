@@ -19,6 +19,7 @@ Whoever can write tinypy's functions can answer, given that the one instruction 
 
 import random
 from collections.abc import Iterator
+from itertools import count
 
 from dsv3.data import tinypy
 from dsv3.data.tinypy import Split, Task, pick
@@ -61,7 +62,5 @@ def document(split: Split, seed: int, index: int) -> str:
 
 def documents(split: Split, seed: int) -> Iterator[tuple[str, str]]:
     """(id, text) of a split's documents in order: endless for `train`, `VALIDATION_DOCUMENTS` for `validation`."""
-    index = 0
-    while split != "validation" or index < VALIDATION_DOCUMENTS:
+    for index in count() if split == "train" else range(VALIDATION_DOCUMENTS):
         yield f"needle/{split}/{seed}/{index}", document(split, seed, index)
-        index += 1

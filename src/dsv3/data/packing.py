@@ -41,11 +41,6 @@ class PackPlan:
         """Number of rows."""
         return len(self.first) - 1
 
-    @property
-    def fill(self) -> float:
-        """Share of the rows' room that holds tokens."""
-        return float(self.length.sum() / (self.rows * self.row)) if self.rows else 1.0
-
 
 def pack(lengths: npt.ArrayLike, row: int, packing: Packing = "best_fit") -> PackPlan:
     """Packs documents of the given lengths (tokens, int [documents]) into rows of `row` tokens.

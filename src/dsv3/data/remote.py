@@ -7,6 +7,8 @@ from glob import has_magic
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO, Literal
 
+import fsspec
+
 from dsv3.errors import UserError
 
 
@@ -70,10 +72,6 @@ def as_walked(path: str) -> list[tuple[bool, str]]:
 def connect(uri: str) -> tuple[Any, str]:
     """The file system behind a URL, and the path in it."""
     scheme = uri.partition("://")[0]
-    try:
-        import fsspec
-    except ImportError:
-        raise UserError(f"{uri}: reading from URLs needs fsspec: pip install 'dsv3[remote]'") from None
     try:
         filesystem, path = fsspec.core.url_to_fs(uri)
     except ImportError as error:

@@ -5,6 +5,7 @@ import hashlib
 import heapq
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +23,10 @@ GENERATORS = {TINYPY: tinypy, NEEDLE: needle}
 ENDLESS = ((TINYPY, "train"), (NEEDLE, "train"))
 """Sources and splits that never end: whoever reads one sets a limit."""
 
+VALIDATION_FRACTION = 0.05
+"""Share of the documents that is held out where nothing else is said."""
+LEARNED_FROM = 4000
+"""An endless source's words repeat long before."""
 TEXT = (".txt", ".md", ".py")
 
 
@@ -39,7 +44,12 @@ class Found:
 
 
 def documents(
-    uri: str, split: Split, *, seed: int, validation_fraction: float = 0.05, report: SkipReport | None = None
+    uri: str,
+    split: Split,
+    *,
+    seed: int,
+    validation_fraction: float = VALIDATION_FRACTION,
+    report: SkipReport | None = None,
 ) -> Iterator[Document]:
     """The documents of one split of a source, always in the same order; `train` of a generated one never ends.
 
@@ -178,6 +188,12 @@ def sample(documents: Iterable[Document], limit_bytes: int) -> list[str]:
         while total > limit_bytes:
             total -= len(heapq.heappop(kept)[2].encode())
     return [text for _, _, text in sorted(kept, key=lambda entry: entry[1])]
+
+
+def to_learn_from(uri: str, seed: int, validation_fraction: float, limit_bytes: int) -> list[str]:
+    """A sample of the training split for a tokenizer; of a source that never ends, of its first `LEARNED_FROM` documents."""
+    found = documents(uri, "train", seed=seed, validation_fraction=validation_fraction)
+    return sample(islice(found, LEARNED_FROM) if (uri, "train") in ENDLESS else found, limit_bytes)
 
 
 def printable(path: Path) -> str:

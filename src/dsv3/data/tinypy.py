@@ -19,7 +19,8 @@ function called `max` would call itself. The instruction does not give that name
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypeVar, get_args
+from itertools import count
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 from dsv3.errors import UserError, nearest
 
@@ -35,70 +36,54 @@ class Combination(NamedTuple):
     filter: str
 
 
-@dataclass(frozen=True)
-class Aggregate:
-    """What becomes of the transformed numbers. `code` is a function's last line; `apply` states the same on a list."""
+class Choice(NamedTuple):
+    """One entry of a table: words for the instruction, code for the solution, and a function that states the same anew.
+
+    `apply` takes the numbers of an aggregate; one number and the constant `c` of a transform or filter, which has
+    `constants` where it needs one.
+    """
 
     phrase: str
     code: str
-    apply: Callable[[list[int]], object]
-
-
-@dataclass(frozen=True)
-class Transform:
-    """What becomes of one number, given the constant `c`; no `constants` where the transform has none."""
-
-    phrase: str
-    code: str
-    apply: Callable[[int, int], int]
-    constants: Sequence[int] = ()
-
-
-@dataclass(frozen=True)
-class Filter:
-    """Which numbers count, given the constant `c`; no `constants` where the filter has none."""
-
-    phrase: str
-    code: str
-    apply: Callable[[int, int], bool]
+    apply: Callable[..., Any]
     constants: Sequence[int] = ()
 
 
 AGGREGATES = {
-    "sum": Aggregate("the sum of {items}", "sum({value} {loop})", sum),
-    "largest": Aggregate(
+    "sum": Choice("the sum of {items}", "sum({value} {loop})", sum),
+    "largest": Choice(
         "the largest of {items}, or 0 if there are none",
         "max(({value} {loop}), default=0)",
         lambda values: max(values, default=0),
     ),
-    "smallest": Aggregate(
+    "smallest": Choice(
         "the smallest of {items}, or 0 if there are none",
         "min(({value} {loop}), default=0)",
         lambda values: min(values, default=0),
     ),
-    "first": Aggregate(
+    "first": Choice(
         "the first of {items}, or 0 if there are none",
         "next(({value} {loop}), 0)",
         lambda values: values[0] if values else 0,
     ),
-    "list": Aggregate("the list of {items}", "[{value} {loop}]", list),
-    "set": Aggregate("the set of {items}", "{{{value} {loop}}}", set),
-    "ascending": Aggregate("the sorted list of {items}", "sorted({value} {loop})", sorted),
-    "descending": Aggregate(
+    "list": Choice("the list of {items}", "[{value} {loop}]", list),
+    "set": Choice("the set of {items}", "{{{value} {loop}}}", set),
+    "ascending": Choice("the sorted list of {items}", "sorted({value} {loop})", sorted),
+    "descending": Choice(
         "the list, largest first, of {items}",
         "sorted(({value} {loop}), reverse=True)",
         lambda values: sorted(values)[::-1],
     ),
 }
 TRANSFORMS = {
-    "numbers": Transform("{items}", "{n}", lambda n, c: n),
-    "squares": Transform("the squares of {items}", "{n} * {n}", lambda n, c: n**2),
-    "cubes": Transform("the cubes of {items}", "{n} * {n} * {n}", lambda n, c: n**3),
-    "opposites": Transform("the opposites of {items}", "-{n}", lambda n, c: 0 - n),
-    "plus": Transform("{items}, each plus {c}", "{n} + {c}", lambda n, c: n + c, range(2, 10)),
-    "minus": Transform("{items}, each minus {c}", "{n} - {c}", lambda n, c: n - c, range(2, 10)),
-    "times": Transform("{items}, each times {c}", "{n} * {c}", lambda n, c: n * c, range(2, 10)),
-    "quotients": Transform(
+    "numbers": Choice("{items}", "{n}", lambda n, c: n),
+    "squares": Choice("the squares of {items}", "{n} * {n}", lambda n, c: n**2),
+    "cubes": Choice("the cubes of {items}", "{n} * {n} * {n}", lambda n, c: n**3),
+    "opposites": Choice("the opposites of {items}", "-{n}", lambda n, c: 0 - n),
+    "plus": Choice("{items}, each plus {c}", "{n} + {c}", lambda n, c: n + c, range(2, 10)),
+    "minus": Choice("{items}, each minus {c}", "{n} - {c}", lambda n, c: n - c, range(2, 10)),
+    "times": Choice("{items}, each times {c}", "{n} * {c}", lambda n, c: n * c, range(2, 10)),
+    "quotients": Choice(
         "{items}, each divided by {c} and rounded down",
         "{n} // {c}",
         lambda n, c: (n - n % c) // c,
@@ -106,17 +91,17 @@ TRANSFORMS = {
     ),
 }
 FILTERS = {
-    "all": Filter("the numbers in {xs}", "", lambda n, c: True),
-    "odd": Filter("the odd numbers in {xs}", " if {n} % 2 == 1", lambda n, c: n & 1 == 1),
-    "positive": Filter("the positive numbers in {xs}", " if {n} > 0", lambda n, c: n >= 1),
-    "negative": Filter("the negative numbers in {xs}", " if {n} < 0", lambda n, c: n <= -1),
-    "above": Filter("the numbers in {xs} greater than {c}", " if {n} > {c}", lambda n, c: n >= c + 1, range(2, 10)),
-    "below": Filter("the numbers in {xs} less than {c}", " if {n} < {c}", lambda n, c: n <= c - 1, range(2, 10)),
+    "all": Choice("the numbers in {xs}", "", lambda n, c: True),
+    "odd": Choice("the odd numbers in {xs}", " if {n} % 2 == 1", lambda n, c: n & 1 == 1),
+    "positive": Choice("the positive numbers in {xs}", " if {n} > 0", lambda n, c: n >= 1),
+    "negative": Choice("the negative numbers in {xs}", " if {n} < 0", lambda n, c: n <= -1),
+    "above": Choice("the numbers in {xs} greater than {c}", " if {n} > {c}", lambda n, c: n >= c + 1, range(2, 10)),
+    "below": Choice("the numbers in {xs} less than {c}", " if {n} < {c}", lambda n, c: n <= c - 1, range(2, 10)),
     # From 3: the multiples of 2 are the even numbers.
-    "multiples": Filter(
+    "multiples": Choice(
         "the multiples of {c} in {xs}", " if {n} % {c} == 0", lambda n, c: n // c * c == n, range(3, 10)
     ),
-    "even": Filter("the even numbers in {xs}", " if {n} % 2 == 0", lambda n, c: n & 1 == 0),
+    "even": Choice("the even numbers in {xs}", " if {n} % 2 == 0", lambda n, c: n & 1 == 0),
 }
 PHRASINGS = (
     "Write a function that returns {what}.",
@@ -181,10 +166,7 @@ class Task:
 def expected(combination: Combination, constants: tuple[int, int], xs: list[int]) -> object:
     """What a right answer returns for `xs`."""
     transform, keep = TRANSFORMS[combination.transform], FILTERS[combination.filter]
-    values = []
-    for n in xs:
-        if keep.apply(n, constants[1]):
-            values.append(transform.apply(n, constants[0]))
+    values = [transform.apply(n, constants[0]) for n in xs if keep.apply(n, constants[1])]
     return AGGREGATES[combination.aggregate].apply(values)
 
 
@@ -257,8 +239,6 @@ def document(task: Task) -> str:
 
 def documents(split: Split, seed: int) -> Iterator[tuple[str, str]]:
     """(id, text) of a split's documents in order: endless for `train`, `VALIDATION_DOCUMENTS` for `validation`."""
-    index = 0
-    while split != "validation" or index < VALIDATION_DOCUMENTS:
+    for index in count() if split == "train" else range(VALIDATION_DOCUMENTS):
         drawn = task(split, seed, index)
         yield drawn.id, document(drawn)
-        index += 1

@@ -59,6 +59,15 @@ CHAT_TEMPLATE = (
 )
 
 
+def special(token: str) -> property:
+    """The id of a special token, as a property; see `Tokenizer.id`."""
+
+    def of(tokenizer: "Tokenizer") -> int:
+        return tokenizer.id(token)
+
+    return property(of)
+
+
 class Tokenizer:
     """Text <-> token ids. `json` is the content of a `tokenizer.json` whose model is byte-level BPE."""
 
@@ -117,35 +126,18 @@ class Tokenizer:
             raise UserError(f"this tokenizer has no token {token!r}; expected one with DeepSeek-V3's special tokens")
         return int(found)
 
-    @property
-    def bos_id(self) -> int:
-        """Starts every document."""
-        return self.id(BOS)
-
-    @property
-    def eos_id(self) -> int:
-        """Ends every document and every answer."""
-        return self.id(EOS)
-
-    @property
-    def pad_id(self) -> int:
-        """Fills rows; never a target."""
-        return self.id(PAD)
-
-    @property
-    def fim_begin_id(self) -> int:
-        """Comes before the prefix of a fill-in-the-middle document."""
-        return self.id(FIM_BEGIN)
-
-    @property
-    def fim_hole_id(self) -> int:
-        """Stands for the missing middle, between prefix and suffix."""
-        return self.id(FIM_HOLE)
-
-    @property
-    def fim_end_id(self) -> int:
-        """Comes after the suffix; the middle follows."""
-        return self.id(FIM_END)
+    bos_id = special(BOS)
+    """Starts every document."""
+    eos_id = special(EOS)
+    """Ends every document and every answer."""
+    pad_id = special(PAD)
+    """Fills rows; never a target."""
+    fim_begin_id = special(FIM_BEGIN)
+    """Comes before the prefix of a fill-in-the-middle document."""
+    fim_hole_id = special(FIM_HOLE)
+    """Stands for the missing middle, between prefix and suffix."""
+    fim_end_id = special(FIM_END)
+    """Comes after the suffix; the middle follows."""
 
     def encode(self, text: str, *, specials: bool = False) -> list[int]:
         """Token ids of `text`, no bos and no eos added.

@@ -8,56 +8,30 @@ predicted after a document's last token.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dsv3.data.tokenizer import Tokenizer
 from dsv3.errors import UserError
+from dsv3.evaluation.mode import evaluating
 from dsv3.ops.cross_entropy import IGNORE
-
-
-class Encoder(Protocol):
-    """What is needed of a tokenizer."""
-
-    @property
-    def bos_id(self) -> int:
-        """The token that starts a document."""
-        ...
-
-    def encode(self, text: str) -> list[int]:
-        """The tokens of a text, without `bos`."""
-        ...
-
-
-@dataclass(frozen=True)
-class BitsPerByte:
-    """`bits` is the negative log2-likelihood of all texts together, `bytes` their length in UTF-8."""
-
-    bits: float
-    bytes: int
-
-    @property
-    def value(self) -> float:
-        """Bits per byte."""
-        return self.bits / self.bytes
 
 
 @torch.inference_mode()
 def bits_per_byte(
     model: nn.Module,
-    tokenizer: Encoder,
+    tokenizer: Tokenizer,
     texts: Sequence[str],
     *,
     sequence_length: int,
     batch_rows: int,
     device: torch.device | str = "cpu",
-) -> BitsPerByte:
-    """Scores `texts`, each a document, in batches of `batch_rows` windows.
+) -> float:
+    """The negative log2-likelihood of all `texts` together over their length in UTF-8; each is a document.
 
-    `model(tokens)` with tokens int64 `[B, T]` has `.logits` `[B, T, vocab]` and is causal, so that padding at the end
+    `batch_rows` windows are read at a time. `model(tokens)` with tokens int64 `[B, T]` has `.logits` `[B, T, vocab]` and is causal, so that padding at the end
     of a row changes nothing. It runs in evaluation mode and is put back into its mode after. Log-likelihoods are taken
     in float32, whatever the logits' dtype, and summed in float64. Raises `UserError` when there is no byte to score.
     """
@@ -69,10 +43,8 @@ def bits_per_byte(
     windows = [window for text in texts for window in cut([tokenizer.bos_id, *tokenizer.encode(text)], sequence_length)]
     # Windows of like length share a batch, so that little of it is padding.
     windows.sort(key=len, reverse=True)
-    was_training = model.training
-    model.eval()
     nats = 0.0
-    try:
+    with evaluating(model):
         for first in range(0, len(windows), batch_rows):
             inputs, targets = pad(windows[first : first + batch_rows])
             logits = model(inputs.to(device)).logits
@@ -80,9 +52,7 @@ def bits_per_byte(
                 logits.flatten(0, 1).float(), targets.to(device).flatten(), ignore_index=IGNORE, reduction="none"
             )
             nats += losses.double().sum().item()
-    finally:
-        model.train(was_training)
-    return BitsPerByte(bits=nats / math.log(2), bytes=bytes_)
+    return nats / math.log(2) / bytes_
 
 
 def cut(tokens: Sequence[int], sequence_length: int) -> list[Sequence[int]]:

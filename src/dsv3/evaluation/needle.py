@@ -15,8 +15,9 @@ import torch
 
 from dsv3.data import tinypy
 from dsv3.data.needle import QUESTION, answer, statement, straw
+from dsv3.data.tokenizer import Tokenizer
 from dsv3.errors import UserError
-from dsv3.evaluation.bits_per_byte import Encoder
+from dsv3.evaluation.mode import evaluating
 from dsv3.model.transformer import DeepSeekV3
 
 TOKENS_A_PASS = 1 << 14
@@ -40,18 +41,11 @@ class Haystack:
     samples: int
     passed: tuple[tuple[int, ...], ...]
 
-    @property
-    def shares(self) -> dict[int, float]:
-        """Share of passed trials by length, over all depths."""
-        return {
-            length: sum(row) / (self.samples * len(row)) for length, row in zip(self.lengths, self.passed, strict=True)
-        }
-
 
 @torch.inference_mode()
 def needle(
     model: DeepSeekV3,
-    tokenizer: Encoder,
+    tokenizer: Tokenizer,
     *,
     lengths: Sequence[int],
     depths: Sequence[float],
@@ -64,10 +58,8 @@ def needle(
 
     `progress(done, total)` counts lengths. Raises `UserError` for a length that does not hold needle, question and answer.
     """
-    was_training = model.training
-    model.eval()
     rows = []
-    try:
+    with evaluating(model):
         for done, length in enumerate(lengths):
             progress(done, len(lengths))
             trials = [
@@ -82,13 +74,11 @@ def needle(
                 for each in known(model, trials[first : first + together], device)
             ]
             rows.append(tuple(sum(passed[k : k + samples]) for k in range(0, len(passed), samples)))
-    finally:
-        model.train(was_training)
     progress(len(lengths), len(lengths))
     return Haystack(tuple(lengths), tuple(depths), samples, tuple(rows))
 
 
-def trial(tokenizer: Encoder, length: int, depth: float, seed: str) -> Trial:
+def trial(tokenizer: Tokenizer, length: int, depth: float, seed: str) -> Trial:
     """One text of `length` tokens, a pure function of its arguments."""
     first = int(random.Random(f"needle/{seed}").random() * tinypy.VALIDATION_DOCUMENTS)
 

@@ -10,27 +10,18 @@ the length behind the one before, and the tokens that come to lie in every share
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 
+from dsv3.data.tokenizer import Tokenizer
 from dsv3.errors import UserError
-from dsv3.evaluation.bits_per_byte import Encoder
+from dsv3.evaluation.mode import evaluating
 from dsv3.model.transformer import DeepSeekV3
 
 TOKENS_A_PASS = 1 << 13
 """Rows are read together up to so many tokens, and logits made for as many rows of the head at a time."""
 LOGITS_A_PASS = 1 << 11
-
-
-class Framer(Encoder, Protocol):
-    """What is needed of a tokenizer."""
-
-    @property
-    def eos_id(self) -> int:
-        """The token that ends a document."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -41,16 +32,11 @@ class LossByPosition:
     nats: tuple[float, ...]
     rows: int
 
-    def between(self, first: int, end: int) -> float:
-        """Mean loss over the shares that lie in `first` to `end - 1`; both are edges."""
-        chosen = slice(self.edges.index(first), self.edges.index(end))
-        return sum(self.nats[chosen]) / len(self.nats[chosen])
-
 
 @torch.inference_mode()
 def loss_by_position(
     model: DeepSeekV3,
-    tokenizer: Framer,
+    tokenizer: Tokenizer,
     texts: Sequence[str],
     *,
     length: int,
@@ -76,10 +62,8 @@ def loss_by_position(
         )
     # As in training, every token is a target once: rows share their last and first token.
     rows = torch.tensor([ids[k * step : k * step + length + 1] for k in range(count)])
-    was_training = model.training
-    model.eval()
     losses_RS = torch.empty(count, shares, dtype=torch.float64)
-    try:
+    with evaluating(model):
         a_pass = max(TOKENS_A_PASS // length, 1)
         for part, into in zip(rows.split(a_pass), losses_RS.split(a_pass), strict=True):
             tokens = part.to(device)
@@ -90,8 +74,6 @@ def loss_by_position(
                 for h, t in zip(hidden.split(LOGITS_A_PASS), target.split(LOGITS_A_PASS), strict=True)
             ]
             into.copy_(torch.cat(losses).view(len(part), shares, -1).double().mean(2))
-    finally:
-        model.train(was_training)
     # Share k of row r holds the tokens that lie r + k steps into the text.
     everywhere = count - shares + 1
     nats = [

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from dsv3.data import tinypy
-from dsv3.data.tinypy import Combination, Task
+from dsv3.data.tinypy import Task
 from dsv3.errors import RunError
 from dsv3.evaluation.sandbox import Program, Verdict, run_tests
 
@@ -29,14 +29,9 @@ class Result:
     examples: tuple[Example, ...]
 
     @property
-    def verdicts(self) -> tuple[Verdict, ...]:
-        """One verdict a task."""
-        return tuple(example.verdict for example in self.examples)
-
-    @property
     def passed(self) -> int:
         """Tasks whose function passes all its tests."""
-        return sum(verdict.passed for verdict in self.verdicts)
+        return sum(example.verdict.passed for example in self.examples)
 
     @property
     def total(self) -> int:
@@ -46,30 +41,16 @@ class Result:
     @property
     def failures(self) -> dict[str, int]:
         """How many failed in which way (`Verdict.kind`), the most frequent first."""
-        return dict(Counter(verdict.kind for verdict in self.verdicts if not verdict.passed).most_common())
-
-    @property
-    def by_combination(self) -> dict[Combination, tuple[int, int]]:
-        """(passed, total) of each combination asked."""
-        counts: dict[Combination, tuple[int, int]] = {}
-        for example in self.examples:
-            passed, total = counts.get(example.task.combination, (0, 0))
-            counts[example.task.combination] = (passed + example.verdict.passed, total + 1)
-        return counts
+        return dict(Counter(each.verdict.kind for each in self.examples if not each.verdict.passed).most_common())
 
 
-def pass_at_1(
-    generate: Callable[[list[str]], list[str]], n_tasks: int = 300, seed: int = 0, *, in_distribution: bool = False
-) -> Result:
-    """Asks for one completion a task and runs it.
+def pass_at_1(generate: Callable[[list[str]], list[str]], n_tasks: int = 300, seed: int = 0) -> Result:
+    """Asks for one completion a task of the held-out combinations, and runs it.
 
-    `generate` turns prompts into completions (the text after the prompt, end-of-document token removed), in order. The
-    tasks are those of held-out combinations; with `in_distribution`, of the combinations in training, from a stream of
-    their own: 10,000 training documents contain 15% of these prompts. Any function name passes. Raises `RunError` when
-    completions are missing.
+    `generate` turns prompts into completions (the text after the prompt, end-of-document token removed), in order. Any
+    function name passes. Raises `RunError` when completions are missing.
     """
-    # No training stream has a negative seed.
-    asked = tinypy.tasks("train", -1 - seed, n_tasks) if in_distribution else tinypy.tasks("validation", seed, n_tasks)
+    asked = tinypy.tasks("validation", seed, n_tasks)
     completions = generate([tinypy.prompt(task) for task in asked])
     if len(completions) != len(asked):
         raise RunError(f"{len(asked)} prompts gave {len(completions)} completions; expected one each")

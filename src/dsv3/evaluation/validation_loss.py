@@ -6,7 +6,8 @@ import torch
 
 from dsv3.data.loader import Loader
 from dsv3.data.packing import Packing
-from dsv3.data.shards import ShardSet
+from dsv3.data.token_shards import ShardSet
+from dsv3.evaluation.mode import evaluating
 from dsv3.model.transformer import DeepSeekV3, targets
 from dsv3.ops.cross_entropy import IGNORE
 
@@ -36,12 +37,8 @@ class ValidationLoss:
     @torch.no_grad()
     def __call__(self, model: DeepSeekV3) -> dict[str, float]:
         """Source -> nats a token. The model runs in evaluation mode and is put back into its mode after."""
-        was_training = model.training
-        model.eval()
-        try:
+        with evaluating(model):
             return {name: self._loss(model, loader) for name, loader in self._loaders.items()}
-        finally:
-            model.train(was_training)
 
     def _loss(self, model: DeepSeekV3, loader: Loader) -> float:
         device = model.lm_head.weight.device

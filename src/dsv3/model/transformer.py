@@ -25,6 +25,7 @@ from dsv3.ops.cross_entropy import IGNORE, linear_cross_entropy
 from dsv3.precision.deferred import WeightGradients
 from dsv3.precision.feed_forward import FeedForward
 from dsv3.precision.projection import Projection
+from dsv3.precision.scaling import QUANTIZERS, Scaling
 
 FP8_MULTIPLE = 16
 """Elements: tensor cores read FP8 matrices in pieces of 16 bytes."""
@@ -130,27 +131,27 @@ class DeepSeekV3(nn.Module):
                 if isinstance(module, types):
                     module.recomputation = self.recomputation if kind in kinds else None
 
-    def compute_in_fp8(self, gradients: WeightGradients | None = None) -> "DeepSeekV3":
+    def compute_in_fp8(self, gradients: WeightGradients | None = None, scaling: Scaling = "tiles") -> "DeepSeekV3":
         """Has the linear layers of attention and feed-forward compute in FP8, as the report trains them (section 3.3).
 
         Weights stay in their dtype, the others (embedding, head, router, norms, MTP's `eh_proj`, attention itself) compute as
-        before. `gradients` is what may defer the gradients of these layers' weights. Raises `UserError` for weights already
+        before. `gradients` is what may defer the gradients of these layers' weights, `scaling` what one scale covers. Raises `UserError` for weights already
         in FP8, which cannot be trained, and for sizes that no FP8 product takes.
         """
-        gradients = gradients or WeightGradients()
+        gradients, quantizers = gradients or WeightGradients(), QUANTIZERS[scaling]
         for block in self.blocks():
             refuse_sizes(block)
             attention = block.self_attn
-            attention.inputs_fp8 = Projection(attention.input_layers, gradients)
+            attention.inputs_fp8 = Projection(attention.input_layers, gradients, quantizers=quantizers)
             ups = (
                 [attention.kv_b_proj] if self.config.q_lora_rank is None else [attention.kv_b_proj, attention.q_b_proj]
             )
             for layer in ups:
-                layer.fp8 = Projection([layer], gradients)
-            attention.o_proj.fp8 = Projection([attention.o_proj], gradients, twelve_bits=True)
+                layer.fp8 = Projection([layer], gradients, quantizers=quantizers)
+            attention.o_proj.fp8 = Projection([attention.o_proj], gradients, True, quantizers)
             for module in block.modules():
                 if isinstance(module, SwiGLU | Experts):
-                    module.fp8 = FeedForward(gradients, power_of_two=isinstance(module, Experts))
+                    module.fp8 = FeedForward(gradients, isinstance(module, Experts), quantizers)
         return self
 
     def embed(self, tokens: Tensor) -> Tensor:

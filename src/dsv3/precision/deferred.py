@@ -9,8 +9,9 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor
+
+from dsv3.ops.cast import add_gradient
 
 
 class WeightGradients:
@@ -34,15 +35,15 @@ class WeightGradients:
         for _ in range(len(self.waiting) if count is None else count):
             self.waiting.popleft()()
 
-    def take(self, weights: Sequence[Tensor], compute: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor | None]:
-        """What a backward pass returns for its weights: their gradients, or None while `compute` waits to add them."""
-        if not self.deferring:
-            return compute()
+    def take(self, weights: Sequence[Tensor], compute: Callable[[], Sequence[Tensor]]) -> list[None]:
+        """Has the gradients that `compute` gives added to their weights', now or later; what a backward pass returns for them."""
 
         def add() -> None:
-            with torch.no_grad():
-                for weight, gradient in zip(weights, compute(), strict=True):
-                    weight.grad = gradient if weight.grad is None else weight.grad.add_(gradient)
+            for weight, gradient in zip(weights, compute(), strict=True):
+                add_gradient(weight, gradient)
 
-        self.waiting.append(add)
+        if self.deferring:
+            self.waiting.append(add)
+        else:
+            add()
         return [None] * len(weights)

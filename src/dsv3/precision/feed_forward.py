@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv3.ops.swiglu import swiglu_backward, swiglu_tiles
-from dsv3.ops.tiles import Tiles, dequantize_rows, quantize_rows
+from dsv3.ops.swiglu import swiglu_backward
+from dsv3.ops.tiles import Tiles, dequantize_rows
 from dsv3.precision.deferred import WeightGradients
 from dsv3.precision.products import product, weight_gradient
+from dsv3.precision.scaling import QUANTIZERS, Quantizers
 from dsv3.precision.weights import BlockCache
 
 
@@ -24,9 +25,11 @@ class FeedForward:
     report sends them to other GPUs, where they enter the product as they came.
     """
 
-    def __init__(self, gradients: WeightGradients, power_of_two: bool = False):
-        self.gradients, self.power_of_two = gradients, power_of_two
-        self.up_cache, self.down_cache = BlockCache(), BlockCache()
+    def __init__(
+        self, gradients: WeightGradients, power_of_two: bool = False, quantizers: Quantizers = QUANTIZERS["tiles"]
+    ):
+        self.gradients, self.power_of_two, self.quantizers = gradients, power_of_two, quantizers
+        self.up_cache, self.down_cache = BlockCache(quantizers), BlockCache(quantizers)
 
     def __call__(self, x: Tensor, gate_up: Sequence[Tensor], down: Tensor, counts_E: Tensor | None = None) -> Tensor:
         """[..., D] -> [..., D].
@@ -48,27 +51,29 @@ class Compute(torch.autograd.Function):
         """[R, D]."""
         ctx.layers, ctx.counts, ctx.weights, ctx.dtype = layers, counts_E, (down, *gate_up), x_RD.dtype
         ctx.up, ctx.down = layers.up_cache.of(gate_up), layers.down_cache.of((down,))
-        x = quantize_rows(x_RD, layers.power_of_two)
+        x = layers.quantizers.rows(x_RD, layers.power_of_two)
         inner = product(x, ctx.up, counts_E, x_RD.dtype)
         if any(ctx.needs_input_grad):
-            kept = quantize_rows(inner)
+            kept = layers.quantizers.rows(inner)
             ctx.save_for_backward(x.values, x.scale, kept.values, kept.scale)
-        return product(swiglu_tiles(inner), ctx.down, counts_E, x_RD.dtype)
+        return product(layers.quantizers.activated(inner), ctx.down, counts_E, x_RD.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x and of every weight."""
         grad_RD, counts, dtype = grad_RD.contiguous(), ctx.counts, ctx.dtype
         values, scale, inner_values, inner_scale = ctx.saved_tensors
-        grad_act = product(quantize_rows(grad_RD, ctx.layers.power_of_two), ctx.down.transposed, counts, dtype)
+        quantizers: Quantizers = ctx.layers.quantizers
+        grad_tiles = quantizers.gradient_rows(grad_RD, ctx.layers.power_of_two)
+        grad_act = product(grad_tiles, ctx.down.transposed, counts, dtype)
         grad_inner, _, act = swiglu_backward(grad_act, dequantize_rows(Tiles(inner_values, inner_scale), dtype))
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = product(quantize_rows(grad_inner), ctx.up.transposed, counts, dtype)
+            grad_x = product(quantizers.gradient_rows(grad_inner), ctx.up.transposed, counts, dtype)
 
         def compute() -> Sequence[Tensor]:
-            up = weight_gradient(grad_inner, Tiles(values, scale), counts)
+            up = weight_gradient(grad_inner, Tiles(values, scale), counts, quantizers)
             gate_up = up.split([each.shape[-2] for each in ctx.weights[1:]], dim=-2)
-            return weight_gradient(grad_RD, act, counts), *gate_up
+            return weight_gradient(grad_RD, act, counts, quantizers), *gate_up
 
         return grad_x, None, None, *ctx.layers.gradients.take(ctx.weights, compute)

@@ -9,7 +9,8 @@ from torch import Tensor
 from dsv3.ops.gemm_fp8 import gemm_fp8, gemm_fp8_columns
 from dsv3.ops.grouped_gemm_fp8 import grouped_gemm_fp8, grouped_wgrad_fp8
 from dsv3.ops.grouped_linear import grouped_weight_gradient
-from dsv3.ops.tiles import TILE, Tiles, dequantize_rows, quantize_columns, transpose_tiles
+from dsv3.ops.tiles import TILE, Tiles, dequantize_rows
+from dsv3.precision.scaling import Quantizers
 from dsv3.precision.weights import Blocks
 
 FP8_WEIGHT_GRADIENT_ROWS = 4096
@@ -25,16 +26,16 @@ def product(x: Tiles, weight: Blocks, counts_E: Tensor | None, dtype: torch.dtyp
     return grouped_gemm_fp8(x, weight.values, weight.scale, counts_E, dtype, aligned=aligned)
 
 
-def weight_gradient(grad_RN: Tensor, x: Tensor | Tiles, counts_E: Tensor | None) -> Tensor:
-    """FP32 [N, K]: grad^T x, both in tiles of 128 tokens; with counts [E, N, K], each expert's own. x [R, K] may be in tiles.
+def weight_gradient(grad_RN: Tensor, x: Tensor | Tiles, counts_E: Tensor | None, quantizers: Quantizers) -> Tensor:
+    """[N, K]: grad^T x, both in tiles of 128 tokens; with counts [E, N, K], each expert's own. x [R, K] may be in tiles.
 
-    Experts get theirs in FP8 from `FP8_WEIGHT_GRADIENT_ROWS` rows on, where their groups are multiples of 128 (the dispatcher
+    In FP32 from FP8 products. Experts get theirs in FP8 from `FP8_WEIGHT_GRADIENT_ROWS` rows on, where their groups are multiples of 128 (the dispatcher
     pads them: `row_alignment`); in BF16 otherwise.
     """
     if counts_E is not None and not row_alignment(len(grad_RN), len(counts_E)):
         wide = dequantize_rows(x, grad_RN.dtype) if isinstance(x, Tiles) else x
-        return grouped_weight_gradient(grad_RN, wide, counts_E).float()
-    grad, x = quantize_columns(grad_RN), transpose_tiles(x) if isinstance(x, Tiles) else quantize_columns(x)
+        return grouped_weight_gradient(grad_RN, wide, counts_E)
+    grad, x = quantizers.gradient_columns(grad_RN), quantizers.columns(x)
     return gemm_fp8_columns(grad, x) if counts_E is None else grouped_wgrad_fp8(grad, x, counts_E)
 
 

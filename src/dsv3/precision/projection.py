@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from dsv3.ops.e5m6 import PackedTiles, pack_e5m6, unpack_e5m6
 from dsv3.ops.gemm_fp8 import gemm_fp8_columns
-from dsv3.ops.tiles import Tiles, quantize_both, quantize_columns, quantize_rows, transpose_tiles
+from dsv3.ops.tiles import Tiles
 from dsv3.precision.deferred import WeightGradients
 from dsv3.precision.products import product
+from dsv3.precision.scaling import QUANTIZERS, Quantizers
 from dsv3.precision.weights import BlockCache
 
 
@@ -24,9 +25,15 @@ class Projection:
     the report keeps that of the product after attention (section 3.3.3); else as the E4M3 tiles that were multiplied.
     """
 
-    def __init__(self, linears: Sequence[nn.Module], gradients: WeightGradients, twelve_bits: bool = False):
+    def __init__(
+        self,
+        linears: Sequence[nn.Module],
+        gradients: WeightGradients,
+        twelve_bits: bool = False,
+        quantizers: Quantizers = QUANTIZERS["tiles"],
+    ):
         self.linears, self.gradients, self.twelve_bits = tuple(linears), gradients, twelve_bits
-        self.cache = BlockCache()
+        self.quantizers, self.cache = quantizers, BlockCache(quantizers)
 
     @property
     def weights(self) -> tuple[Tensor, ...]:
@@ -40,7 +47,9 @@ class Projection:
     def multiply(self, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
         """The same as a function of all that it reads."""
         outputs: Tensor = Multiply.apply(x.flatten(0, -2), self, *weights)
-        return outputs.unflatten(0, x.shape[:-1]).split([len(each) for each in weights], dim=-1)
+        outputs = outputs.unflatten(0, x.shape[:-1])
+        # Backward through a split copies.
+        return (outputs,) if len(weights) == 1 else outputs.split([len(each) for each in weights], dim=-1)
 
 
 class Multiply(torch.autograd.Function):
@@ -51,7 +60,7 @@ class Multiply(torch.autograd.Function):
         """[R, sum of N]."""
         ctx.projection, ctx.sizes = projection, [len(each) for each in weights]
         ctx.blocks = projection.cache.of(weights)
-        tiles = quantize_rows(x_RK)
+        tiles = projection.quantizers.rows(x_RK)
         if any(ctx.needs_input_grad):
             kept = pack_e5m6(x_RK) if projection.twelve_bits else tiles
             ctx.columns, ctx.dtype = x_RK.shape[1], x_RK.dtype
@@ -61,15 +70,14 @@ class Multiply(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_RN: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x and of every weight."""
-        rows, columns = quantize_both(grad_RN.contiguous())
+        quantizers: Quantizers = ctx.projection.quantizers
+        rows, columns = quantizers.gradient_both(grad_RN.contiguous())
         kept, scale = ctx.saved_tensors
         grad_x = product(rows, ctx.blocks.transposed, None, ctx.dtype) if ctx.needs_input_grad[0] else None
 
         def compute() -> Sequence[Tensor]:
-            if ctx.projection.twelve_bits:
-                x = quantize_columns(unpack_e5m6(PackedTiles(kept, scale, ctx.columns)))
-            else:
-                x = transpose_tiles(Tiles(kept, scale))
-            return gemm_fp8_columns(columns, x).split(ctx.sizes)
+            twelve_bits = ctx.projection.twelve_bits
+            x = unpack_e5m6(PackedTiles(kept, scale, ctx.columns)) if twelve_bits else Tiles(kept, scale)
+            return gemm_fp8_columns(columns, quantizers.columns(x)).split(ctx.sizes)
 
         return grad_x, None, *ctx.projection.gradients.take(ctx.projection.weights, compute)

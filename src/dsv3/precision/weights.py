@@ -7,7 +7,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from dsv3.ops.block_scaled import quantize_blocks, transpose_blocks
+from dsv3.ops.block_scaled import transpose_blocks
+from dsv3.precision.scaling import Quantizers
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class Blocks:
 class BlockCache:
     """The newest copy of a weight, which may be several stacked along their outputs."""
 
-    def __init__(self) -> None:
+    def __init__(self, quantizers: Quantizers) -> None:
+        self.quantizers = quantizers
         self.key: tuple[tuple[int, int], ...] | None = None
         self.blocks: Blocks | None = None
 
@@ -38,5 +40,5 @@ class BlockCache:
         key = tuple((each.data_ptr(), each._version) for each in weights)
         if self.blocks is None or key != self.key:
             stacked = weights[0] if len(weights) == 1 else torch.cat(tuple(weights), dim=-2)
-            self.key, self.blocks = key, Blocks(*quantize_blocks(stacked))
+            self.key, self.blocks = key, Blocks(*self.quantizers.weight(stacked))
         return self.blocks

@@ -20,6 +20,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Precision = Literal["fp32", "bf16", "fp8"]
 Recomputable = Literal["norms", "mla_up", "swiglu"]
 Sink = Literal["wandb", "trackio"]
+Task = Literal["bpb", "tinypy", "needle", "position"]
 
 
 def _deviation_or_rule(value: object) -> object:
@@ -149,6 +150,9 @@ class TrainingSection(Section):
     """Arithmetic of the matrix products; the weights the optimizer sees are FP32. `fp8` is the report's (section 3.3): the
     linear layers of attention and feed-forward in E4M3, the rest in BF16. Where there are no FP8 tensor cores it is emulated,
     slowly, with the same numbers up to the order of sums."""
+    fp8_scaling: Literal["tiles", "gradient_blocks", "tensors"] = "tiles"
+    """What one FP8 scale covers: `tiles` is the report's choice (section 3.3.2). The others are there to compare it with:
+    gradients in 128 x 128 blocks (appendix B.2), one scale a tensor."""
     device: str = "auto"
     """Where to train: `cpu`, `cuda`, `cuda:1`, or `auto` for the first GPU if there is one."""
     micro_batch_size: Length | None = None
@@ -222,10 +226,7 @@ class LoggingSection(Section):
 class EvaluationSection(Section):
     """`[evaluation]`: what is measured while training; ours."""
 
-    tasks: Annotated[tuple[Literal["bpb", "tinypy", "needle", "position"], ...], Field(strict=False)] = (
-        "bpb",
-        "tinypy",
-    )
+    tasks: Annotated[tuple[Task, ...], Field(strict=False)] = ("bpb", "tinypy")
     """What is measured: bits per byte, tasks (where a source is `builtin:tinypy`), needles in haystacks, loss by position."""
     bits_per_byte_bytes: Quantity = 200_000
     """Held-out bytes scored, a source; also those that loss by position is taken over."""

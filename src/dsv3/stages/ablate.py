@@ -16,6 +16,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from dsv3.errors import RunError, UserError
 from dsv3.recipe.differences import differences
 from dsv3.recipe.schema import Recipe
@@ -132,20 +134,26 @@ def link(stages: Sequence[Stage], shared: Path, out: Path) -> None:
 
 
 def run_jobs(waiting: deque[Job], total: int, jobs: int, progress: Progress, note: Callable[[str], None]) -> list[str]:
-    """Runs the jobs, some at once; says of each that failed where to look. Ctrl-C lets those under way save and end."""
-    environment = {**os.environ}
+    """Runs the jobs, some at once and spread over the GPUs; says of each that failed where to look.
+
+    Ctrl-C lets those under way save and end.
+    """
+    environment, gpus = {**os.environ}, visible_gpus()
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
-    running: dict[Path, tuple[subprocess.Popen[bytes], float]] = {}
+    running: dict[Path, tuple[subprocess.Popen[bytes], float, str]] = {}
     done, failed = total - len(waiting), []
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
                 job = waiting.popleft()
-                running[job.out] = (start(job, environment), time.monotonic())
+                busy = [gpu for *_, gpu in running.values()]
+                gpu = min(gpus, key=busy.count)
+                here = {**environment, "CUDA_VISIBLE_DEVICES": gpu} if len(gpus) > 1 else environment
+                running[job.out] = (start(job, here), time.monotonic(), gpu)
                 note(f"{job.out.name}: started")
                 progress(stage="runs", done=done, total=total, at_once=len(running))
             time.sleep(SECONDS_BETWEEN_LOOKS)
-            for out, (process, started) in list(running.items()):
+            for out, (process, started, _) in list(running.items()):
                 if process.poll() is None:
                     continue
                 del running[out]
@@ -155,11 +163,17 @@ def run_jobs(waiting: deque[Job], total: int, jobs: int, progress: Progress, not
                     failed.append(f"{out.name} ({last_line(out / 'log.txt')}; see {out / 'log.txt'})")
                 progress(stage="runs", done=done, total=total, at_once=len(running))
     finally:
-        for process, _ in running.values():
+        for process, *_ in running.values():
             process.send_signal(signal.SIGINT)
-        for process, _ in running.values():
+        for process, *_ in running.values():
             process.wait()
     return failed
+
+
+def visible_gpus() -> list[str]:
+    """Their names for `CUDA_VISIBLE_DEVICES`; one empty name where there is none."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return chosen.split(",") if chosen else [str(i) for i in range(torch.cuda.device_count())] or [""]
 
 
 def start(job: Job, environment: dict[str, str]) -> subprocess.Popen[bytes]:

@@ -1,24 +1,22 @@
-"""The figures of the report page: functions from the rows of a run's records to inline SVG. Absent values are gaps."""
+"""The figures of the report page: functions of the rows of a run's records. Absent values are gaps."""
 
 from collections.abc import Sequence
 
-import matplotlib
 import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 
 from dsv3.stages.drawing import (
     COLOURS,
-    HALF,
+    HUMAN,
     SERIES,
-    STYLE,
     WHOLE,
+    colour_bar,
     column,
     finite,
-    human,
+    over_tokens,
     shorten,
-    svg,
     tokens_axis,
     trace,
 )
@@ -31,96 +29,86 @@ LOAD = LinearSegmentedColormap.from_list(
 """Below the mean blue, above it red, at the mean transparent: the page's own background, light or dark."""
 
 
-def loss(rows: Sequence[Row]) -> str:
+def loss(rows: Sequence[Row]) -> Figure:
     """Training loss of the main model and of each MTP module, nats a token, over tokens."""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure((HALF, 3.6), layout="constrained")
-        axes = tokens_axis(figure.add_subplot())
-        trace(axes, rows, column(rows, "loss"), "blue", "main model")
-        depth = max((len(row.get("mtp_losses") or ()) for row in rows), default=0)
-        for k in range(depth):
-            values = np.array([(row.get("mtp_losses") or [np.nan] * depth)[k] for row in rows], dtype=float)
-            trace(axes, rows, values, SERIES[1 + k % (len(SERIES) - 1)], f"MTP module {k}")
-        axes.set_ylabel("nats a token")
-        axes.legend()
-        return svg(figure, "loss", "Training loss over tokens")
+    figure, axes = over_tokens(3.6)
+    trace(axes, rows, column(rows, "loss"), "blue", "main model")
+    depth = max((len(row.get("mtp_losses") or ()) for row in rows), default=0)
+    for k in range(depth):
+        values = np.array([(row.get("mtp_losses") or [np.nan] * depth)[k] for row in rows], dtype=float)
+        trace(axes, rows, values, SERIES[1 + k % (len(SERIES) - 1)], f"MTP module {k}")
+    axes.set_ylabel("nats a token")
+    axes.legend()
+    return figure
 
 
-def bits_per_byte(rows: Sequence[Row]) -> str:
+def bits_per_byte(rows: Sequence[Row]) -> Figure:
     """Held-out bits per byte of every source over tokens; each end is labelled with its value."""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure((HALF, 3.6), layout="constrained")
-        axes = tokens_axis(figure.add_subplot())
-        names = list(dict.fromkeys(name for row in rows for name in row["bits_per_byte"]))
-        for number, name in enumerate(names):
-            points = [(row["tokens"], row["bits_per_byte"][name]) for row in rows if name in row["bits_per_byte"]]
-            colour = COLOURS[SERIES[number % len(SERIES)]][0]
-            axes.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=4, label=shorten(name))
-            axes.annotate(f"{points[-1][1]:.2f}", points[-1], (6, 0), textcoords="offset points", va="center")
-        axes.margins(x=0.08, y=0.12)
-        axes.set_ylabel("bits per byte")
-        axes.legend()
-        return svg(figure, "bits", "Bits per byte on held-out text over tokens")
+    figure, axes = over_tokens(3.6)
+    names = list(dict.fromkeys(name for row in rows for name in row["bits_per_byte"]))
+    for number, name in enumerate(names):
+        points = [(row["tokens"], row["bits_per_byte"][name]) for row in rows if name in row["bits_per_byte"]]
+        colour = COLOURS[SERIES[number % len(SERIES)]][0]
+        axes.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=4, label=shorten(name))
+        axes.annotate(f"{points[-1][1]:.2f}", points[-1], (6, 0), textcoords="offset points", va="center")
+    axes.margins(x=0.08, y=0.12)
+    axes.set_ylabel("bits per byte")
+    axes.legend()
+    return figure
 
 
-def pass_at_1(rows: Sequence[Row]) -> str:
+def pass_at_1(rows: Sequence[Row]) -> Figure:
     """Share of tasks solved at the first try, percent, over tokens, with its 95% Wilson interval."""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure((HALF, 3.0), layout="constrained")
-        axes = tokens_axis(figure.add_subplot())
-        for number, task in enumerate(dict.fromkeys(task for row in rows for task in row["pass_at_1"])):
-            scores = [(row["tokens"], row["pass_at_1"][task]) for row in rows if task in row["pass_at_1"]]
-            tokens = np.array([at for at, _ in scores], dtype=float)
-            share = np.array([100 * score["passed"] / score["total"] for _, score in scores])
-            low, high = 100 * np.array([wilson(score["passed"], score["total"]) for _, score in scores]).T
-            axes.errorbar(
-                tokens, share, np.stack([share - low, high - share]), color=COLOURS[SERIES[number % len(SERIES)]][0],
-                marker="o", markersize=5, capsize=4, elinewidth=1.2, label=shorten(task),
-            )  # fmt: skip
-        axes.set_ylim(-4, 104)
-        axes.margins(x=0.08)
-        axes.set_ylabel("tasks solved, %")
-        axes.legend()
-        return svg(figure, "pass", "Share of tasks solved at the first try over tokens")
+    figure, axes = over_tokens(3.0)
+    for number, task in enumerate(dict.fromkeys(task for row in rows for task in row["pass_at_1"])):
+        scores = [(row["tokens"], row["pass_at_1"][task]) for row in rows if task in row["pass_at_1"]]
+        tokens = np.array([at for at, _ in scores], dtype=float)
+        share = np.array([100 * score["passed"] / score["total"] for _, score in scores])
+        low, high = 100 * np.array([wilson(score["passed"], score["total"]) for _, score in scores]).T
+        axes.errorbar(
+            tokens, share, np.stack([share - low, high - share]), color=COLOURS[SERIES[number % len(SERIES)]][0],
+            marker="o", markersize=5, capsize=4, elinewidth=1.2, label=shorten(task),
+        )  # fmt: skip
+    axes.set_ylim(-4, 104)
+    axes.margins(x=0.08)
+    axes.set_ylabel("tasks solved, %")
+    axes.legend()
+    return figure
 
 
-def expert_load(rows: Sequence[Row]) -> str:
+def expert_load(rows: Sequence[Row]) -> Figure:
     """One column a MoE block: a map of load over experts and tokens, and MaxVio below it. Needs a row with `load`."""
     recorded = [row for row in rows if row.get("load")]
     blocks = list(recorded[-1]["load"])
     columns = min(len(blocks), 6)
     bands = -(-len(blocks) // columns)
-    with matplotlib.rc_context(STYLE):
-        figure = Figure((WHOLE, 3.9 * bands), layout="constrained")
-        grid = figure.add_gridspec(2 * bands, columns, height_ratios=[2.2, 1] * bands)
-        ceiling = np.nanmax([np.nanmax(nested(rows, "max_vio", block), initial=0.1) for block in blocks])
-        for number, block in enumerate(blocks):
-            band, at = divmod(number, columns)
-            above = figure.add_subplot(grid[2 * band, at])
-            image, extent = load_map(recorded, block)
-            drawn = above.imshow(
-                image, LOAD, vmin=0, vmax=2, aspect="auto", interpolation="none", origin="lower", extent=extent
-            )
-            above.set_title(f"layer {block}" if block.isdigit() else shorten(block))
-            above.grid(False)
-            above.tick_params(labelbottom=False)
-            above.yaxis.set_major_locator(MaxNLocator(6, integer=True))
-            for side in ("top", "right"):
-                above.spines[side].set_visible(True)
-            below = tokens_axis(figure.add_subplot(grid[2 * band + 1, at], sharex=above))
-            trace(below, rows, nested(rows, "max_vio", block), "violet")
-            below.set_ylim(0, 1.05 * ceiling)
-            if at == 0:
-                above.set_ylabel("expert")
-                below.set_ylabel("MaxVio")
-        bar = figure.colorbar(drawn, ax=figure.axes[::2], ticks=[0, 1, 2], shrink=0.6, aspect=30, pad=0.01)
-        bar.ax.set_yticklabels(["0", "mean", "2 × mean"])
-        assert bar.solids is not None  # Filled since it was made; as 256 shapes it would show seams.
-        bar.solids.set_rasterized(True)
-        return svg(figure, "experts", "Load of every expert over tokens, and MaxVio, for every MoE block")
+    figure = Figure((WHOLE, 3.9 * bands), layout="constrained")
+    grid = figure.add_gridspec(2 * bands, columns, height_ratios=[2.2, 1] * bands)
+    ceiling = np.nanmax([np.nanmax(nested(rows, "max_vio", block), initial=0.1) for block in blocks])
+    for number, block in enumerate(blocks):
+        band, at = divmod(number, columns)
+        above = figure.add_subplot(grid[2 * band, at])
+        image, extent = load_map(recorded, block)
+        drawn = above.imshow(
+            image, LOAD, vmin=0, vmax=2, aspect="auto", interpolation="none", origin="lower", extent=extent
+        )
+        above.set_title(f"layer {block}" if block.isdigit() else shorten(block))
+        above.grid(False)
+        above.tick_params(labelbottom=False)
+        above.yaxis.set_major_locator(MaxNLocator(6, integer=True))
+        for side in ("top", "right"):
+            above.spines[side].set_visible(True)
+        below = tokens_axis(figure.add_subplot(grid[2 * band + 1, at], sharex=above))
+        trace(below, rows, nested(rows, "max_vio", block), "violet")
+        below.set_ylim(0, 1.05 * ceiling)
+        if at == 0:
+            above.set_ylabel("expert")
+            below.set_ylabel("MaxVio")
+    colour_bar(figure, drawn, figure.axes[::2], {0: "0", 1: "mean", 2: "2 × mean"}, shrink=0.6, aspect=30, pad=0.01)
+    return figure
 
 
-def optimisation(rows: Sequence[Row]) -> str:
+def optimisation(rows: Sequence[Row]) -> Figure:
     """Four small panels over tokens: learning rate, gradient norm, mean bias magnitude, tokens per second."""
     magnitude = [list((row.get("bias_magnitude") or {}).values()) for row in rows]
     panels = {
@@ -129,15 +117,14 @@ def optimisation(rows: Sequence[Row]) -> str:
         "selection bias, mean magnitude": np.array([np.mean(values) if values else np.nan for values in magnitude]),
         "tokens per second": column(rows, "tokens_per_second"),
     }
-    with matplotlib.rc_context(STYLE):
-        figure = Figure((WHOLE, 2.3), layout="constrained")
-        for number, (title, values) in enumerate(panels.items(), 1):
-            axes = tokens_axis(figure.add_subplot(1, len(panels), number))
-            trace(axes, rows, values, "blue")
-            axes.set_title(title)
-            axes.set_ylim(bottom=0)
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: human(value)))
-        return svg(figure, "optimisation", "Learning rate, gradient norm, bias magnitude and speed over tokens")
+    figure = Figure((WHOLE, 2.3), layout="constrained")
+    for number, (title, values) in enumerate(panels.items(), 1):
+        axes = tokens_axis(figure.add_subplot(1, len(panels), number))
+        trace(axes, rows, values, "blue")
+        axes.set_title(title)
+        axes.set_ylim(bottom=0)
+        axes.yaxis.set_major_formatter(HUMAN)
+    return figure
 
 
 def wilson(passed: int, total: int, z: float = 1.96) -> tuple[float, float]:

@@ -2,12 +2,11 @@
 
 from collections.abc import Sequence
 
-import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
 from dsv3.stages.compare import LAST, Comparison, Line, Variant, blocks_of, evaluated
-from dsv3.stages.drawing import COLOURS, SERIES, STYLE, binned, finite, shorten, tokens_axis
+from dsv3.stages.drawing import COLOURS, SERIES, binned, finite, shorten, tokens_axis
 
 HEAD = ("figure", "variant", "mean", "difference", "report", "reproduces")
 WORDS = {-1: "lower", 0: "the same", 1: "higher"}
@@ -77,21 +76,20 @@ def drawing(comparison: Comparison) -> Figure:
     runs = [run for variant in comparison.variants for run in variant.runs.values()]
     blocks = sorted(set.intersection(*(blocks_of(run) for run in runs)))
     labels = {(line.figure, line.variant): label(line) for line in comparison.lines}
-    with matplotlib.rc_context(STYLE):
-        bands = -(-len(names) // COLUMNS)
-        figure = Figure((4.6 * min(COLUMNS, len(names)), 3.4 * bands), layout="constrained")
-        for number, name in enumerate(names, 1):
-            axes = tokens_axis(figure.add_subplot(bands, min(COLUMNS, len(names)), number))
-            axes.set_title(f"{shorten(name)} {form(name)[2]}".strip())
-            for index, variant in enumerate(comparison.variants):
-                colour = COLOURS[SERIES[index % len(SERIES)]][0]
-                tokens, values = course(variant, name, comparison.tokens, blocks)
-                axes.fill_between(tokens, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0)
-                marker = None if name == "MaxVio" else "o"
-                named = labels[name, variant.name]
-                axes.plot(tokens, values.mean(0), color=colour, marker=marker, markersize=4, label=named)
-            axes.legend(fontsize=8)
-        return figure
+    bands = -(-len(names) // COLUMNS)
+    figure = Figure((4.6 * min(COLUMNS, len(names)), 3.4 * bands), layout="constrained")
+    for number, name in enumerate(names, 1):
+        axes = tokens_axis(figure.add_subplot(bands, min(COLUMNS, len(names)), number))
+        axes.set_title(f"{shorten(name)} {form(name)[2]}".strip())
+        for index, variant in enumerate(comparison.variants):
+            colour = COLOURS[SERIES[index % len(SERIES)]][0]
+            tokens, values = course(variant, name, comparison.tokens, blocks)
+            axes.fill_between(tokens, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0)
+            marker = None if name == "MaxVio" else "o"
+            named = labels[name, variant.name]
+            axes.plot(tokens, values.mean(0), color=colour, marker=marker, markersize=4, label=named)
+        axes.legend(fontsize=8)
+    return figure
 
 
 def label(line: Line) -> str:

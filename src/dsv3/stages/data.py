@@ -1,14 +1,15 @@
 """The data of a training as stages: a tokenizer, then one shard set a source and split. `dsv3 data build` runs these alone."""
 
 import time
-from collections.abc import Callable, Iterator
-from itertools import chain, islice
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
-from dsv3.data.build import build_shards
-from dsv3.data.shards import FORMAT, Manifest, ShardSet
-from dsv3.data.sources import ENDLESS, Document, Split, documents, fingerprint, sample
+from dsv3.data.build import ShardPlan, build_shards
+from dsv3.data.sources import Split, fingerprint, to_learn_from
+from dsv3.data.token_shards import FORMAT, Manifest, ShardSet
 from dsv3.data.tokenizer import Tokenizer, train_tokenizer
 from dsv3.data.workers import cores
 from dsv3.errors import UserError
@@ -16,8 +17,6 @@ from dsv3.recipe.schema import Recipe, Source
 from dsv3.stages.runner import Stage
 from dsv3.training.trainer import Progress
 
-ENDLESS_DOCUMENTS = 4000
-"""Of a source that never ends, read for the tokenizer: its words repeat long before."""
 VALIDATION_TOKENS = 200_000
 """Of an endless source's held-out split."""
 SPLITS: tuple[Split, ...] = ("train", "validation")
@@ -41,32 +40,24 @@ def data_stages(
     again, another rate of fill-in-the-middle those that are trained on. By default every core works.
     """
     prints = {source.name: fingerprint(source.uri) for source in recipe.data.sources}
-    stages = [tokenizer_stage(recipe, out, prints, progress)]
     pairs = [(source, split) for source in recipe.data.sources for split in SPLITS]
-    for number, (source, split) in enumerate(pairs):
-        earlier = [directory(out, *pair) for pair in pairs[:number]] if recipe.data.deduplicate else None
 
-        def build(
-            source: Source = source, split: Split = split, earlier: list[Path] | None = earlier, number: int = number
-        ) -> None:
-            def show(**figures: float) -> None:
-                progress(stage="shards", done=number, total=len(pairs), source=f"{source.name}/{split}", **figures)
+    def set_stage(number: int, source: Source, split: Split) -> Stage:
+        plan, name = plan_of(recipe, source, split), f"{source.name}/{split}"
+        before = [(each.name, part) for each, part in pairs[:number]] if recipe.data.deduplicate else None
+        earlier = None if before is None else [out / "shards" / each / part for each, part in before]
 
-            speed = make_shards(recipe, source, split, out, earlier, workers or cores(), show, note)
-            built(f"{source.name}/{split}", speed)
+        def run() -> None:
+            show = partial(progress, stage="shards", total=len(pairs), source=name)
+            built(name, make_shards(plan, name, out, earlier, workers or cores(), partial(show, done=number), note))
             if number == len(pairs) - 1:
-                progress(stage="shards", done=len(pairs), total=len(pairs))
+                show(done=len(pairs))
 
-        needs = [stage.name for stage in stages] if recipe.data.deduplicate else ["tokenizer"]
-        inputs = {**what_is_built(recipe, source, split), "format": FORMAT, "content": prints[source.name]}
-        name = f"shards.{source.name}.{split}"
-        stages.append(Stage(name, inputs, directory(out, source, split), build, tuple(needs)))
-    return stages
+        inputs = {**asdict(plan), "format": FORMAT, "content": prints[source.name]}
+        needs = ("tokenizer", *(f"shards.{each}.{part}" for each, part in before or ()))
+        return Stage(f"shards.{source.name}.{split}", inputs, out / "shards" / name, run, needs)
 
-
-def directory(out: Path, source: Source, split: Split) -> Path:
-    """Where a shard set is."""
-    return out / "shards" / source.name / split
+    return [tokenizer_stage(recipe, out, prints, progress), *(set_stage(i, *pair) for i, pair in enumerate(pairs))]
 
 
 def tokenizer_stage(recipe: Recipe, out: Path, prints: dict[str, str], progress: Progress) -> Stage:
@@ -87,19 +78,13 @@ def tokenizer_stage(recipe: Recipe, out: Path, prints: dict[str, str], progress:
     )
 
 
-def what_is_built(recipe: Recipe, source: Source, split: Split) -> dict[str, Any]:
-    """What a shard set is built by: `build_shards`' arguments. Held-out text stays as it is."""
-    training = split == "train"
-    return {
-        "uri": source.uri,
-        "split": split,
-        "seed": recipe.data_seed,
-        "fim_rate": recipe.data.fim_rate if training else 0.0,
-        "fim_unit": recipe.data.fim_unit if training else "character",
-        "split_joined_rate": recipe.data.split_joined_rate if training else 0.0,
-        "validation_fraction": recipe.data.validation_fraction,
-        "limit_tokens": source.tokens if training else VALIDATION_TOKENS,
-    }
+def plan_of(recipe: Recipe, source: Source, split: Split) -> ShardPlan:
+    """What a shard set holds. Held-out text stays as it is."""
+    data, seed, fraction = recipe.data, recipe.data_seed, recipe.data.validation_fraction
+    if split == "validation":
+        return ShardPlan(source.uri, split, seed, validation_fraction=fraction, limit_tokens=VALIDATION_TOKENS)
+    how = data.fim_rate, data.split_joined_rate, data.fim_unit
+    return ShardPlan(source.uri, split, seed, *how, validation_fraction=fraction, limit_tokens=source.tokens)
 
 
 def make_tokenizer(recipe: Recipe, directory: Path, progress: Progress) -> None:
@@ -114,9 +99,11 @@ def make_tokenizer(recipe: Recipe, directory: Path, progress: Progress) -> None:
         finished.save(directory)
         return
     progress(stage="tokenizer", done=0, total=1)
-    total = sum(source.weight for source in recipe.data.sources)
+    total, fraction = sum(source.weight for source in recipe.data.sources), recipe.data.validation_fraction
     texts = chain.from_iterable(
-        sample(training_documents(recipe, source), int(recipe.tokenizer.training_bytes * source.weight / total))
+        to_learn_from(
+            source.uri, recipe.data_seed, fraction, int(recipe.tokenizer.training_bytes * source.weight / total)
+        )
         for source in recipe.data.sources
     )
     tokenizer = train_tokenizer(texts, recipe.model.config().vocab_size, recipe.tokenizer.digits)
@@ -124,40 +111,26 @@ def make_tokenizer(recipe: Recipe, directory: Path, progress: Progress) -> None:
     progress(stage="tokenizer", done=1, total=1, entries=tokenizer.vocab_size)
 
 
-def training_documents(recipe: Recipe, source: Source) -> Iterator[Document]:
-    """A source's training split; of one that never ends, as many documents as the tokenizer can be trained on."""
-    fraction = recipe.data.validation_fraction
-    found = documents(source.uri, "train", seed=recipe.data_seed, validation_fraction=fraction)
-    return islice(found, ENDLESS_DOCUMENTS) if (source.uri, "train") in ENDLESS else found
-
-
 def make_shards(
-    recipe: Recipe,
-    source: Source,
-    split: Split,
-    out: Path,
-    earlier: list[Path] | None,
-    workers: int,
-    show: Callable[..., None],
+    plan: ShardPlan, name: str, out: Path, earlier: list[Path] | None, workers: int, show: Progress,
     note: Callable[[str], None],
-) -> float:
-    """Builds one shard set and says what it holds; the tokens a second."""
+) -> float:  # fmt: skip
+    """Builds the shard set called `name` and says what it holds; the tokens a second."""
     started = time.perf_counter()
 
     def advance(documents: int, tokens: int, size: int) -> None:
         show(megabytes=size / 1e6, tokens_per_second=tokens / (time.perf_counter() - started))
 
     show()
-    manifest = build_shards(
-        tokenizer=Tokenizer.load(out / "tokenizer"), out_dir=directory(out, source, split),
-        earlier=earlier, workers=workers, progress=advance, **what_is_built(recipe, source, split),
-    )  # fmt: skip
+    tokenizer = Tokenizer.load(out / "tokenizer")
+    directory = out / "shards" / name
+    manifest = build_shards(plan, tokenizer, directory, earlier=earlier, workers=workers, progress=advance)
     speed = manifest.tokens / (time.perf_counter() - started)
-    note(f"{source.name}/{split}: {in_words(manifest)}; {speed:,.0f} tokens/s")
+    note(f"{name}: {in_words(manifest)}; {speed:,.0f} tokens/s")
     # Both splits read the same files.
-    if manifest.skipped["count"] and split == "train":
+    if manifest.skipped["count"] and plan.split == "train":
         named = ", ".join(manifest.skipped["named"])
-        note(f"{source.name}: skipped {manifest.skipped['count']} files or rows that are no text: {named}")
+        note(f"{name}: skipped {manifest.skipped['count']} files or rows that are no text: {named}")
     return speed
 
 
@@ -173,7 +146,10 @@ def in_words(manifest: Manifest) -> str:
 def open_sets(recipe: Recipe, out: Path, split: Split) -> dict[str, ShardSet]:
     """One split of every source, by name, whole and made with the run's tokenizer: `UserError` where it is not."""
     tokenizer = Tokenizer.load(out / "tokenizer")
-    sets = {source.name: ShardSet.open(directory(out, source, split), tokenizer.hash) for source in recipe.data.sources}
+    sets = {
+        source.name: ShardSet.open(out / "shards" / source.name / split, tokenizer.hash)
+        for source in recipe.data.sources
+    }
     for each in sets.values():
         each.verify()
     return sets

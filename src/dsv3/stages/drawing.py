@@ -1,20 +1,24 @@
 """How the report's drawings look: colours, axes, lines of many points, and the way from a matplotlib figure to inline SVG.
 
 Text stays text and colours are CSS variables of the page, so one drawing serves the screen, the dark screen and paper.
+What is drawn is handed over as a function that makes the figure: matplotlib reads the style while it makes one.
 """
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from dsv3.errors import UserError
+from dsv3.recipe.figures import human
 from dsv3.stages.run_directory import Row
 
 COLOURS = {
@@ -56,15 +60,16 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "legend.fontsize": 10,
 }
+HUMAN = FuncFormatter(lambda value, _: human(value))
 HALF, WHOLE = 7.2, 14.8  # Inches at 72 units: a figure in half, and in the whole, of the page's width.
 
 
-def svg(figure: Figure, name: str, label: str) -> str:
+def svg(draw: Callable[[], Figure], name: str, label: str) -> str:
     """The drawing as an `<svg>` for an HTML page: no prolog, names of its own, sized by CSS, colours as variables."""
     buffer = io.StringIO()
-    figure.savefig(
-        buffer, format="svg", transparent=True, metadata={"Creator": None, "Date": None, "Format": None, "Type": None}
-    )
+    without = {"Creator": None, "Date": None, "Format": None, "Type": None}
+    with matplotlib.rc_context(STYLE):
+        draw().savefig(buffer, format="svg", transparent=True, metadata=without)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>|<defs>\s*<style.*?</style>\s*</defs>", "", text, flags=re.DOTALL)
@@ -84,16 +89,22 @@ def check_drawable(path: Path) -> None:
         raise UserError(f"cannot draw {path}: expected a name that ends in .svg or .png")
 
 
-def save(figure: Figure, path: Path) -> None:
+def save(draw: Callable[[], Figure], path: Path) -> None:
     """The drawing as a file of its own: `.svg` or `.png`. Raises `UserError` for another ending or an unwritable path."""
     check_drawable(path)
+    metadata = {"Date": None} if path.suffix.lower() == ".svg" else None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(
-            path, dpi=144, facecolor="white", metadata={"Date": None} if path.suffix.lower() == ".svg" else None
-        )
+        with matplotlib.rc_context(STYLE):
+            draw().savefig(path, dpi=144, facecolor="white", metadata=metadata)
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}); name another file") from None
+
+
+def over_tokens(height: float) -> tuple[Figure, Axes]:
+    """A figure of half the page's width, over training tokens."""
+    figure = Figure((HALF, height), layout="constrained")
+    return figure, tokens_axis(figure.add_subplot())
 
 
 def trace(axes: Axes, rows: Sequence[Row], values: np.ndarray, colour: str, label: str | None = None) -> None:
@@ -117,10 +128,20 @@ def binned(values: np.ndarray, bins: int = 300) -> tuple[np.ndarray, np.ndarray,
 
 def tokens_axis(axes: Axes) -> Axes:
     """Makes x the number of training tokens."""
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: human(value)))
+    axes.xaxis.set_major_formatter(HUMAN)
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.set_xlabel("tokens")
     return axes
+
+
+def colour_bar(
+    figure: Figure, image: AxesImage, axes: Sequence[Axes], labels: Mapping[float, str], **place: Any
+) -> None:
+    """A colour bar with these labels at these values; filled as one image, because 256 shapes would show seams."""
+    bar = figure.colorbar(image, ax=axes, ticks=list(labels), **place)
+    bar.ax.set_yticklabels(list(labels.values()))
+    assert bar.solids is not None  # Filled since it was made.
+    bar.solids.set_rasterized(True)
 
 
 def column(rows: Sequence[Row], key: str) -> np.ndarray:
@@ -132,14 +153,6 @@ def finite(values: Sequence[float | None] | np.ndarray) -> np.ndarray:
     """FP64 values, NaN (a gap in a drawing) where they are absent or not finite."""
     array = np.array(values, dtype=float)
     return np.where(np.isfinite(array), array, np.nan)
-
-
-def human(value: float) -> str:
-    """A number with the letter of its power of ten: 1900000 -> "1.9M"; small ones as they are."""
-    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if abs(value) >= size:
-            return f"{value / size:.3g}{letter}"
-    return f"{value:.3g}"
 
 
 def shorten(name: str) -> str:

@@ -15,9 +15,10 @@ from dsv3.stages.data import data_stages
 from dsv3.stages.pretrain import refused_changes, train
 from dsv3.stages.runner import Stage
 from dsv3.training.trainer import Progress, Trainer
-from dsv3.weights.checkpoint import STATE, flatten, read_state
-from dsv3.weights.loading import checked, fill
-from dsv3.weights.opening import find_checkpoint, open_weights
+from dsv3.weights.checkpoint import flatten
+from dsv3.weights.fit import checked
+from dsv3.weights.loading import fill
+from dsv3.weights.opening import checkpoint_at, is_published, open_weights
 from dsv3.weights.tensor_directory import read_layout, read_tensors
 
 LENGTH_FIELDS = ("rope_scaling", "max_position_embeddings")
@@ -33,8 +34,6 @@ class Start:
     tokenizer: Path
     identity: dict[str, Any]
     """JSON-able; another one for other weights."""
-    trained: bool
-    """Whether it is a training checkpoint, which holds the optimizer's state."""
 
 
 def extension_stages(
@@ -84,9 +83,7 @@ def find_start(recipe: Recipe) -> Start:
     source, tokenizer = open_weights(named)
     config = checked(source)
     refuse_other_network(config, recipe.model.config(), named)
-    published = (named / "config.json").is_file() and not (named / STATE).is_file()
-    path = named if published else find_checkpoint(named)
-    state = {} if published else read_state(path)
+    path, state = checkpoint_at(named)
     length = state["recipe"]["data"]["sequence_length"] if "recipe" in state else config.max_position_embeddings
     if length != wanted.from_length:
         raise UserError(
@@ -102,7 +99,7 @@ def find_start(recipe: Recipe) -> Start:
         "state": hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest(),
         "config": config.to_hf(),
     }
-    return Start(path, tokenizer, identity, not published)
+    return Start(path, tokenizer, identity)
 
 
 def refuse_other_network(found: ModelConfig, wanted: ModelConfig, path: Path) -> None:
@@ -128,7 +125,7 @@ def load_start(trainer: Trainer, start: Start) -> None:
     if extension_of(trainer.recipe).optimizer_state == "fresh":
         return
     wanted = flatten({"optimizer": trainer.optimizer.tensors()})
-    found = read_layout(start.path) if start.trained else {}
+    found = {} if is_published(start.path) else read_layout(start.path)
     missing = [name for name, tensor in wanted.items() if found.get(name) != (tensor.dtype, tensor.shape)]
     if missing:
         raise UserError(

@@ -1,20 +1,15 @@
 """Pre-training as stages: tokenizer, shards, training. `dsv3 pretrain` runs these; `dsv3 quickstart` adds the report."""
 
 import json
-import os
-import platform
 import re
-import shlex
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dsv3.data.loader import Loader
-from dsv3.data.shards import ShardSet
+from dsv3.data.token_shards import ShardSet
 from dsv3.data.tokenizer import Tokenizer
+from dsv3.disk import replace_file
 from dsv3.errors import UserError
 from dsv3.evaluation.validation_loss import ValidationLoss
 from dsv3.model.device import pick_device
@@ -24,9 +19,9 @@ from dsv3.recipe.changes import check_names
 from dsv3.recipe.schedule import Schedules
 from dsv3.recipe.schema import Recipe
 from dsv3.stages.data import data_stages, open_sets
+from dsv3.stages.machine import command, machine, versions
 from dsv3.stages.runner import Stage
 from dsv3.stages.scores import Scores
-from dsv3.training.device import device_name
 from dsv3.training.resume import find_continuation
 from dsv3.training.trainer import Progress, Trainer
 
@@ -123,30 +118,11 @@ def write_run(recipe: Recipe, directory: Path, tokenizer: Tokenizer, sets: list[
         "recipe": recipe.to_dict(),
         "derived": {**derived(recipe), "tokenizer": f"byte-level BPE, {tokenizer.vocab_size:,} entries", **corpora},
         "machine": machine(pick_device(recipe.training.device)),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "command": shlex.join(["dsv3", *sys.argv[1:]]),
+        "versions": versions(),
+        "command": command(),
     }
     directory.mkdir(parents=True, exist_ok=True)
-    partial = directory / "run.json.partial"
-    partial.write_text(json.dumps(content, indent=1))
-    partial.replace(directory / "run.json")
-
-
-def machine(device: torch.device) -> dict[str, str]:
-    """Where something ran: the computer, and the device that computed."""
-    return {
-        "processor": processor(), "cores": str(os.cpu_count()), "threads": str(torch.get_num_threads()),
-        "system": platform.platform(terse=True), "device": device_name(device),
-    }  # fmt: skip
-
-
-def processor() -> str:
-    """The processor's name, as far as the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    replace_file(directory / "run.json", json.dumps(content, indent=1))
 
 
 def with_user_data(recipe: Recipe, paths: list[str]) -> Recipe:

@@ -5,6 +5,7 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from dsv3.disk import replace_file
 from dsv3.errors import UserError
+from dsv3.recipe.figures import duration, human
 from dsv3.stages import charts
-from dsv3.stages.drawing import COLOURS, human
-from dsv3.stages.needle_chart import needle_svg
+from dsv3.stages.drawing import COLOURS, svg
+from dsv3.stages.needle_chart import heat_map
 from dsv3.stages.run_directory import Row, Run, read_run
 
 
@@ -25,11 +28,9 @@ def write_report(run_dir: Path, out: Path) -> None:
     Raises `UserError` when `run_dir` is no run directory or `out` cannot be written.
     """
     page = render(read_run(run_dir))
-    unfinished = out.with_name(out.name + ".unfinished")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_bytes(page.encode("utf-8", "replace"))
-        unfinished.replace(out)
+        replace_file(out, page.encode("utf-8", "replace"))
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error.strerror}); name another file with --out") from None
 
@@ -58,18 +59,18 @@ def render(run: Run) -> str:
 
 def draw_figures(run: Run) -> dict[str, str]:
     """The drawings that the records allow by now: name -> inline SVG."""
-    drawn: dict[str, str] = {}
-    if run.metrics:
-        drawn |= {"loss": charts.loss(run.metrics), "optimisation": charts.optimisation(run.metrics)}
-    if having(run.metrics, "load"):
-        drawn["experts"] = charts.expert_load(run.metrics)
-    if scored := having(run.evaluations, "bits_per_byte"):
-        drawn["bits"] = charts.bits_per_byte(scored)
-    if tested := having(run.evaluations, "pass_at_1"):
-        drawn["pass"] = charts.pass_at_1(tested)
-    if searched := having(run.evaluations, "needle"):
-        drawn["needle"] = needle_svg(searched[-1]["needle"])
-    return drawn
+    drawable = {
+        "loss": (charts.loss, run.metrics, "Training loss over tokens"),
+        "optimisation": (charts.optimisation, run.metrics, "Learning rate, gradient norm, bias magnitude and speed over tokens"),
+        "experts": (
+            charts.expert_load, run.metrics if having(run.metrics, "load") else [],
+            "Load of every expert over tokens, and MaxVio, for every MoE block",
+        ),
+        "bits": (charts.bits_per_byte, having(run.evaluations, "bits_per_byte"), "Bits per byte on held-out text over tokens"),
+        "pass": (charts.pass_at_1, having(run.evaluations, "pass_at_1"), "Share of tasks solved at the first try over tokens"),
+        "needle": (heat_map, having(run.evaluations, "needle"), "Share of needles found by length of the text and depth of the needle"),
+    }  # fmt: skip
+    return {name: svg(partial(draw, rows), name, label) for name, (draw, rows, label) in drawable.items() if rows}
 
 
 @dataclass(frozen=True)
@@ -189,11 +190,3 @@ def plain(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def duration(seconds: float) -> str:
-    """Seconds in the unit a person would choose."""
-    for size, unit in ((3600.0, "hours"), (60.0, "minutes")):
-        if seconds >= 1.5 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} seconds"

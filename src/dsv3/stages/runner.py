@@ -7,13 +7,13 @@ where an input changed.
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dsv3.disk import replace_file
 from dsv3.errors import UserError
 from dsv3.recipe.differences import differences
 
@@ -139,9 +139,7 @@ def read_record(path: Path) -> dict[str, Any] | None:
 
 def write_record(path: Path, key: str, before: str, inputs: dict[str, Any], done: bool) -> None:
     """Replaces a stage's record as a whole; `before` is the key of the stage before it."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"key": key, "before": before, "inputs": inputs, "done": done}))
-    os.replace(temporary, path)
+    replace_file(path, json.dumps({"key": key, "before": before, "inputs": inputs, "done": done}))
 
 
 def remove(output: Path) -> None:

@@ -7,11 +7,11 @@ from typing import Any
 from dsv3.data.fim import fim_prompt
 from dsv3.data.sources import GENERATORS, TINYPY, Document, documents
 from dsv3.data.tokenizer import Tokenizer
-from dsv3.evaluation.tasks import Plan, run_tasks
+from dsv3.evaluation.tasks import run_tasks
 from dsv3.inference.llm import LLM
 from dsv3.inference.sampling import SamplingParams
 from dsv3.model.transformer import DeepSeekV3
-from dsv3.recipe.schema import Recipe
+from dsv3.recipe.schema import EvaluationSection, Recipe
 
 SAMPLE_TOKENS = 96
 """Longest sample."""
@@ -30,17 +30,18 @@ class Scores:
 
     def __init__(self, recipe: Recipe, tokenizer: Tokenizer):
         self.recipe, self.tokenizer = recipe, tokenizer
-        self.plan = plan_of(recipe)
+        self.wanted = asked_of(recipe)
+        self.texts = held_out(recipe, self.wanted.bits_per_byte_bytes)
         prose = [
             texts
-            for source, texts in zip(recipe.data.sources, self.plan.texts.values(), strict=True)
+            for source, texts in zip(recipe.data.sources, self.texts.values(), strict=True)
             if source.uri not in GENERATORS
         ]
         self.gap = self.find_gap(prose[0]) if prose and recipe.data.fim_rate > 0 else None
 
     def __call__(self, model: DeepSeekV3) -> dict[str, Any]:
         """What `run_tasks` gives, and samples."""
-        found = run_tasks(model, self.tokenizer, self.plan)
+        found = run_tasks(model, self.tokenizer, self.wanted, self.recipe.data.sequence_length, self.texts)
         return {**found, "samples": self.samples(LLM.of(model, self.tokenizer))}
 
     def samples(self, llm: LLM) -> list[dict[str, str]]:
@@ -66,25 +67,19 @@ class Scores:
         return [self.tokenizer.bos_id, *fim_prompt(encode(gap.prefix), encode(gap.suffix), self.tokenizer)]
 
 
-def plan_of(recipe: Recipe) -> Plan:
-    """The recipe's `[evaluation]` with the texts it is made on. Tasks are asked where the model was taught them."""
-    wanted = recipe.evaluation
+def asked_of(recipe: Recipe) -> EvaluationSection:
+    """The recipe's `[evaluation]`; tinypy's tasks are asked where the model was taught them."""
     taught = any(source.uri == TINYPY for source in recipe.data.sources)
-    return Plan(
-        tasks=wanted.tasks,
-        length=recipe.data.sequence_length,
-        texts={source.name: held_out(recipe, source.uri, wanted.bits_per_byte_bytes) for source in recipe.data.sources},
-        tinypy_tasks=wanted.tinypy_tasks if taught else 0,
-        needle_lengths=wanted.needle_lengths,
-        needle_depths=wanted.needle_depths,
-        needle_samples=wanted.needle_samples,
-    )
+    return recipe.evaluation if taught else recipe.evaluation.model_copy(update={"tinypy_tasks": 0})
 
 
-def held_out(recipe: Recipe, uri: str, limit: int) -> list[str]:
-    """Documents of a source's validation split until `limit` bytes are reached."""
-    fraction = recipe.data.validation_fraction
-    return take(documents(uri, "validation", seed=recipe.data_seed, validation_fraction=fraction), limit)
+def held_out(recipe: Recipe, limit: int) -> dict[str, list[str]]:
+    """By source, documents of its validation split until `limit` bytes are reached."""
+    seed, fraction = recipe.data_seed, recipe.data.validation_fraction
+    return {
+        source.name: take(documents(source.uri, "validation", seed=seed, validation_fraction=fraction), limit)
+        for source in recipe.data.sources
+    }
 
 
 def take(found: Iterable[Document], limit: int) -> list[str]:

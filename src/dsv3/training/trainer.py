@@ -77,7 +77,7 @@ class Trainer:
         self.model = model.initialize(training.initialization, training.seed).to(self.device)
         self.model.recompute(training.recompute)
         if training.precision == "fp8":
-            self.model.compute_in_fp8()
+            self.model.compute_in_fp8(scaling=training.fp8_scaling)
         self.optimizer = Optimizer(self.model, recipe.optimizer, muon_dtype=dtype)
         self.average = None if training.ema_decay is None else Average(self.model, training.ema_decay)
         self.saver = Saver(training.keep_last, training.keep_every_steps)

@@ -7,7 +7,6 @@ A checkpoint is written under another name, brought to the disk and renamed when
 whatever moment the machine stops, the directory under a checkpoint's name is a whole one.
 """
 
-import hashlib
 import json
 import logging
 import re
@@ -18,8 +17,8 @@ from typing import Any
 
 from torch import Tensor
 
+from dsv3.disk import replace_file, sha256, sync
 from dsv3.errors import RunError, UserError, nearest
-from dsv3.weights.shards import sync
 from dsv3.weights.tensor_directory import check_files, read_layout, read_tensors, write_tensors
 
 log = logging.getLogger(__name__)
@@ -57,9 +56,7 @@ def save_checkpoint(
         for path in [*partial.rglob("*"), partial]:
             sync(path)
         replace_directory(partial, directory)
-        (parent / f".{LATEST}").write_text(directory.name + "\n")
-        sync(parent / f".{LATEST}")
-        (parent / f".{LATEST}").replace(parent / LATEST)
+        replace_file(parent / LATEST, directory.name + "\n")
         sync(parent)
     except (OSError, RunError) as error:
         raise RunError(
@@ -74,8 +71,7 @@ def checksums(directory: Path) -> dict[str, str]:
     """The SHA-256 of every file of a checkpoint, by its path within."""
     found = {}
     for path in sorted(path for path in directory.rglob("*") if path.is_file() and path.name != CHECKSUMS):
-        with path.open("rb") as file:
-            found[path.relative_to(directory).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+        found[path.relative_to(directory).as_posix()] = sha256(path)
     return found
 
 

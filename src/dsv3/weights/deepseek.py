@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from dsv3.errors import UserError, nearest
 from dsv3.model.config import ModelConfig, RopeScaling
-from dsv3.weights.shards import Stored, read_header
+from dsv3.weights.safetensors import Stored, read_header
 
 FILE = re.compile(r"model(0|[1-9]\d*)-mp([1-9]\d*)\.safetensors")
 MODULES: dict[str, tuple[str, int | None]] = {

@@ -13,8 +13,8 @@ from dsv3.model.transformer import DeepSeekV3
 from dsv3.ops.block_scaled import BLOCK
 from dsv3.weights.loading import load
 from dsv3.weights.released import FP8, Released, ReleasedFiles, ReleasedModel
-from dsv3.weights.shard_writer import write_shards
-from dsv3.weights.shards import DTYPES, read_headers
+from dsv3.weights.safetensors import DTYPES, read_headers
+from dsv3.weights.safetensors_writer import write_shards
 
 MAX_SHARD_BYTES = 5 * 10**9
 QUANTIZATION = {

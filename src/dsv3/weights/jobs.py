@@ -1,6 +1,5 @@
 """Writing a large directory as jobs: several at a time, each leaving one file, and none done twice after a stop."""
 
-import hashlib
 import json
 import shutil
 import threading
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsv3.weights.shards import sync
+from dsv3.disk import sha256, sync
 
 JOURNAL = ".journal"
 Progress = Callable[[int, int], None]
@@ -80,12 +79,6 @@ def read_lines(path: Path) -> list[Any]:
         except ValueError:
             break
     return lines
-
-
-def sha256(path: Path) -> str:
-    """The hash of a file's content."""
-    with path.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def run_jobs(jobs: Sequence[Job], journal: Journal, workers: int, progress: Progress) -> list[Any]:

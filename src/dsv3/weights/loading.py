@@ -2,118 +2,22 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dsv3.errors import UserError, nearest
+from dsv3.errors import UserError
 from dsv3.model.config import ModelConfig
 from dsv3.model.feed_forward import Experts
 from dsv3.model.linear import Linear
 from dsv3.model.transformer import DeepSeekV3
-from dsv3.ops.block_scaled import BLOCK, scale_shape
 from dsv3.weights.chunks import STACK, part_of
-from dsv3.weights.names import KEPT_FLOAT32, SCALE, Part, is_block_scaled, is_mtp, released
+from dsv3.weights.fit import checked, file_of, places_of
+from dsv3.weights.names import KEPT_FLOAT32, released
 from dsv3.weights.released import FP8, Converted, Released, skeleton
-from dsv3.weights.shards import DTYPES, Layout
+from dsv3.weights.safetensors import DTYPES
 
 log = logging.getLogger(__name__)
-NAMED = 1000
-"""Names among which the nearest one is looked for."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a released tensor belongs."""
-
-    ours: str
-    part: Part
-
-
-def places_of(model: DeepSeekV3) -> dict[str, Place]:
-    """The place of every released tensor of a model, copies of embedding and head included."""
-    return {
-        part.name: Place(ours, part)
-        for ours, tensor in model.state_dict().items()
-        for part in released(ours, tuple(tensor.shape), model.config)
-    }
-
-
-def published(config: ModelConfig) -> dict[str, Layout]:
-    """Every tensor of a released FP8 checkpoint of this config, as DeepSeek published its own (README_WEIGHTS)."""
-    found: dict[str, Layout] = {}
-    for name, place in places_of(skeleton(config)).items():
-        dtype = FP8 if is_block_scaled(name) else "F32" if name.endswith(KEPT_FLOAT32) else "BF16"
-        found[name] = Layout(dtype, place.part.shape)
-        if dtype == FP8:
-            found[name + SCALE] = Layout("F32", scale_shape(place.part.shape))
-    return found
-
-
-def checked(source: Released) -> ModelConfig:
-    """The config that the tensors fit, which has no MTP modules where none of theirs is stored.
-
-    Raises `UserError` naming file or directory, tensor, found and expected, when one is missing, unexpected, of another
-    shape or of a dtype that weights do not have; no tensor is read.
-    """
-    config, stored = source.config, source.layout
-    refuse_other_blocks(source)
-    if config.num_nextn_predict_layers and not any(is_mtp(name, config) for name in stored):
-        log.warning(
-            "%s announces %d MTP modules and holds none of their tensors: loading without MTP",
-            source.where,
-            config.num_nextn_predict_layers,
-        )
-        config = config.replace(num_nextn_predict_layers=0)
-    expected: dict[str, tuple[int, ...]] = {}
-    needed = []
-    for name, place in places_of(skeleton(config)).items():
-        expected[name] = place.part.shape
-        if not place.part.copy:
-            needed.append(name)
-        if is_fp8(name, source) and len(place.part.shape) == 2:
-            expected[name + SCALE] = scale_shape(place.part.shape)
-            needed.append(name + SCALE)
-    missing = [name for name in needed if name not in stored]
-    if missing:
-        raise UserError(
-            f"{source.where} lacks {len(missing)} of the {len(needed)} tensors that its config asks for: "
-            f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}. "
-            "Was a shard left out, or is the config another model's?"
-        )
-    for name, each in stored.items():
-        where = getattr(each, "file", source.where)
-        if name not in expected:
-            hint = nearest(name, expected) if len(expected) < NAMED else "expected those of a deepseek_v3 model"
-            raise UserError(
-                f"{where}: unexpected tensor {name} of shape {list(each.shape)}, which its config has no place for; {hint}"
-            )
-        if each.shape != expected[name]:
-            raise UserError(
-                f"{where}: tensor {name} has shape {list(each.shape)}, but its config asks for {list(expected[name])}"
-            )
-        high = ("F32", "BF16") if len(each.shape) < 2 else ("F32", "BF16", FP8)
-        legal = ("F32", "F8_E8M0") if name.endswith(SCALE) else high
-        if each.dtype not in legal:
-            raise UserError(f"{where}: tensor {name} is {each.dtype}, expected {' or '.join(legal)}")
-    return config
-
-
-def refuse_other_blocks(source: Released) -> None:
-    """`quantization_config` must be the released one: FP8, E4M3, blocks of 128 x 128."""
-    found = source.config.extra.get("quantization_config")
-    if found is None:
-        return
-    if not isinstance(found, Mapping):
-        raise UserError(f"{source.where}: quantization_config = {found!r}, expected an object of fields and values")
-    legal = {"quant_method": ("fp8",), "fmt": ("e4m3", None), "weight_block_size": ([BLOCK, BLOCK], (BLOCK, BLOCK))}
-    for key, values in legal.items():
-        if found.get(key) not in values:
-            raise UserError(
-                f"{source.where}: quantization_config has {key} = {found.get(key)!r}, expected {values[0]!r}: of quantised "
-                "weights, those in FP8 with 128 x 128 blocks are read"
-            )
 
 
 def load(source: Released, dtype: torch.dtype | None, device: torch.device | str | None) -> DeepSeekV3:
@@ -168,7 +72,7 @@ def dtype_of(ours: str, tensor: Tensor, source: Released, config: ModelConfig) -
     for name in parts:
         if source.layout[name].dtype != first:
             raise UserError(
-                f"{getattr(source.layout[name], 'file', source.where)}: tensor {name} is {source.layout[name].dtype}, but "
+                f"{file_of(name, source)}: tensor {name} is {source.layout[name].dtype}, but "
                 f"{parts[0]} is {first}, and all experts of a layer are kept in one dtype: name the one they should become"
             )
     return DTYPES[first]
@@ -197,5 +101,5 @@ def compare_copies(source: Released, config: ModelConfig) -> None:
         original, *copies = released(ours, (config.vocab_size, config.hidden_size), config)
         for copy in copies:
             if copy.name in source.layout and not torch.equal(source.read(copy.name), source.read(original.name)):
-                where = getattr(source.layout[copy.name], "file", source.where)
+                where = file_of(copy.name, source)
                 log.warning("%s: %s differs from %s, which is used instead", where, copy.name, ours)

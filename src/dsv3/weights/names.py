@@ -34,11 +34,6 @@ class Part:
         """Its shape with a 1 in front where ours is a stack."""
         return (*[1] * (len(self.start) - len(self.shape)), *self.shape)
 
-    @property
-    def index(self) -> tuple[slice, ...]:
-        """`ours[index]` is it, but for the 1 in front."""
-        return tuple(slice(first, first + count) for first, count in zip(self.start, self.size, strict=True))
-
 
 def released(name: str, shape: tuple[int, ...], config: ModelConfig) -> list[Part]:
     """The released tensors that our tensor `name` of this shape is stored as; copies come last."""

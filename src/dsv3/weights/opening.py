@@ -3,6 +3,7 @@
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,7 +31,7 @@ def open_weights(
     meant. Raises `UserError` when it is none of them.
     """
     path = Path(path)
-    if ema and (deepseek.is_deepseek(path) or (path / "config.json").is_file()):
+    if ema and is_published(path):
         raise UserError(f"{path} holds published weights: only a training checkpoint has an average beside its weights")
     if deepseek.is_deepseek(path):
         arguments = Path(config) if config is not None else deepseek.find_config(path)
@@ -39,10 +40,9 @@ def open_weights(
         raise UserError(
             f"{path} is not in the layout of DeepSeek's inference/, for which alone a config is named apart"
         )
-    if (path / "config.json").is_file() and not (path / STATE).is_file():
+    if is_published(path):
         return open_directory(path), path
-    directory = find_checkpoint(path)
-    state = read_state(directory)
+    directory, state = checkpoint_at(path)
     if "model" not in state:
         raise UserError(f"{directory / STATE} has no model config: expected one under 'model'")
     config_of_run = ModelConfig.from_hf(state["model"])
@@ -76,6 +76,19 @@ def named_dtype(name: str) -> torch.dtype | None:
     if name not in ("auto", *NAMED_DTYPES):
         raise UserError(f"unknown dtype {name!r}: {nearest(name, ('auto', *NAMED_DTYPES))}")
     return NAMED_DTYPES.get(name)
+
+
+def is_published(path: Path) -> bool:
+    """Whether a path is a directory of published weights, in Hugging Face's layout or DeepSeek's, and no checkpoint of ours."""
+    return deepseek.is_deepseek(path) or ((path / "config.json").is_file() and not (path / STATE).is_file())
+
+
+def checkpoint_at(path: Path) -> tuple[Path, dict[str, Any]]:
+    """(the checkpoint meant by a path, its state); published weights are meant themselves, and have no state."""
+    if is_published(path):
+        return path, {}
+    directory = find_checkpoint(path)
+    return directory, read_state(directory)
 
 
 def find_checkpoint(path: Path) -> Path:

@@ -18,9 +18,10 @@ from dsv3.model.config import ModelConfig
 from dsv3.model.transformer import DeepSeekV3
 from dsv3.ops.block_scaled import dequantize, quantize, scale_shape
 from dsv3.weights.checkpoint import EMA, MODEL
+from dsv3.weights.chunks import Region, part_of
 from dsv3.weights.names import KEPT_FLOAT32, SCALE, Part, is_block_scaled, released
-from dsv3.weights.shards import DTYPES, HEADER_NAMES, Layout, Stored, read_tensor
-from dsv3.weights.tensor_directory import ChunkReader, Region
+from dsv3.weights.safetensors import DTYPES, HEADER_NAMES, Layout, Stored, read_tensor
+from dsv3.weights.tensor_directory import ChunkReader
 
 FP8 = "F8_E4M3"
 
@@ -133,7 +134,7 @@ class ReleasedModel:
     def read(self, name: str) -> Tensor:
         """See `Released`."""
         ours, part = self.places[name]
-        return self.state[ours][part.index].reshape(part.shape).detach().cpu()
+        return part_of(self.state[ours], part.start, part.size).reshape(part.shape).detach().cpu()
 
 
 class Converted:

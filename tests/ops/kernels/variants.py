@@ -35,11 +35,26 @@ def variants() -> Iterator[Variant]:
     yield from router()
     yield from cross_entropy()
     yield from products_fp8()
+    yield from of_adamw()
+    yield from attention()
+    yield from pages()
+    yield from paged_attention()
 
 
 def i32(names: str) -> dict[str, str]:
     """Types of integers, named in one string."""
     return dict.fromkeys(names.split(), "i32")
+
+
+def of_adamw() -> Iterator[Variant]:
+    """The optimizer's update."""
+    from dsv3.ops.kernels import adamw
+
+    block, warps = adamw.CONFIG
+    pointers = dict.fromkeys(("weight", "grad", "step", "keep"), "*fp32") | dict.fromkeys(("first", "second"), "*bf16")
+    numbers = {"size": "i32"} | dict.fromkeys(("lr", "eps", "weight_decay"), "fp32")
+    constants = {"BETA1": 0.9, "BETA2": 0.95, "BLOCK": block}
+    yield Variant(adamw.update_kernel, pointers | numbers, constants, {"num_warps": warps})
 
 
 def of_tiles() -> Iterator[Variant]:
@@ -271,6 +286,101 @@ def products_fp8() -> Iterator[Variant]:
             {"num_warps": config.warps, "num_stages": config.stages},
             contains="wgmma.mma_async",
         )
+
+
+def attention() -> Iterator[Variant]:
+    """DeepSeek-V3's heads and those of the small presets, with documents; and one sequence of one document."""
+    from dsv3.ops.kernels import attention as kernels
+    from dsv3.ops.kernels import documents as bounds_of
+
+    for backwards in (False, True):
+        types = {"segment": "*i64", "out": "*i32"} | i32("T stride")
+        constants = {"BACKWARDS": backwards, "CHUNK": bounds_of.CHUNK}
+        yield Variant(bounds_of.bounds_kernel, types, constants, {"num_warps": 4})
+    for (part, rest, value), documents in (
+        ((128, 64, 128), True),
+        ((64, 32, 64), True),
+        ((32, 0, 32), True),
+        ((128, 64, 128), False),
+    ):
+        for kernel, config, bounds, outputs in (
+            (kernels.forward_kernel, kernels.FORWARD, "start", ("out",)),
+            (kernels.queries_kernel, kernels.QUERIES, "start", ("grad_parts", "out", "grad_q")),
+            (kernels.keys_kernel, kernels.KEYS, "end", ("grad_parts", "grad_k", "grad_v")),
+        ):
+            rows, columns = config.queries, config.keys
+            shapes = {
+                "q_parts": (rows, part), "q_rests": (rows, rest), "k_parts": (columns, part), "k_rests": (columns, rest),
+                "v_parts": (columns, value),
+            }  # fmt: skip
+            types = dict.fromkeys(outputs, "*bf16") | {"log_sum": "*fp32", "T": "i32", "scale": "fp32"}
+            if "grad_parts" in outputs:
+                shapes["grad_parts"] = (rows, value)
+                types["inner"] = "*fp32"
+            constants: dict[str, Any] = {"Q_PART": part, "Q_REST": rest, "V": value, "QUERIES": rows, "KEYS": columns}
+            for name, (down, across) in shapes.items():
+                if across:
+                    types[name] = f"tensordesc<bf16[1, 1, {down}, {across}]>"
+                else:
+                    constants[name] = None
+            if documents:
+                types[bounds] = "*i32"
+            else:
+                constants[bounds] = None
+            options = {"num_warps": config.warps, "num_stages": config.stages, "maxnreg": config.registers}
+            yield Variant(kernel, types, constants, options, "wgmma.mma_async")
+
+
+def pages() -> Iterator[Variant]:
+    """Tokens as they are and packed."""
+    from dsv3.ops.kernels.latent_pages import WARPS, store_kernel
+
+    types = {"slots": "*i64", "latent": "*bf16", "key": "*bf16"} | i32("latent_stride key_stride")
+    shape = {"LATENT": 512, "ROTATED": 64, "TILE": 128, "TILES": 4, "KEY_BLOCK": 64}
+    packed = {"pages": "*u8", "words": "*fp32", "halves": "*bf16"}
+    yield Variant(store_kernel, types | packed, shape | {"SIZE": 656, "PACKED": True}, {"num_warps": WARPS})
+    plain = {"SIZE": 576, "PACKED": False, "words": None, "halves": None}
+    yield Variant(store_kernel, types | {"pages": "*bf16"}, shape | plain, {"num_warps": WARPS})
+
+
+def paged_attention() -> Iterator[Variant]:
+    """Few rows and many, in BF16 and packed; pieces combined; the kernel in Gluon."""
+    from dsv3.ops.kernels import paged_attention, paged_attention_gluon
+
+    results = {"table": "*i32", "lengths": "*i32", "out": "*bf16"} | dict.fromkeys(
+        ("lse", "piece", "piece_lse"), "*fp32"
+    )
+    sizes = i32("batch tokens heads table_stride parts") | {"scale": "fp32"}
+    shape = {"LATENT": 512, "ROTATED": 64, "TILE": 128, "PAGE": 64, "BATCH": 256}
+    bf16 = {"values": "*bf16"}, {"SIZE": 576, "PACKED": False, "words": None, "halves": None}
+    packed = {"values": "*u8", "words": "*fp32", "halves": "*bf16"}, {"SIZE": 656, "PACKED": True}
+    for config in (paged_attention.FEW, paged_attention.MANY):
+        for types, constants in (bf16, packed):
+            yield Variant(
+                paged_attention.decode_kernel,
+                {"q": "*bf16"} | types | results | sizes,
+                shape | constants | {"ROWS": config.rows},
+                {"num_warps": config.warps, "num_stages": config.stages},
+            )
+    del results["table"]
+    for combined in paged_attention.COMBINED.values():
+        shape = {
+            "LATENT": 512,
+            "PAGE": 64,
+            "ROWS": combined.rows,
+            "COLUMNS": combined.columns,
+            "PIECES": combined.pieces,
+        }
+        types = results | i32("batch rows parts")
+        options = {"num_warps": combined.warps}
+        yield Variant(paged_attention.combine_kernel, types, shape | {"BATCH": 256, "PARTS": 128}, options)
+    operand = paged_attention_gluon.OPERAND
+    wide, rotated = (f"tensordesc<bf16[64, {size}],{operand!r}>" for size in (512, 64))
+    types = {"q": wide, "q_rotated": rotated, "pages_key": rotated, "table": "*i32"} | results | sizes
+    for pages, absent in (({"pages": wide}, "words"), ({"words": "*i32"}, "pages")):
+        constants = {"PAGE": 64, "BATCH": 256, "PACKED": absent == "pages", absent: None}
+        kernel = paged_attention_gluon.decode_kernel
+        yield Variant(kernel, types | pages, constants, {"num_warps": 8}, contains="wgmma.mma_async")
 
 
 def main() -> None:

@@ -23,6 +23,8 @@ class Case:
     """Read and written at least, for operations that memory limits."""
     flops: float | None = None
     """For operations that arithmetic limits: a multiply-add is two."""
+    peer_flops: float | None = None
+    """Of the peer's work where it is other work than ours: rates are compared then, and not times."""
     target: float | None = None
     """The figure to reach, in `unit`."""
     unit: Literal["of the peer", "TB/s", "TFLOP/s", "us"] = "of the peer"

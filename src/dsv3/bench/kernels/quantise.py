@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dsv3.bench.kernels.case import Case
+from dsv3.ops.adamw import adamw
 from dsv3.ops.block_scaled import quantize_blocks, transpose_blocks
 from dsv3.ops.rms_norm import rms_norm, rms_norm_backward, rms_norm_tiles
 from dsv3.ops.swiglu import swiglu, swiglu_backward, swiglu_tiles
@@ -22,6 +23,7 @@ def cases(device: torch.device) -> Iterator[Case]:
     yield from of_weights(device)
     yield from of_rms_norm(device)
     yield from of_swiglu(device)
+    yield of_adamw(device)
 
 
 def against_copy(op: str, shape: str, ours: Callable[[], object], moved: float, target: float | None = None) -> Case:
@@ -77,3 +79,16 @@ def of_swiglu(device: torch.device) -> Iterator[Case]:
     yield against_copy("swiglu_backward", shape, lambda: swiglu_backward(grad, gate_up, weight), 12 * size)
     leaf = gate_up.detach().requires_grad_()
     yield against_copy("swiglu, training", shape, lambda: swiglu(leaf), 6 * size)
+
+
+def of_adamw(device: torch.device) -> Case:
+    """Four experts' gate and up: 12 bytes an element read, 8 written."""
+    weight, grad = torch.randn(2, 4 * 4096, HIDDEN, device=device)
+    moments = [torch.zeros_like(weight, dtype=torch.bfloat16) for _ in range(2)]
+    one = torch.ones((), device=device)
+
+    def ours() -> Tensor:
+        adamw(weight, grad, *moments, one, one, 1e-6, (0.9, 0.95), 1e-8, 0.1)
+        return weight
+
+    return against_copy("adamw", f"4x4096x{HIDDEN}, moments in BF16", ours, 20 * weight.numel())

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv3.data.shards import OpenFiles, ShardSet
+from dsv3.data.token_shards import OpenFiles, ShardSet
 from dsv3.errors import RunError, UserError
 from tests.data.shard_sets import DOCUMENTS, begin, many, write
 

@@ -3,7 +3,7 @@ from dataclasses import replace
 import torch
 from safetensors.torch import load_file, save_file
 
-from dsv3.weights.shards import Stored, read_header, read_headers, read_tensor
+from dsv3.weights.safetensors import Stored, read_header, read_headers, read_tensor
 from tests.weights.sparse import write_sparse
 
 

@@ -5,8 +5,9 @@ import os
 
 import pytest
 
-from dsv3.data import shard_writer
-from dsv3.data.shards import ShardSet
+from dsv3 import disk
+from dsv3.data import token_shard_writer
+from dsv3.data.token_shards import ShardSet
 from dsv3.errors import RunError, UserError
 from tests.data.shard_sets import DOCUMENTS, begin, contents, many, write
 
@@ -19,7 +20,7 @@ def test_without_finish_nothing_is_left(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write(tmp_path, stopped(), shard_bytes=1000)
+        write(tmp_path, stopped())
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(UserError, match=r"is no shard set: it has no manifest\.json"):
         ShardSet.open(tmp_path)
@@ -90,12 +91,15 @@ def test_a_full_disk_leaves_nothing_that_looks_whole(tmp_path, monkeypatch, room
     def open_full(*arguments):
         return FullDisk(builtins.open(*arguments), left)
 
-    monkeypatch.setattr(shard_writer, "open", open_full, raising=False)
+    for module in (token_shard_writer, disk):
+        monkeypatch.setattr(module, "open", open_full, raising=False)
     with pytest.raises(RunError, match=r"No space left on device.*free some space"):
         write(tmp_path / "set")
-    assert list((tmp_path / "set").iterdir()) == []
     with pytest.raises(UserError, match="is no shard set"):
         ShardSet.open(tmp_path / "set")
+    left[0] = 2 * size
+    write(tmp_path / "set")
+    assert contents(tmp_path / "set") == contents(tmp_path / "whole")
 
 
 def test_a_directory_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
@@ -107,6 +111,6 @@ def test_a_directory_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
     def refuse(*_):
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(shard_writer, "open", refuse, raising=False)
+    monkeypatch.setattr(token_shard_writer, "open", refuse, raising=False)
     with pytest.raises(UserError, match="Permission denied; choose a directory"):
         write(tmp_path / "forbidden")

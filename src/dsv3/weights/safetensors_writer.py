@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
+from dsv3.disk import sync
 from dsv3.errors import RunError
 from dsv3.weights.jobs import Job, Journal, Progress, ignore, run_jobs
 from dsv3.weights.released import Released
-from dsv3.weights.shards import DTYPES, INDEX, SINGLE, Layout, read_header, sync
+from dsv3.weights.safetensors import DTYPES, INDEX, SINGLE, Layout, read_header
 
 PARTIAL = ".partial"
 

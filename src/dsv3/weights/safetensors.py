@@ -2,7 +2,7 @@
 
 import json
 import math
-import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,39 +66,62 @@ class Stored(Layout):
         return self.pieces[0].file
 
 
+@dataclass(frozen=True)
+class Survey:
+    """What a directory holds, as far as its files can be read."""
+
+    files: list[Path]
+    """Those that there should be."""
+    tensors: dict[str, Stored]
+    announced: frozenset[str]
+    """Names that the index promises."""
+    problems: list[str]
+    """A sentence for every file that is missing or damaged, and for every tensor that files and index disagree about."""
+
+
 def read_headers(directory: Path) -> dict[str, Stored]:
     """Every tensor of the directory by its name; no tensor is read.
 
     Raises `UserError` when there are only pickles, a file is missing, truncated or no safetensors file, two files hold
     the same tensor, or index and files disagree.
     """
-    placed = read_index(directory / INDEX) if (directory / INDEX).exists() else None
+    found = survey(directory)
+    if found.problems:
+        raise UserError(found.problems[0])
+    return found.tensors
+
+
+def survey(directory: Path) -> Survey:
+    """The same with a list of all that is wrong. Raises `UserError` where there is no file to look for."""
+    index = directory / INDEX
+    placed = read_index(index) if index.exists() else {}
     files = files_of(directory, placed)
+    tensors: dict[str, Stored] = {}
+    problems, whole = [], set()
     for file in files:
-        if placed is not None and not file.is_file():
+        if not file.is_file():
             name = next(name for name, each in placed.items() if each == file.name)
-            raise UserError(
-                f"{directory / INDEX} places tensor {name} in {file.name}, which does not exist: the directory is incomplete, "
-                "fetch the file again"
+            problems.append(
+                f"{index} places tensor {name} in {file.name}, which does not exist: the directory is incomplete, fetch the "
+                "file again"
             )
-    found: dict[str, Stored] = {}
-    for file in files:
-        for name, stored in read_header(file).items():
-            if name in found:
-                raise UserError(
-                    f"tensor {name} is in {found[name].file} and in {stored.file}; expected it in one of them"
-                )
-            if placed is not None and placed.get(name) != file.name:
-                raise UserError(
-                    f"{stored.file} holds tensor {name}, but {directory / INDEX} places it in {placed.get(name)}"
-                )
-            found[name] = stored
-    for name in placed or {}:
-        if name not in found and placed is not None:
-            raise UserError(
-                f"{directory / INDEX} places tensor {name} in {placed[name]}, but {directory / placed[name]} lacks it"
-            )
-    return found
+            continue
+        try:
+            held = read_header(file)
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        whole.add(file.name)
+        for name in held:
+            if name in tensors:
+                problems.append(f"tensor {name} is in {tensors[name].file} and in {file}; expected it in one of them")
+            elif placed and placed.get(name) != file.name:
+                problems.append(f"{file} holds tensor {name}, but {index} places it in {placed.get(name)}")
+        tensors |= held
+    for name, place in placed.items():
+        if name not in tensors and place in whole:
+            problems.append(f"{index} places tensor {name} in {place}, but {directory / place} lacks it")
+    return Survey(files, tensors, frozenset(placed), problems)
 
 
 def read_index(path: Path) -> dict[str, str]:
@@ -117,11 +140,11 @@ def read_index(path: Path) -> dict[str, str]:
     return placed
 
 
-def files_of(directory: Path, placed: dict[str, str] | None) -> list[Path]:
+def files_of(directory: Path, placed: Mapping[str, str]) -> list[Path]:
     """The files that hold a directory's tensors, there or not; `UserError` when it has neither index nor single file."""
-    if placed is None and not (directory / SINGLE).exists():
+    if not placed and not (directory / SINGLE).exists():
         raise UserError(no_weights(directory))
-    return [directory / file for file in (sorted(set(placed.values())) if placed is not None else [SINGLE])]
+    return [directory / file for file in sorted(set(placed.values())) or [SINGLE]]
 
 
 def refuse_escape(file: Path) -> None:
@@ -186,12 +209,3 @@ def read_piece(piece: Piece, dtype: torch.dtype) -> Tensor:
     if count != tensor.nbytes:
         raise UserError(f"{piece.file} ended within tensor {piece.name}: has it been changed since it was opened?")
     return tensor
-
-
-def sync(path: Path) -> None:
-    """Waits until a file, or a directory's entries, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -1,9 +1,8 @@
-"""Writes shard sets (`shards.py` says what they are), so that whatever stops it leaves nothing that looks whole and is not."""
+"""Writes shard sets (`token_shards.py` says what they are), so that whatever stops it leaves nothing that looks whole and is not."""
 
 import errno
 import hashlib
 import json
-import os
 from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from dsv3.data.files import SkipReport
-from dsv3.data.shards import FORMAT, MANIFEST, Manifest, Shard, file_hash
+from dsv3.data.token_shards import FORMAT, MANIFEST, Manifest, Shard, file_hash
+from dsv3.disk import replace_file, sync
 from dsv3.errors import RunError, UserError
 
 SHARD_BYTES = 128 << 20
@@ -27,36 +27,34 @@ SHARD_BYTES = 128 << 20
 class ShardWriter:
     """Writes a shard set into a directory: `add` documents, then `finish`, inside a `with` block.
 
-    Leaving the block without `finish` removes what was written; with `identity`, the shard that was not complete alone.
-    Complete shards that an earlier writer with the same identity left, and whose hashes are right, are kept: the totals
-    count them, and `read` says how many documents of the source to pass over. Everything else in the directory that
-    belongs to a shard set is removed at once.
+    Leaving the block without `finish` removes the shard that was not complete. Complete shards that an earlier writer with
+    the same `origin` (JSON-able) left, and whose hashes are right, are kept: the totals count them, and `read` says how many
+    documents of the source to pass over. Everything else in the directory that belongs to a shard set is removed at once.
     Raises `UserError` when the directory cannot be written to, `RunError` when the disk is full or fails.
     """
 
     def __init__(
         self,
-        directory: str | Path,
+        directory: Path,
         *,
         vocab_size: int,
         tokenizer_hash: str,
+        origin: dict[str, Any],
         shard_bytes: int | None = None,
-        identity: dict[str, Any] | None = None,
     ) -> None:
-        self.directory = Path(directory)
+        self.directory, self.tokenizer_hash, self.origin = directory, tokenizer_hash, origin
         self.dtype = np.dtype("<u2" if vocab_size <= 65536 else "<u4")
-        self.tokenizer_hash = tokenizer_hash
         self.documents = self.tokens = self.bytes = self.read = 0
         self._shard_bytes = SHARD_BYTES if shard_bytes is None else shard_bytes
-        self._identity = {"tokenizer": tokenizer_hash, "dtype": self.dtype.name, "source": identity}
+        # Through JSON and back, as records are: tuples become lists.
+        self._identity = json.loads(json.dumps([tokenizer_hash, self.dtype.name, origin]))
         self._shards: list[Shard] = []
         self._files: list[Path] = []
+        """Those of the shard that is not complete."""
         self._stream: BinaryIO | None = None
-        self._finished = False
         with storage_errors(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
-            if identity is not None:
-                self._keep_complete()
+            self._keep_complete()
             kept = {name for shard in self._shards for name in shard.sha256}
             kept |= {f"shard-{number:05d}.json" for number in range(len(self._shards))}
             for pattern in (f"{MANIFEST}*", "tokens-*.bin", "documents-*.*", "shard-*.json*"):
@@ -70,11 +68,10 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not self._finished:
-            if self._stream is not None:
-                self._stream.close()
-            for path in self._files:
-                path.unlink(missing_ok=True)
+        if self._stream is not None:
+            self._stream.close()
+        for path in self._files:
+            path.unlink(missing_ok=True)
 
     def add(
         self,
@@ -112,24 +109,16 @@ class ShardWriter:
             if self._starts[0][-1] * self.dtype.itemsize >= self._shard_bytes:
                 self._close_shard(self._stream)
 
-    def finish(self, origin: dict[str, Any], skipped: SkipReport) -> Manifest:
+    def finish(self, skipped: SkipReport) -> Manifest:
         """Writes the manifest; from here on the directory is a shard set."""
         with storage_errors(self.directory):
             if self._stream is not None:
                 self._close_shard(self._stream)
             manifest = Manifest(
-                format=FORMAT,
-                tokenizer=self.tokenizer_hash,
-                dtype=self.dtype.name,
-                documents=self.documents,
-                tokens=self.tokens,
-                bytes=self.bytes,
-                origin=origin,
-                skipped=asdict(skipped),
-                shards=self._shards,
-            )
-            self._write_json(MANIFEST, asdict(manifest))
-            self._finished = True
+                FORMAT, self.tokenizer_hash, self.dtype.name, self.documents, self.tokens, self.bytes, self.origin,
+                asdict(skipped), self._shards,
+            )  # fmt: skip
+            replace_file(self.directory / MANIFEST, json.dumps(asdict(manifest), indent=2) + "\n")
             for record in self.directory.glob("shard-*.json"):
                 record.unlink()
         return manifest
@@ -139,16 +128,7 @@ class ShardWriter:
         self._files.append(path)
         return open(path, "wb")
 
-    def _write_json(self, name: str, content: dict[str, Any]) -> None:
-        temporary = self.directory / f"{name}.partial"
-        self._files.append(temporary)
-        with open(temporary, "wb") as stream:
-            stream.write(json.dumps(content, indent=2).encode() + b"\n")
-            make_durable(stream)
-        os.replace(temporary, self.directory / name)
-
     def _close_shard(self, stream: BinaryIO) -> None:
-        make_durable(stream)
         stream.close()
         self._stream = None
         starts = BytesIO()
@@ -161,39 +141,33 @@ class ShardWriter:
         for suffix, data in beside.items():
             with self._create("documents", suffix) as file:
                 file.write(data)
-                make_durable(file)
             hashes[f"documents-{number}.{suffix}"] = hashlib.sha256(data).hexdigest()
+        # So that no record or manifest outlives its shards in a crash.
+        for path in self._files:
+            sync(path)
         shard = Shard(len(self._names), self._starts[0][-1], hashes)
-        if self._identity["source"] is not None:
-            totals = {"documents": self.documents, "tokens": self.tokens, "bytes": self.bytes, "read": self.read}
-            record = {"identity": self._identity, "shard": asdict(shard), "totals": totals}
-            self._write_json(f"shard-{number}.json", record)
-            self._files.clear()
+        totals = {"documents": self.documents, "tokens": self.tokens, "bytes": self.bytes, "read": self.read}
+        record = {"identity": self._identity, "shard": asdict(shard), "totals": totals}
+        replace_file(self.directory / f"shard-{number}.json", json.dumps(record, indent=2))
+        self._files.clear()
         self._shards.append(shard)
 
     def _keep_complete(self) -> None:
         """Takes over the complete shards of an interrupted build, up to the first that is missing or damaged."""
-        while (record := self._record(len(self._shards))) is not None:
+        while True:
+            try:
+                record = json.loads(
+                    (self.directory / f"shard-{len(self._shards):05d}.json").read_text(encoding="utf-8")
+                )
+            except (FileNotFoundError, ValueError):
+                return
             shard = Shard(**record["shard"])
-            if any(file_hash(self.directory / name) != found for name, found in shard.sha256.items()):
+            whole = all(file_hash(self.directory / name) == found for name, found in shard.sha256.items())
+            if record["identity"] != self._identity or not whole:
                 return
             self._shards.append(shard)
             for name, total in record["totals"].items():
                 setattr(self, name, total)
-
-    def _record(self, number: int) -> dict[str, Any] | None:
-        try:
-            record = json.loads((self.directory / f"shard-{number:05d}.json").read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
-            return None
-        # Through JSON and back, as the record was: tuples become lists.
-        return record if record["identity"] == json.loads(json.dumps(self._identity)) else None
-
-
-def make_durable(stream: BinaryIO) -> None:
-    """Brings what was written to the disk, so that no manifest outlives its shards in a crash."""
-    stream.flush()
-    os.fsync(stream.fileno())
 
 
 @contextmanager
@@ -201,12 +175,9 @@ def storage_errors(directory: Path) -> Iterator[None]:
     """Turns failures of the file system into one paragraph."""
     try:
         yield
-    except (PermissionError, FileExistsError, NotADirectoryError) as error:
-        raise UserError(
-            f"cannot write shards into {directory}: {error.strerror}; choose a directory that can be written to"
-        ) from error
     except OSError as error:
-        if error.errno == errno.EROFS:
+        refused = isinstance(error, PermissionError | FileExistsError | NotADirectoryError)
+        if refused or error.errno == errno.EROFS:
             raise UserError(
                 f"cannot write shards into {directory}: {error.strerror}; choose a directory that can be written to"
             ) from error

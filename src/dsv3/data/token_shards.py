@@ -10,7 +10,6 @@ A shard set is a directory:
     shard-00000.json        only while the set is being written: this shard is complete, and a killed build goes on after it
 """
 
-import hashlib
 import json
 import os
 from bisect import bisect_right
@@ -25,6 +24,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from dsv3.disk import sha256
 from dsv3.errors import RunError, UserError
 
 MANIFEST = "manifest.json"
@@ -123,11 +123,11 @@ class ShardSet:
         expected = [pair for shard in self.manifest.shards[rank::ranks] for pair in shard.sha256.items()]
         with ThreadPoolExecutor(max_workers=4) as threads:
             found = threads.map(file_hash, (self.directory / name for name, _ in expected))
-            for (name, sha256), actual in zip(expected, found, strict=True):
-                if actual != sha256:
+            for (name, hashed), actual in zip(expected, found, strict=True):
+                if actual != hashed:
                     raise UserError(
                         f"{self.directory / name} is damaged: its sha256 is {actual[:12] if actual else 'none (it is gone)'}, the "
-                        f"manifest says {sha256[:12]}; {ANEW.format(self.directory)}"
+                        f"manifest says {hashed[:12]}; {ANEW.format(self.directory)}"
                     )
 
     def document(self, index: int, start: int = 0, length: int | None = None) -> npt.NDArray[np.integer]:
@@ -204,8 +204,4 @@ class OpenFiles:
 
 def file_hash(path: Path) -> str | None:
     """sha256 of a file in hexadecimal; None when it is not there."""
-    try:
-        with open(path, "rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except FileNotFoundError:
-        return None
+    return sha256(path) if path.is_file() else None

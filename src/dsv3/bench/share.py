@@ -1,0 +1,202 @@
+"""What one GPU of a cluster does when DeepSeek-V3 is trained on it (`dsv3 bench train --share`): full-width layers, each with
+the four routed experts that 64-way expert parallelism leaves a GPU, and the tokens a balanced all-to-all would bring them.
+
+Layers are timed by differences between networks of other depths; what 3 dense and 58 MoE layers and the head take together
+gives tokens a second and GPU. Communication and pipeline bubbles are not in it.
+
+Legend: T tokens, K experts a token, D hidden.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from dsv3.bench.measure import Progress
+from dsv3.errors import UserError
+from dsv3.model.config import ModelConfig
+from dsv3.model.feed_forward import Experts, Routing
+from dsv3.model.transformer import DeepSeekV3
+from dsv3.ops.permute import permute, sort_by_expert, unpermute
+from dsv3.planning.flops import training_flops_per_token
+from dsv3.recipe.schema import OptimizerSection
+from dsv3.training.optimizer import Optimizer
+
+EXPERT_RANKS = 64
+"""The report's expert parallelism (section 3.2)."""
+TOKENS = 4096
+MICRO_BATCHES = 8
+"""A step, of one sequence each."""
+DEPTHS = ((1, 4), (1, 2), (2, 2))
+"""(dense, MoE) layers of the networks that are timed."""
+KINDS = {
+    "grouped products": r"contiguous|grouped|wgrad|cutlass.*enable_3x",
+    "attention": r"sdpa|flash|fmha|attention",
+    "other products": r"nvjet|gemm|cublas|xmma",
+    "quantise, transpose, dequantise": r"^(rows|columns|both|tiles|blocks|transpos|dequantize|pack|unpack)",
+    "norms": r"norm",
+    "SwiGLU": r"swiglu|^(forward|backward)_kernel",
+    "router, sort, permute": r"sort|permute|sum_kernel|select|router|scatter|gather|index|cumsum|count",
+    "cross-entropy": r"cross|entropy|softmax",
+    "optimizer": r"adam|multi_tensor",
+    "copies and concatenations": r"copy|Cat|memcpy|Memcpy|memset|Memset|fill",
+}
+"""Kernels by the first pattern that their name matches; the rest is elementwise."""
+
+
+class BalancedExchange:
+    """A dispatcher: a GPU's experts get as many rows as tokens are sent out, evenly, made from its own tokens."""
+
+    def __init__(self, experts: int):
+        self.experts = experts
+
+    def dispatch(self, x_TD: Tensor, routing: Routing, alignment: int = 0) -> tuple[Tensor, Tensor, Any]:
+        """Choice k of every token goes to expert k modulo the number of experts."""
+        tokens, chosen = routing.expert.shape
+        expert = (torch.arange(chosen, device=x_TD.device) % self.experts).expand(tokens, chosen).contiguous()
+        permutation = sort_by_expert(expert, self.experts, 0, alignment)
+        return permute(x_TD, permutation), permutation.counts_E, permutation
+
+    def combine(self, rows_RD: Tensor, routing: Routing, handle: Any) -> Tensor:
+        """The weighted sums, as after the second all-to-all."""
+        return unpermute(rows_RD, routing.weight, handle)
+
+
+@dataclass(frozen=True)
+class Share:
+    """Of one precision, with or without MTP; times in milliseconds a micro-batch of 4,096 tokens, forward and backward."""
+
+    precision: str
+    mtp: bool
+    dense_layer: float
+    moe_layer: float
+    head: float
+    """Embedding, final norm, output head and loss; with MTP its module and second head as well."""
+    optimizer: float
+    """Of the network of 1 dense and 4 MoE layers, a step of 8 micro-batches."""
+    tokens_per_second: float
+    """4096 / (3 dense + 58 MoE layers + head), the optimizer's time spread over the micro-batches of a step."""
+    teraflops: float
+    """By the report's causal accounting, which counts no MTP unless it runs."""
+    peak_memory: int
+    """Bytes, of the largest network that was timed."""
+    budget: Mapping[str, float]
+    """Milliseconds by kind of kernel of one micro-batch of the first network; "between kernels" is when none ran."""
+
+
+def bench_share(
+    precision: Literal["bf16", "fp8"], mtp: bool, steps: int = 1, progress: Progress = lambda **_: None
+) -> Share:
+    """Measures on the current GPU; `UserError` where there is none."""
+    if not torch.cuda.is_available():
+        raise UserError("dsv3 bench train --share measures a GPU, and found none")
+    times, optimizer, budget, peak = list[float](), 0.0, dict[str, float](), 0
+    for number, (dense, moe) in enumerate(DEPTHS):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        step = Step(dense, moe, mtp, precision)
+        passes, update = step.timed(steps)
+        times.append(passes / MICRO_BATCHES)
+        peak = max(peak, torch.cuda.max_memory_allocated())
+        if number == 0:
+            optimizer, budget = update, step.budget()
+        del step
+        progress(stage=f"{precision}{' with MTP' if mtp else ''}", done=number + 1, total=len(DEPTHS))
+    moe_layer, dense_layer = (times[0] - times[1]) / (DEPTHS[0][1] - DEPTHS[1][1]), times[2] - times[1]
+    head = times[0] - dense_layer - DEPTHS[0][1] * moe_layer
+    whole = ModelConfig.preset("deepseek-v3")
+    layers = whole.num_hidden_layers - whole.first_k_dense_replace
+    # The update of the layers timed, as if spread over all that the whole model has.
+    update_share = optimizer / MICRO_BATCHES * (3 * dense_layer + layers * moe_layer + head) / times[0]
+    total = whole.first_k_dense_replace * dense_layer + layers * moe_layer + head + update_share
+    speed = 1000 * TOKENS / total
+    flops = training_flops_per_token(whole, TOKENS, mtp=mtp)
+    return Share(
+        precision, mtp, dense_layer, moe_layer, head, optimizer, speed, flops * speed / 1e12, peak, budget
+    )  # fmt: skip
+
+
+class Step:
+    """A network of some layers and its optimizer."""
+
+    def __init__(self, dense: int, moe: int, mtp: bool, precision: str):
+        self.model, self.mtp_weight = network(dense, moe, mtp), 0.3 if mtp else 0.0
+        if precision == "fp8":
+            self.model.compute_in_fp8()
+        self.optimizer = Optimizer(self.model, OptimizerSection(moments="bf16"), muon_dtype=torch.bfloat16)
+        vocabulary = self.model.config.vocab_size
+        self.tokens = torch.randint(vocabulary, (MICRO_BATCHES, 1, TOKENS + 1), device="cuda")
+
+    def gradients(self, number: int) -> None:
+        """Forward and backward pass of one micro-batch."""
+        losses = self.model.loss(
+            self.tokens[number], mtp_weight=self.mtp_weight, balance_alpha=1e-4, scale=1 / MICRO_BATCHES, divisor=TOKENS
+        )
+        losses.total.backward()
+
+    def update(self) -> None:
+        """As the trainer does it."""
+        norms = self.optimizer.clip()
+        self.optimizer.step(1e-6, ~norms["all"].isfinite())
+
+    def timed(self, steps: int) -> tuple[float, float]:
+        """Milliseconds of a step's passes, and of its update, after two steps that do not count."""
+        passes = update = 0.0
+        for number in range(steps + 2):
+            marks = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
+            marks[0].record()
+            for micro in range(MICRO_BATCHES):
+                self.gradients(micro)
+            marks[1].record()
+            self.update()
+            marks[2].record()
+            torch.cuda.synchronize()
+            if number >= 2:
+                passes += marks[0].elapsed_time(marks[1]) / steps
+                update += marks[1].elapsed_time(marks[2]) / steps
+        return passes, update
+
+    def budget(self) -> dict[str, float]:
+        """Where one micro-batch's time goes: milliseconds by kind of kernel."""
+        self.gradients(0)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            started.record()
+            self.gradients(1)
+            ended.record()
+            torch.cuda.synchronize()
+        found = dict.fromkeys([*KINDS, "elementwise"], 0.0)
+        for event in profile.key_averages():
+            found[kind_of(event.key)] += event.self_device_time_total / 1000
+        found["between kernels"] = max(0.0, started.elapsed_time(ended) - sum(found.values()))
+        return found
+
+
+def kind_of(kernel: str) -> str:
+    """The kind of a kernel, by its name."""
+    return next((kind for kind, pattern in KINDS.items() if re.search(pattern, kernel)), "elementwise")
+
+
+def network(dense: int, moe: int, mtp: bool) -> DeepSeekV3:
+    """On the current GPU, with random weights; the router chooses among all 256 experts, four of which are here."""
+    whole = ModelConfig.preset("deepseek-v3")
+    here = whole.n_routed_experts // EXPERT_RANKS
+    config = whole.replace(
+        num_hidden_layers=dense + moe, first_k_dense_replace=dense, num_nextn_predict_layers=int(mtp)
+    )
+    experts = config.replace(n_routed_experts=here, n_group=1, topk_group=1, num_experts_per_tok=here)
+    with torch.device("meta"):
+        model = DeepSeekV3(config, torch.bfloat16, BalancedExchange(here))
+        for block in model.blocks():
+            if block.moe is not None:
+                block.moe.experts = Experts(experts)
+    model = model.to_empty(device="cuda")
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.006) if parameter.dim() > 1 else torch.nn.init.ones_(parameter)
+    for block in model.blocks():
+        if block.moe is not None:
+            block.moe.gate.e_score_correction_bias.zero_()
+    return model

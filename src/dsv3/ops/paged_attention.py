@@ -1,0 +1,129 @@
+"""MLA's absorbed attention over pages (report, section 2.1.1): all heads attend to the tokens of their sequence's pages, each of
+which is key and value alike. Twin over contiguous entries: `dsv3.ops.latent_attention`.
+
+Legend: B sequences, T tokens of the pass, H heads, P pages, M pages of the longest sequence, C elements of the latent, R of the
+rotated key, L = C + R.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsv3.ops.grouped_gemm_fp8 import no_gluon
+from dsv3.ops.kernels.available import no_triton
+from dsv3.ops.kernels.flash_mla import no_flash_mla
+from dsv3.ops.latent_pages import PAGE, packed_size, unpack
+from dsv3.ops.operation import Implementation, Operation
+
+Attended = tuple[Tensor, Tensor]
+"""[B, T, H, C] in the queries' dtype, and FP32 [B, T, H]: the logarithm of the sum of exponentials."""
+
+
+def reference(
+    q_BTHL: Tensor, pages: Tensor, table_BM: Tensor, lengths_B: Tensor, latent: int, scale: float
+) -> Attended:
+    """The definition, in FP32: a loop over sequences."""
+    batch, tokens, heads, _ = q_BTHL.shape
+    out = torch.zeros(batch, tokens, heads, latent, dtype=q_BTHL.dtype, device=q_BTHL.device)
+    lse = torch.full((batch, tokens, heads), float("-inf"), device=q_BTHL.device)
+    for b, length in enumerate(lengths_B.tolist()):
+        held = pages[table_BM[b, : -(-length // PAGE)].long()].flatten(0, 1)[:length]
+        entries_SL = unpack(held, latent, torch.float32) if pages.dtype == torch.uint8 else held.float()
+        scores_THS = torch.einsum("thl,sl->ths", q_BTHL[b].float(), entries_SL) * scale
+        limit_T = torch.arange(length - tokens + 1, length + 1, device=q_BTHL.device)
+        hidden_TS = torch.arange(length, device=q_BTHL.device) >= limit_T.unsqueeze(1)
+        scores_THS.masked_fill_(hidden_TS.unsqueeze(1), float("-inf"))
+        lse[b] = scores_THS.logsumexp(-1)
+        weights_THS = (scores_THS - lse[b].unsqueeze(-1)).exp().nan_to_num(0.0)
+        out[b] = torch.einsum("ths,sc->thc", weights_THS, entries_SL[:, :latent]).to(q_BTHL.dtype)
+    return out, lse
+
+
+def disagree(
+    q_BTHL: Tensor, pages: Tensor, table_BM: Tensor, lengths_B: Tensor, latent: int, scale: float
+) -> str | None:
+    """What is wrong with the shapes."""
+    batch, _, _, size = q_BTHL.shape
+    token = packed_size(latent, size - latent) if pages.dtype == torch.uint8 else size
+    if pages.shape[1:] != (PAGE, token):
+        return f"queries of {size} elements need pages of [{PAGE}, {token}], not {list(pages.shape[1:])}"
+    if len(table_BM) != batch or lengths_B.shape != (batch,):
+        return f"{batch} sequences have as many rows of pages and lengths, not {len(table_BM)} and {len(lengths_B)}"
+    if (table_BM.dtype, lengths_B.dtype) != (torch.int32, torch.int32):
+        return f"needs pages and lengths in int32, not {table_BM.dtype} and {lengths_B.dtype}"
+    return None
+
+
+def flash_mla(*arguments: Any) -> Attended:
+    """The plugin."""
+    from dsv3.ops.kernels.flash_mla import decode
+
+    return decode(*arguments)
+
+
+def flash_mla_serves(q_BTHL: Tensor, pages: Tensor, *rest: Any) -> str | None:
+    """Why it does not."""
+    if pages.dtype != torch.bfloat16:
+        return f"needs pages in BF16, not {pages.dtype}"
+    if q_BTHL.shape[1] * q_BTHL.shape[2] < 128:
+        return "pays from 128 heads and tokens of a sequence"
+    return gluon_serves(q_BTHL, pages, *rest) or no_flash_mla()
+
+
+def gluon(*arguments: Any) -> Attended:
+    """The kernel whose warps share the work out."""
+    from dsv3.ops.kernels.paged_attention_gluon import decode
+
+    return decode(*arguments)
+
+
+def gluon_serves(
+    q_BTHL: Tensor, pages: Tensor, table_BM: Tensor, lengths_B: Tensor, latent: int, scale: float
+) -> str | None:
+    """Why it does not."""
+    if (latent, q_BTHL.shape[3]) != (512, 576):
+        return f"needs latents of 512 elements and rotated keys of 64, not {latent} and {q_BTHL.shape[3] - latent}"
+    reason = triton_serves(q_BTHL, pages, table_BM, lengths_B, latent, scale)
+    return reason or no_gluon(q_BTHL.device)
+
+
+def triton(*arguments: Any) -> Attended:
+    """The kernel."""
+    from dsv3.ops.kernels.paged_attention import decode
+
+    return decode(*arguments)
+
+
+def triton_serves(
+    q_BTHL: Tensor, pages: Tensor, table_BM: Tensor, lengths_B: Tensor, latent: int, scale: float
+) -> str | None:
+    """Why it does not."""
+    if q_BTHL.dtype != torch.bfloat16 or pages.dtype not in (torch.bfloat16, torch.uint8):
+        return f"needs queries in BF16 and pages in BF16 or uint8, not {q_BTHL.dtype} and {pages.dtype}"
+    sizes = latent, q_BTHL.shape[3] - latent
+    if any(size < 16 or size & (size - 1) for size in sizes) or latent > 512:
+        return f"needs latents and rotated keys of a power of two of elements, 16 to 512, not {sizes[0]} and {sizes[1]}"
+    if not q_BTHL.is_contiguous() or not pages.is_contiguous() or table_BM.stride(1) != 1:
+        return "needs queries and pages that are contiguous, and a sequence's page numbers side by side"
+    reason = disagree(q_BTHL, pages, table_BM, lengths_B, latent, scale)
+    return reason or no_triton(q_BTHL, pages, table_BM, lengths_B)
+
+
+paged_latent_attention = Operation(
+    "paged_latent_attention",
+    [
+        Implementation("flash_mla", flash_mla, flash_mla_serves),
+        Implementation("gluon", gluon, gluon_serves),
+        Implementation("triton", triton, triton_serves),
+        Implementation("reference", reference, disagree),
+    ],
+)
+"""`paged_latent_attention(q [B, T, H, L], pages [P, 64, L] or uint8 [P, 64, bytes], table int32 [B, M], lengths int32 [B], C,
+scale) -> ([B, T, H, C], lse FP32 [B, T, H])`.
+
+Page m of sequence b is pages[table[b, m]]; packed tokens are those of `dsv3.ops.latent_pages`. A length counts the tokens of
+this pass, which are the last: query t sees positions below length - T + t + 1. A query that sees nothing, as all of a sequence
+of length 0, gives zeros and -inf. Of the table, what lies behind a sequence's pages is not read, and slots behind its length may
+hold anything. `lse` merges results over parts of a context. Raises `UserError` for shapes that do not agree.
+"""

@@ -1,0 +1,57 @@
+"""The wiring of the share of one GPU, at the widths of a small network; its times are taken on a GPU."""
+
+import pytest
+import torch
+
+from dsv3.bench import share
+from dsv3.errors import UserError
+from dsv3.model.config import ModelConfig
+from dsv3.model.feed_forward import LocalDispatcher
+from dsv3.model.transformer import DeepSeekV3
+
+
+@pytest.fixture
+def small(monkeypatch):
+    config = ModelConfig.preset("tiny", n_routed_experts=256, num_experts_per_tok=8, n_group=8, topk_group=4)
+    monkeypatch.setattr(ModelConfig, "preset", lambda name: config)
+    monkeypatch.setattr(DeepSeekV3, "to_empty", lambda self, device: torch.nn.Module.to_empty(self, device="cpu"))
+    return config
+
+
+@pytest.mark.parametrize("mtp", [False, True])
+def test_the_network_trains_all_it_holds(small, mtp):
+    model = share.network(1, 2, mtp)
+    assert [block.moe is None for block in model.layers] == [True, False, False]
+    assert all(len(block.moe.experts.down_proj) == 4 for block in model.blocks() if block.moe)
+    tokens = torch.randint(small.vocab_size, (1, 65))
+    model.loss(tokens, mtp_weight=0.3 * mtp, balance_alpha=1e-4).total.backward()
+    assert all(each.grad is not None and each.grad.isfinite().all() for each in model.parameters())
+
+
+def test_rows_are_spread_evenly_and_come_back_to_their_tokens(small):
+    model = share.network(0, 1, False)
+    gate, exchange = model.layers[0].moe.gate, share.BalancedExchange(4)
+    x = torch.randn(24, small.hidden_size)
+    routing = gate(x, 1, 0.0)
+    rows, counts, handle = exchange.dispatch(x, routing)
+    assert counts.tolist() == [48] * 4
+    # Experts that change nothing: every token is multiplied by the sum of its weights.
+    out = exchange.combine(rows, routing, handle)
+    torch.testing.assert_close(out, x * routing.weight.sum(1, keepdim=True))
+    local = LocalDispatcher()
+    torch.testing.assert_close(out, local.combine((found := local.dispatch(x, routing))[0], routing, found[2]))
+
+
+def test_kernels_are_told_apart_by_name():
+    kinds = {
+        "nvjet_sm90_tst_256x128": "other products", "contiguous_kernel": "grouped products",
+        "cudnn_generated_fort_native_sdpa_sm90_flash_bprop": "attention", "rows_kernel": "quantise, transpose, dequantise",
+        "void at::native::vectorized_elementwise_kernel": "elementwise",
+    }  # fmt: skip
+    assert {name: share.kind_of(name) for name in kinds} == kinds
+
+
+def test_a_machine_without_a_gpu_is_told(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="measures a GPU"):
+        share.bench_share("bf16", False)
