@@ -75,7 +75,7 @@ def run(tmp_path_factory):
             "pretrain was made from other inputs: optimizer.weight_decay was 0.1 and is 0.3",
         ),
         ("training.tokens=512", "pretrain was made from other inputs: training.tokens was 1024 and is 512"),
-        ("--allow=data.fim", "--allow data.fim: no recipe has this key; did you mean 'data.fim_rate'"),
+        ("--allow=data.fim_rat", "--allow data.fim_rat: no recipe has this key; did you mean 'data.fim_rate'"),
         ("data.fim_rate=0.5", "train was made from other inputs: fim_rate was 0.1 and is 0.5"),
         ("model.vocab_size=600", "tokenizer was made from other inputs: tokenizer.vocab_size was 512 and is 600"),
     ],

@@ -62,6 +62,14 @@ def test_rearranged_documents_hold_the_same_text(corpus, tokenizer, tmp_path):
         assert tokenizer.decode(unfim(changed, tokenizer)) == tokenizer.decode(whole)
 
 
+def test_documents_are_cut_between_lines(corpus, tokenizer, tmp_path):
+    build_set(corpus, "train", tokenizer, tmp_path, seed=0, fim_rate=1.0, fim_unit="line")
+    for ids in every(tmp_path):
+        hole, end = ids.index(tokenizer.fim_hole_id), ids.index(tokenizer.fim_end_id)
+        parts = [tokenizer.decode(part) for part in (ids[2:hole], ids[hole + 1 : end], ids[end + 1 : -1])]
+        assert all(part.endswith("\n") for part in parts if part)
+
+
 def test_joined_tokens_are_split_at_the_rate(corpus, tokenizer, tmp_path):
     splits = joined_newline_splits(tokenizer)
     counts = []

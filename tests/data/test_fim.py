@@ -3,7 +3,7 @@ from random import Random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsv3.data.fim import fim_document, fim_ids
+from dsv3.data.fim import fim_document, fim_ids, line_ends
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 
@@ -13,6 +13,24 @@ def unfim(ids: list[int], tokenizer) -> str:
     assert ids[0] == tokenizer.fim_begin_id
     hole, end = ids.index(tokenizer.fim_hole_id), ids.index(tokenizer.fim_end_id)
     return tokenizer.decode([*ids[1:hole], *ids[end + 1 :], *ids[hole + 1 : end]])
+
+
+@given(text=st.lists(st.sampled_from(["a", "\n", "b\r\n", "字", "\r", "\x85"]), max_size=12).map("".join))
+def test_lines_end_behind_line_breaks(text):
+    ends = line_ends(text)
+    assert ends == [at for at in range(len(text) + 1) if at in (0, len(text)) or text[at - 1] == "\n"]
+
+
+def test_cuts_between_lines_are_uniform():
+    random = Random(0)
+    text = "first\n\n    third = 3\nlast"
+    counts = dict.fromkeys([0, 6, 7, 21, 25], 0)
+    for _ in range(10_000):
+        parts = fim_document(text, random, 1.0, "line")
+        assert "".join(parts) == text
+        counts[len(parts.prefix)] += 1
+        counts[len(parts.prefix) + len(parts.middle)] += 1
+    assert all(3800 < count < 4200 for count in counts.values())
 
 
 @given(text=TEXT, seed=st.integers(0, 2**32))

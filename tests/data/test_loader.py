@@ -53,6 +53,13 @@ def test_rows_do_not_depend_on_how_they_are_asked_for(sources):
     assert [row for part in [*parts[:0:-1], parts[0]] for row in part.documents] == whole.documents
 
 
+def test_in_order_every_row_but_the_last_is_full(sources):
+    shards = sources[0][1]
+    batch = Loader([sources[0]], ROW, 0, PAD, packing="in_order").batch(0, -(-shards.lengths.sum() // ROW))
+    assert (~batch.valid).sum() == -shards.lengths.sum() % ROW
+    assert sorted(batch.tokens[batch.valid].tolist()) == list(range(100, 100 + shards.lengths.sum()))
+
+
 def test_each_epoch_holds_every_token_of_a_source_once(sources):
     _, shards, _ = sources[0]
     loader = Loader([sources[0]], ROW, 0, PAD)

@@ -22,9 +22,10 @@ def best_fit_rows(lengths: list[int], row: int) -> list[int]:
     return sorted(rooms)
 
 
+@pytest.mark.parametrize("packing", ["best_fit", "in_order"])
 @given(lengths=LENGTHS, row=st.integers(1, 30))
-def test_nothing_is_lost_or_duplicated(lengths, row):
-    plan = pack(lengths, row)
+def test_nothing_is_lost_or_duplicated(packing, lengths, row):
+    plan = pack(lengths, row, packing)
     seen = [np.zeros(length, dtype=int) for length in lengths]
     for document, start, length in zip(plan.document, plan.start, plan.length, strict=True):
         assert length > 0
@@ -32,6 +33,20 @@ def test_nothing_is_lost_or_duplicated(lengths, row):
     assert all((count == 1).all() for count in seen)
     assert plan.first[0] == 0
     assert plan.first[-1] == len(plan.document)
+
+
+@given(lengths=LENGTHS, row=st.integers(1, 30))
+def test_in_order_is_the_documents_end_to_end(lengths, row):
+    """Token by token: the k-th of all lies in row k // row, and a piece is as long as it can be."""
+    plan = pack(lengths, row, "in_order")
+    every = [(document, at) for document, length in enumerate(lengths) for at in range(length)]
+    laid = []
+    for number, (a, b) in enumerate(zip(plan.first[:-1], plan.first[1:], strict=True)):
+        pieces = list(zip(plan.document[a:b], plan.start[a:b], plan.length[a:b], strict=True))
+        laid += [(document, start + k) for document, start, length in pieces for k in range(length)]
+        assert len(laid) == min((number + 1) * row, len(every))
+        assert len({document for document, _, _ in pieces}) == len(pieces)
+    assert laid == every
 
 
 @given(lengths=LENGTHS, row=st.integers(1, 30))

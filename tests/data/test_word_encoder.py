@@ -1,3 +1,4 @@
+import json
 import unicodedata
 from itertools import islice
 
@@ -107,6 +108,14 @@ def test_another_pre_tokenizer_does_the_work_itself(tokenizer):
     assert not encoder.fast
     text = "1 22 333 4444 a-b.\n"
     assert encode(encoder, [text]) == other.encode_batch([text])
+
+
+def test_a_normalizer_before_the_words_leaves_the_work_to_it(tokenizer):
+    other = Tokenizer(json.dumps(json.loads(tokenizer.json) | {"normalizer": {"type": "Lowercase"}}))
+    assert other.encode("A1") != tokenizer.encode("A1")
+    encoder = WordEncoder(other)
+    assert not encoder.fast
+    assert encode(encoder, ["A1"]) == other.encode_batch(["A1"])
 
 
 def test_a_text_without_a_utf8_form_is_refused(encoders):

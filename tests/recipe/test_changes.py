@@ -94,5 +94,5 @@ def test_what_is_allowed_by_name_passes_and_is_listed():
     accepted, refused = check_changes(old, new, 40, ["data.fim_rate", "optimizer"])
     assert refused == []
     assert "data.fim_rate was 0.1 and is 0.5 (allowed)" in accepted
-    with pytest.raises(UserError, match=r"--allow data.fim: .*did you mean 'data.fim_rate'"):
-        check_changes(old, new, 40, ["data.fim"])
+    with pytest.raises(UserError, match=r"--allow data.fim_rat: .*did you mean 'data.fim_rate'"):
+        check_changes(old, new, 40, ["data.fim_rat"])

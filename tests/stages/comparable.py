@@ -32,6 +32,7 @@ def write_run(
         [
             {
                 "step": tokens // 1000, "tokens": tokens,
+                "validation_loss": {"stdlib": 2 * stdlib + (10000 - tokens) / 1e4},
                 "bits_per_byte": {"stdlib": stdlib + (10000 - tokens) / 1e4, "tinypy": 0.3},
                 "pass_at_1": {"tinypy": {"passed": passed * tokens // 10000, "total": 300}},
             }

@@ -82,7 +82,7 @@ def test_the_order_of_the_directories_decides_what_is_first_and_each_counts_once
 def test_it_is_json(runs):
     content = json.loads(json.dumps(compare(runs[0]).to_dict()))
     assert content["runs"]["mtp-off"]["2"] == str(runs[0][5])
-    assert len(content["lines"]) == 4 * 4
+    assert len(content["lines"]) == 5 * 4
     assert content["lines"][1]["finding"] == {"sign": 0, "source": "Table 4"}
 
 

@@ -19,10 +19,14 @@ def test_table(comparison):
     head, *rows = table(comparison)
     assert head == ["figure", "variant", "mean", "difference", "report", "reproduces"]
     assert rows[:2] == [
+        ["validation loss, stdlib", "baseline", "3.6000 ± 0.0000", "", "", ""],
+        ["", "mtp-off", "3.8000 ± 0.0000", "+0.2000 ± 0.0000", "the same (Table 4)", "no"],
+    ]
+    assert rows[2:4] == [
         ["bits per byte, stdlib", "baseline", "1.8000 ± 0.0000", "", "", ""],
         ["", "mtp-off", "1.9000 ± 0.0000", "+0.1000 ± 0.0000", "the same (Table 4)", "no"],
     ]
-    assert rows[4:6] == [
+    assert rows[6:8] == [
         ["pass@1, tinypy", "baseline", "91.0 ± 1.0%", "", "", ""],
         ["", "mtp-off", "81.0 ± 1.0%", "-10.0 ± 0.0%", "lower (Table 4)", "yes"],
     ]
@@ -32,8 +36,8 @@ def test_table(comparison):
 def test_markdown_has_the_table_and_what_it_means(comparison):
     lines = markdown(comparison).splitlines()
     assert lines[0] == "| figure | variant | mean | difference | report | reproduces |"
-    assert lines[3] == "|  | mtp-off | 1.9000 ± 0.0000 | +0.1000 ± 0.0000 | the same (Table 4) | no |"
-    assert "6 runs, seeds 0, 1, 2, after 10,000 tokens, on a device. MaxVio: mean over the last 20%" in lines[11]
+    assert lines[5] == "|  | mtp-off | 1.9000 ± 0.0000 | +0.1000 ± 0.0000 | the same (Table 4) | no |"
+    assert "6 runs, seeds 0, 1, 2, after 10,000 tokens, on a device. MaxVio: mean over the last 20%" in lines[13]
 
 
 @pytest.mark.parametrize("ending", ["svg", "png"])
@@ -41,9 +45,10 @@ def test_the_drawing_has_every_figure_variant_and_sign(comparison, tmp_path, end
     with matplotlib.rc_context(STYLE):
         figure = drawing(comparison)
     assert [axes.get_title(loc="left") for axes in figure.axes] == [
-        "bits per byte, stdlib", "bits per byte, tinypy", "pass@1, tinypy %", "MaxVio",
+        "validation loss, stdlib", "bits per byte, stdlib", "bits per byte, tinypy", "pass@1, tinypy %", "MaxVio",
     ]  # fmt: skip
-    bits, _, solved, violation = figure.axes
+    loss, bits, _, solved, violation = figure.axes
+    assert list(loss.lines[1].get_ydata()) == pytest.approx([4.4, 4.0, 3.8])
     assert list(bits.lines[1].get_ydata()) == pytest.approx([2.5, 2.1, 1.9])
     assert list(solved.lines[0].get_ydata()) == pytest.approx([36.33, 72.67, 91.0], abs=0.01)
     assert violation.lines[0].get_ydata()[-1] == pytest.approx(0.2)

@@ -37,6 +37,8 @@ def changed(*overrides):
         ("optimizer.kind=adamw", {"pretrain"}),
         ("data.sequence_length=64", {"pretrain"}),
         ("data.fim_rate=0.5", {TRAIN, "pretrain"}),
+        ("data.fim_unit=line", {TRAIN, "pretrain"}),
+        ("data.packing=in_order", {"pretrain"}),
         ("data.split_joined_rate=0.5", {TRAIN, "pretrain"}),
         ("data.sources.0.tokens=9K", {"tokenizer", TRAIN, "pretrain"}),
         ("model.vocab_size=600", {"tokenizer", "pretrain"}),

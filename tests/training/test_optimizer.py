@@ -75,8 +75,10 @@ def test_muon_equals_a_loop_over_matrices():
 
 @pytest.mark.parametrize("part", [2**26, 100])
 @pytest.mark.parametrize("moments", ["fp32", "bf16"])
-@pytest.mark.parametrize("decay_norms", [False, True])
-def test_adamw_equals_the_papers_loop_and_decay_spares_gains(decay_norms, moments, part, monkeypatch):
+@pytest.mark.parametrize(("decay_norms", "decay_embedding"), [(False, True), (True, True), (False, False)])
+def test_adamw_equals_the_papers_loop_and_decay_spares_what_it_should(
+    decay_norms, decay_embedding, moments, part, monkeypatch
+):
     """Loshchilov & Hutter 2019, algorithm 2, with the schedule's rate in front of the decay as well; between two steps
     moments are what their dtype holds."""
     monkeypatch.setattr(adamw, "PART", part)
@@ -88,6 +90,7 @@ def test_adamw_equals_the_papers_loop_and_decay_spares_gains(decay_norms, moment
         eps=1e-8,
         betas=(0.9, 0.95),
         decay_norms=decay_norms,
+        decay_embedding=decay_embedding,
         moments=moments,
     )
     optimizer = Optimizer(model, section)
@@ -108,7 +111,8 @@ def test_adamw_equals_the_papers_loop_and_decay_spares_gains(decay_norms, moment
             first[name] = 0.9 * kept(first[name]) + 0.1 * g
             second[name] = 0.95 * kept(second[name]) + 0.05 * g * g
             corrected = (first[name] / (1 - 0.9**t)) / ((second[name] / (1 - 0.95**t)).sqrt() + 1e-8)
-            decay = 0.0 if weight.dim() == 1 and not decay_norms else 0.1
+            decays = decay_embedding if name == "embed_tokens.weight" else weight.dim() > 1 or decay_norms
+            decay = 0.1 if decays else 0.0
             weights[name] = weight - rate * (corrected + decay * weight)
     for name, parameter in model.named_parameters():
         off = (parameter.double() - weights[name]).abs() > 2e-6 + 1e-5 * weights[name].abs()

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from dsv3.data.encoding import Encoding
 from dsv3.data.files import Document, SkipReport
+from dsv3.data.fim import FimUnit
 from dsv3.data.sources import ENDLESS, VALIDATION_FRACTION, Split, documents, fingerprint
 from dsv3.data.token_shard_writer import ShardWriter
 from dsv3.data.token_shards import MANIFEST, Manifest, ShardSet, file_hash
@@ -32,6 +33,7 @@ class ShardPlan:
     seed: int
     fim_rate: float = 0.0
     split_joined_rate: float = 0.0
+    fim_unit: FimUnit = "character"
     validation_fraction: float = VALIDATION_FRACTION
     limit_documents: int | None = None
     limit_tokens: int | None = None
@@ -75,7 +77,7 @@ def build_shards(
     left out and counted; each takes 100 bytes of memory.
     Raises `UserError` for bad input; `RunError` when the disk is full, a source disappears or a worker dies.
     """
-    encoding = Encoding(plan.seed, plan.fim_rate, plan.split_joined_rate)
+    encoding = Encoding(plan.seed, plan.fim_rate, plan.split_joined_rate, plan.fim_unit)
     if (plan.source, plan.split) in ENDLESS and plan.limit_tokens is None and plan.limit_documents is None:
         raise UserError(f"the {plan.split} split of {plan.source} never ends; expected a limit in tokens or documents")
     before = None if earlier is None else [file_hash(each / MANIFEST) for each in earlier]

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dsv3.data.files import Document
-from dsv3.data.fim import fim_document, fim_ids
+from dsv3.data.fim import FimUnit, fim_document, fim_ids
 from dsv3.data.joined import JoinedSplitter
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.data.word_encoder import WordEncoder
@@ -24,6 +24,8 @@ class Encoding:
     """Share of the documents that are rearranged (`fim.py`)."""
     split_joined_rate: float = 0.0
     """Share of the tokens joining punctuation with line breaks that are split (`joined.py`)."""
+    fim_unit: FimUnit = "character"
+    """What rearranged documents are cut between."""
 
     def __post_init__(self) -> None:
         for name in ("fim_rate", "split_joined_rate"):
@@ -43,7 +45,8 @@ class DocumentEncoder:
     def encode(self, batch: Sequence[Document]) -> list[npt.NDArray[np.uint32]]:
         """For each document `bos, tokens, eos`, uint32 [length]; a bos per document is a choice: the report does not say."""
         generators = [Random(f"{self._encoding.seed}:{document.id}") for document in batch]
-        cut = [fim_document(d.text, rng, self._encoding.fim_rate) for d, rng in zip(batch, generators, strict=True)]
+        rate, unit = self._encoding.fim_rate, self._encoding.fim_unit
+        cut = [fim_document(d.text, rng, rate, unit) for d, rng in zip(batch, generators, strict=True)]
         texts = [text for d, parts in zip(batch, cut, strict=True) for text in (parts or (d.text,))]
         encoded = iter(self._words.encode_batch(texts))
         found = []

@@ -4,11 +4,14 @@ Prefix-suffix-middle at the level of the document, before packing (report, secti
 `<｜fim▁begin｜> prefix <｜fim▁hole｜> suffix <｜fim▁end｜> middle <eos>`.
 """
 
+import re
 from collections.abc import Sequence
 from random import Random
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from dsv3.data.tokenizer import Tokenizer
+
+FimUnit = Literal["character", "line"]
 
 
 class Parts(NamedTuple):
@@ -19,17 +22,24 @@ class Parts(NamedTuple):
     suffix: str
 
 
-def fim_document(text: str, rng: Random, rate: float) -> Parts | None:
+def fim_document(text: str, rng: Random, rate: float, unit: FimUnit = "character") -> Parts | None:
     """Chooses a document with probability `rate` (the report: 0.1) and cuts it; None leaves it as it is.
 
-    The report does not say where documents are cut. Here both cuts are uniform over the positions between characters,
-    the ends included, so any part may be empty. The parts are encoded one by one: no token straddles a cut.
+    The report does not say where documents are cut. Here both cuts are uniform over the positions between characters or
+    lines (behind each `\n`), the ends included, so any part may be empty. The parts are encoded one by one: no token
+    straddles a cut.
     """
     if rng.random() >= rate:
         return None
+    places = range(len(text) + 1) if unit == "character" else line_ends(text)
     # random() alone is the same in every Python version.
-    first, second = sorted(int(rng.random() * (len(text) + 1)) for _ in range(2))
+    first, second = sorted(places[int(rng.random() * len(places))] for _ in range(2))
     return Parts(text[:first], text[first:second], text[second:])
+
+
+def line_ends(text: str) -> Sequence[int]:
+    """Where lines begin and end, ascending, each once."""
+    return sorted({0, *(found.end() for found in re.finditer("\n", text)), len(text)})
 
 
 def fim_ids(prefix: Sequence[int], middle: Sequence[int], suffix: Sequence[int], tokenizer: Tokenizer) -> list[int]:

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 
 from dsv3.data.mixture import LONGEST_CYCLE, interleave
-from dsv3.data.packing import pack
+from dsv3.data.packing import Packing, pack
 from dsv3.data.token_shards import ShardSet
 from dsv3.errors import UserError
 
@@ -50,6 +50,7 @@ class Loader:
         seed: int,
         pad_id: int,
         document_mask: bool = False,
+        packing: Packing = "best_fit",
         *,
         rank: int = 0,
         ranks: int = 1,
@@ -67,7 +68,7 @@ class Loader:
                 raise UserError(f"source {name!r} holds no documents")
         self.names = [name for name, _, _ in sources]
         self.shards = [shards for _, shards, _ in sources]
-        self.plans = [pack(shards.lengths, row) for shards in self.shards]
+        self.plans = [pack(shards.lengths, row, packing) for shards in self.shards]
         self.row, self.seed, self.pad_id, self.document_mask = row, seed, pad_id, document_mask
         self.rank, self.ranks = rank, ranks
         self._order, self._before = interleave([weight for _, _, weight in sources])

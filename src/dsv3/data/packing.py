@@ -1,17 +1,20 @@
-"""Best-fit packing: documents into rows of equal length with few cuts.
+"""Packing: documents into rows of equal length.
 
-Ding et al. 2024, "Fewer Truncations Improve Language Modeling", which the report follows (section 4.1): only documents longer
-than a row are cut, and all pieces are then packed best-fit-decreasing.
+By best fit as in Ding et al. 2024, "Fewer Truncations Improve Language Modeling", which the report follows (section 4.1): only
+documents longer than a row are cut, and all pieces are then packed best-fit-decreasing. Or in order: one document after the
+other, cut where a row ends.
 """
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from dsv3.errors import UserError
 
+Packing = Literal["best_fit", "in_order"]
 Ints = npt.NDArray[np.int64]
 
 
@@ -39,18 +42,22 @@ class PackPlan:
         return len(self.first) - 1
 
 
-def pack(lengths: npt.ArrayLike, row: int) -> PackPlan:
+def pack(lengths: npt.ArrayLike, row: int, packing: Packing = "best_fit") -> PackPlan:
     """Packs documents of the given lengths (tokens, int [documents]) into rows of `row` tokens.
 
-    A longer document is cut every `row` tokens. Pieces are placed from the longest to the shortest, each into the fullest row
-    with room for it. Every token lies in exactly one row. Takes time in the number of pieces and of different
-    lengths, not in their product. Raises `UserError` when `row` is below 1 or a length is negative.
+    Every token lies in exactly one row. `best_fit` cuts a longer document every `row` tokens, and places pieces from the
+    longest to the shortest, each into the fullest row with room for it, in time in the number of pieces and of different
+    lengths, not in their product. `in_order` leaves room in the last row alone.
+    Raises `UserError` when `row` is below 1 or a length is negative.
     """
     documents = np.asarray(lengths, dtype=np.int64)
     if row < 1 or (documents < 0).any():
         raise UserError(f"row = {row}: expected a row of at least 1 token and no negative document length")
-    document, start, length = cut(documents, row)
-    where = best_fit_decreasing(length, row)
+    if packing == "in_order":
+        document, start, length, where = in_order(documents, row)
+    else:
+        document, start, length = cut(documents, row)
+        where = best_fit_decreasing(length, row)
     order = np.argsort(where, kind="stable")
     rows = int(where.max()) + 1 if len(where) else 0
     first = np.searchsorted(where[order], np.arange(rows + 1))
@@ -64,6 +71,15 @@ def cut(lengths: Ints, row: int) -> tuple[Ints, Ints, Ints]:
     number = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
     start = number * row
     return document, start, np.minimum(lengths[document] - start, row)
+
+
+def in_order(lengths: Ints, row: int) -> tuple[Ints, Ints, Ints, Ints]:
+    """Documents one after the other: (document, start, length, row) of each piece, each [pieces]."""
+    ends = np.cumsum(lengths)
+    starts, total = ends - lengths, int(lengths.sum())
+    borders = np.union1d(starts[lengths > 0], np.arange(0, total, row))
+    document = np.searchsorted(ends, borders, side="right")
+    return document, borders - starts[document], np.diff(borders, append=total), borders // row
 
 
 def best_fit_decreasing(length: Ints, row: int) -> Ints:

@@ -74,7 +74,8 @@ class Tokenizer:
     def __init__(self, json: str) -> None:
         self.json = json
         self._marked = tokenizers.Tokenizer.from_str(json)
-        self._plain = without_special_tokens(json)
+        self.plain = without_special_tokens(json)
+        """The same without special tokens, as `tokenizers` has it."""
 
     @classmethod
     def load(cls, directory: str | Path) -> "Tokenizer":
@@ -149,7 +150,7 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str], *, specials: bool = False) -> list[list[int]]:
         """`encode` of each text, on all cores."""
-        backend = self._marked if specials else self._plain
+        backend = self._marked if specials else self.plain
         try:
             return [e.ids for e in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
         except TypeError:
@@ -167,20 +168,6 @@ class Tokenizer:
     def token_bytes(self, token: int) -> bytes:
         """The bytes one id stands for: a part of a UTF-8 character is possible."""
         return self._bytes[token] if 0 <= token < len(self._bytes) else b""
-
-    @property
-    def pre_tokenizer(self) -> pre_tokenizers.PreTokenizer | None:
-        """What makes words of a text."""
-        found: pre_tokenizers.PreTokenizer | None = self._plain.pre_tokenizer
-        return found
-
-    def merges(self) -> tokenizers.Tokenizer:
-        """What merges the bytes of one word: the same model with nothing before it that would make words."""
-        found = tokenizers.Tokenizer(self._plain.model)
-        if self._plain.normalizer is not None:
-            found.normalizer = self._plain.normalizer
-        found.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        return found
 
     def stream(self) -> "TextStream":
         """A fresh incremental detokeniser."""
@@ -227,14 +214,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, digits: int = 3) -> T
     if not 1 <= digits <= 3:
         raise UserError(f"digits = {digits}: expected 1, 2 or 3, the most digits that one token joins")
     backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(rf"\p{{N}}{{1,{digits}}}"), "isolated"),
-            pre_tokenizers.Split(Regex(HAN_AND_KANA), "isolated"),
-            pre_tokenizers.Split(Regex(WORDS), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    backend.pre_tokenizer = pre_tokenizer(digits)
     backend.decoder = decoders.ByteLevel()
     backend.train_from_iterator(
         cut_long_runs(texts),
@@ -265,6 +245,13 @@ def cut_long_runs(texts: Iterable[str]) -> Iterator[str]:
             yield text[start : run.end()]
             start = run.end()
         yield text[start:]
+
+
+def pre_tokenizer(digits: int) -> pre_tokenizers.PreTokenizer:
+    """DeepSeek-V3's, for at most `digits` digits a token."""
+    splits = [rf"\p{{N}}{{1,{digits}}}", HAN_AND_KANA, WORDS]
+    steps = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in splits]
+    return pre_tokenizers.Sequence([*steps, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
 def without_special_tokens(text: str) -> tokenizers.Tokenizer:

@@ -20,9 +20,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import tokenizers
-from tokenizers import Regex, pre_tokenizers
+from tokenizers import normalizers, pre_tokenizers
 
-from dsv3.data.tokenizer import HAN_AND_KANA, WORDS, Tokenizer
+from dsv3.data.tokenizer import HAN_AND_KANA, Tokenizer, pre_tokenizer
 
 TABLE_CHARACTERS = 1 << 24
 """Of words whose ids are kept, with 64 counted for the rest of an entry: some 50 MB. Past that the table starts again."""
@@ -42,13 +42,15 @@ class Patterns(NamedTuple):
 class WordEncoder:
     """`encode_batch` as `Tokenizer.encode_batch` without special tokens, id for id.
 
-    `fast` says whether the tokenizer has DeepSeek-V3's pre-tokenizer; any other does all the work itself.
+    `fast` says whether the tokenizer has DeepSeek-V3's pre-tokenizer, and no normalizer; any other does all the work itself.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._merges = tokenizer.merges()
-        found = one_form(tokenizer.pre_tokenizer)
-        digits = next((count for count in (1, 2, 3) if found == one_form(pre_tokenizer(count))), None)
+        plain = tokenizer.plain
+        found = one_form(plain.normalizer, plain.pre_tokenizer)
+        self._merges = tokenizers.Tokenizer(plain.model)
+        self._merges.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        digits = next((most for most in (1, 2, 3) if found == one_form(None, pre_tokenizer(most))), None)
         self.fast = digits is not None
         self._tokenizer = tokenizer
         self._patterns = patterns(digits or 1)
@@ -170,17 +172,11 @@ def ranges(characters: set[str]) -> str:
     return "".join(f"\\u{first:04x}-\\u{last:04x}" for first, last in found)
 
 
-def pre_tokenizer(digits: int) -> pre_tokenizers.PreTokenizer:
-    """DeepSeek-V3's, for at most `digits` digits a token."""
-    splits = [rf"\p{{N}}{{1,{digits}}}", HAN_AND_KANA, WORDS]
-    steps = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in splits]
-    return pre_tokenizers.Sequence([*steps, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-
-
-def one_form(pre_tokenizer: pre_tokenizers.PreTokenizer | None) -> str:
-    """Its JSON, with line breaks in the patterns written one way: the released file holds the characters themselves."""
+def one_form(normalizer: normalizers.Normalizer | None, words: pre_tokenizers.PreTokenizer | None) -> str:
+    """Both as JSON, with line breaks in the patterns written one way: the released file holds the characters themselves."""
     whole = tokenizers.Tokenizer(tokenizers.models.BPE())
-    if pre_tokenizer is not None:
-        whole.pre_tokenizer = pre_tokenizer
-    found = json.dumps(json.loads(whole.to_str())["pre_tokenizer"], sort_keys=True)
-    return found.replace(r"\\r", r"\r").replace(r"\\n", r"\n")
+    whole.normalizer, whole.pre_tokenizer = normalizer, words
+    found = json.loads(whole.to_str())
+    nothing = found["normalizer"] in (None, {"type": "Sequence", "normalizers": []})
+    steps = json.dumps([None if nothing else found["normalizer"], found["pre_tokenizer"]], sort_keys=True)
+    return steps.replace(r"\\r", r"\r").replace(r"\\n", r"\n")

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 
 from dsv3.data.loader import Loader
+from dsv3.data.packing import Packing
 from dsv3.data.token_shards import ShardSet
 from dsv3.evaluation.mode import evaluating
 from dsv3.model.transformer import DeepSeekV3, targets
@@ -20,10 +21,16 @@ class ValidationLoss:
     """
 
     def __init__(
-        self, sets: Mapping[str, ShardSet], row: int, tokens: int, pad_id: int, document_mask: bool = False
+        self,
+        sets: Mapping[str, ShardSet],
+        row: int,
+        tokens: int,
+        pad_id: int,
+        document_mask: bool = False,
+        packing: Packing = "best_fit",
     ) -> None:
         self._loaders = {
-            name: Loader([(name, each, 1.0)], row, 0, pad_id, document_mask) for name, each in sets.items()
+            name: Loader([(name, each, 1.0)], row, 0, pad_id, document_mask, packing) for name, each in sets.items()
         }
         self._most = max(tokens // (row - 1), 1)
 

@@ -65,6 +65,8 @@ class DataSection(Section):
     """Tokens a sequence; the report: 4K (section 4.2)."""
     fim_rate: Fraction = 0.1
     """Share of the documents rearranged to prefix, suffix, middle (report, section 4.1)."""
+    fim_unit: Literal["character", "line"] = "character"
+    """What such a document is cut between, each place as likely as any other: characters, or lines; not published."""
     split_joined_rate: Fraction = 0.1
     """Share of the joined punctuation-and-newline tokens that are split at random while training (report, section
     4.1; the proportion is not published)."""
@@ -76,6 +78,9 @@ class DataSection(Section):
     deduplicate: bool = False
     """Whether a document whose text came before, in any source or split, is left out; what the report does is not
     published in detail."""
+    packing: Literal["best_fit", "in_order"] = "best_fit"
+    """How documents fill the rows: `best_fit` cuts only those longer than a row (Ding et al. 2024, which the report cites in
+    section 4.1, its own algorithm not being published); `in_order` lays them end to end and cuts where a row ends."""
     document_mask: bool = False
     """Whether a token sees only its own document; the report packs without it in pre-training (section 4.1)."""
 
@@ -102,6 +107,8 @@ class OptimizerSection(Section):
     """Decoupled decay a unit of learning rate (report, section 4.2)."""
     decay_norms: bool = False
     """Whether the gains of norms decay too; not published."""
+    decay_embedding: bool = True
+    """Whether the embedding decays; not published. The head does."""
     clip_norm: float = Field(default=1.0, gt=0)
     """Largest global norm of the gradient (report, section 4.2)."""
     muon_momentum: float = Field(default=0.95, ge=0, lt=1)

@@ -83,8 +83,8 @@ def plan_of(recipe: Recipe, source: Source, split: Split) -> ShardPlan:
     data, seed, fraction = recipe.data, recipe.data_seed, recipe.data.validation_fraction
     if split == "validation":
         return ShardPlan(source.uri, split, seed, validation_fraction=fraction, limit_tokens=VALIDATION_TOKENS)
-    rates = data.fim_rate, data.split_joined_rate
-    return ShardPlan(source.uri, split, seed, *rates, validation_fraction=fraction, limit_tokens=source.tokens)
+    how = data.fim_rate, data.split_joined_rate, data.fim_unit
+    return ShardPlan(source.uri, split, seed, *how, validation_fraction=fraction, limit_tokens=source.tokens)
 
 
 def make_tokenizer(recipe: Recipe, directory: Path, progress: Progress) -> None:

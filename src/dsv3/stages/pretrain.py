@@ -67,13 +67,13 @@ def train(
     shards = open_sets(recipe, out, "train")
     sets = [(source.name, shards[source.name], source.weight) for source in recipe.data.sources]
     row = recipe.data.sequence_length + 1
-    loader = Loader(sets, row, recipe.training.seed, tokenizer.pad_id, recipe.data.document_mask)
+    laid_out = recipe.data.document_mask, recipe.data.packing
+    loader = Loader(sets, row, recipe.training.seed, tokenizer.pad_id, *laid_out)
     files = {"tokenizer": out / "tokenizer"}
     scores = Scores(recipe, tokenizer)
     validation = ValidationLoss(
-        open_sets(recipe, out, "validation"), row, recipe.evaluation.validation_tokens, tokenizer.pad_id,
-        recipe.data.document_mask,
-    )  # fmt: skip
+        open_sets(recipe, out, "validation"), row, recipe.evaluation.validation_tokens, tokenizer.pad_id, *laid_out
+    )
     trainer = Trainer(
         recipe, loader, out / stage, files=files, progress=progress,
         evaluate=lambda model: {**scores(model), "validation_loss": validation(model)},

@@ -86,7 +86,7 @@ class Muon(torch.optim.Optimizer):
 class Optimizer:
     """The optimizers of one model, stepped together; `learning_rate` is set before each step.
 
-    Weight decay spares norm gains (one-dimensional parameters) unless the recipe says otherwise: the report leaves it open. Muon, where the recipe
+    Weight decay spares norm gains (one-dimensional parameters), and the embedding if the recipe says so. Muon, where the recipe
     chooses it, takes the matrices of all blocks and of `eh_proj`; embedding, head, routers and gains stay with AdamW.
     """
 
@@ -98,11 +98,8 @@ class Optimizer:
         for parameter, name in self.names.items():
             (muon if section.kind == "muon" and is_hidden_matrix(parameter, name) else rest).append(parameter)
         groups = [
-            dict(params=[p for p in rest if p.dim() > 1], weight_decay=section.weight_decay),
-            dict(
-                params=[p for p in rest if p.dim() == 1],
-                weight_decay=section.weight_decay if section.decay_norms else 0.0,
-            ),
+            dict(params=[p for p in rest if self.decays(p)], weight_decay=section.weight_decay),
+            dict(params=[p for p in rest if not self.decays(p)], weight_decay=0.0),
         ]
         adamw: torch.optim.Optimizer
         if section.moments == "bf16":
@@ -121,6 +118,12 @@ class Optimizer:
         if muon:
             part = Muon(muon, 0.0, section.muon_momentum, section.weight_decay, muon_dtype)
             self.parts.append((part, section.muon_scale))
+
+    def decays(self, parameter: nn.Parameter) -> bool:
+        """Whether weight decay is for it."""
+        if self.names[parameter] == "embed_tokens.weight":
+            return self.section.decay_embedding
+        return parameter.dim() > 1 or self.section.decay_norms
 
     def clip(self) -> dict[str, Tensor]:
         """Shortens the gradient to the recipe's global norm where it is longer; the norms it had, FP32 scalars.
