@@ -99,8 +99,11 @@ def fingerprint(uri: str) -> str:
         made_by = ("tinypy.py",) if uri == TINYPY else ("tinypy.py", "needle.py")
         return hashlib.sha256(b"".join((Path(__file__).parent / name).read_bytes() for name in made_by)).hexdigest()
     if uri.startswith(hub.PREFIX):
-        return hub.fingerprint(uri)
-    found = local(*library_files(uri)) if is_library(uri) else find(uri)
+        # Of a name the name alone, because asking the hub would need the network.
+        directory = Path(uri.removeprefix(hub.PREFIX))
+        found = local(directory, walk(directory))
+    else:
+        found = local(*library_files(uri)) if is_library(uri) else find(uri)
     content = hashlib.sha256(uri.encode(errors="surrogateescape"))
     for each in found:
         content.update(f"{each.file}:{each.size}:{each.stamp}".encode(errors="surrogateescape"))

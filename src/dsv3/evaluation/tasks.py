@@ -46,15 +46,15 @@ def run_tasks(
             )
             progress("bpb", done, len(texts))
     if "tinypy" in wanted.tasks and wanted.tinypy_tasks:
-        llm = LLM.of(model, tokenizer)
-        result = pass_at_1(lambda prompts: answers(llm, prompts), wanted.tinypy_tasks)
+        llm, greedy = LLM.of(model, tokenizer), SamplingParams(temperature=0.0, max_tokens=ANSWER_TOKENS)
+        result = pass_at_1(lambda prompts: [each.text for each in llm.generate(prompts, greedy)], wanted.tinypy_tasks)
         found["pass_at_1"] = {"tinypy": {"passed": result.passed, "total": result.total}}
         found["failures"] = {"tinypy": result.failures}
         progress("tinypy", 1, 1)
     if "needle" in wanted.tasks:
         depths = [k / (wanted.needle_depths - 1) for k in range(wanted.needle_depths)]
         haystack = needle(
-            model, tokenizer, lengths=wanted.needle_lengths or quarters(length), depths=depths,
+            model, tokenizer, lengths=wanted.needle_lengths or [length * k // 4 for k in range(1, 5)], depths=depths,
             samples=wanted.needle_samples, device=device, progress=lambda done, total: progress("needle", done, total),
         )  # fmt: skip
         found["needle"] = asdict(haystack)
@@ -66,13 +66,3 @@ def run_tasks(
             )
             progress("position", done, len(texts))
     return found
-
-
-def quarters(length: int) -> list[int]:
-    """A quarter, a half, three quarters and the whole of a length."""
-    return [length * k // 4 for k in range(1, 5)]
-
-
-def answers(llm: LLM, prompts: list[str]) -> list[str]:
-    """The most likely answer to each task."""
-    return [each.text for each in llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=ANSWER_TOKENS))]

@@ -51,7 +51,7 @@ def render(run: Run) -> str:
         state=state(run),
         figures={name: Markup(drawing) for name, drawing in draw_figures(run).items()},
         sampled=[sampled[-1], sampled[0]] if len(sampled) > 1 else sampled,
-        recipe=to_toml(run.about.get("recipe") or {}),
+        recipe=to_toml(run.recipe),
         commands=commands(run),
         colours=COLOURS,
     )
@@ -91,7 +91,7 @@ def scores(run: Run) -> list[Tile]:
     tiles = []
     when = "" if run.evaluations and run.evaluations[-1]["step"] else ", before training"
     if scored := [row["bits_per_byte"] for row in having(run.evaluations, "bits_per_byte")]:
-        sources = ((run.about.get("recipe") or {}).get("data") or {}).get("sources") or ()
+        sources = (run.recipe.get("data") or {}).get("sources") or ()
         library = next((source["name"] for source in sources if source["uri"] == "builtin:stdlib"), None)
         name = library if library in scored[-1] else next(iter(scored[-1]))
         values = [f"{row[name]:.2f}" for row in scored if name in row]
@@ -140,7 +140,7 @@ def state(run: Run) -> str | None:
     if not run.metrics:
         return "Training has not begun."
     last = run.metrics[-1]
-    target = ((run.about.get("recipe") or {}).get("training") or {}).get("tokens")
+    target = (run.recipe.get("training") or {}).get("tokens")
     step_tokens = last["tokens"] - run.metrics[-2]["tokens"] if len(run.metrics) > 1 else 0
     if target is None or last["tokens"] + step_tokens > target:
         return None

@@ -21,7 +21,7 @@ from dsv3.weights.checkpoint import MODEL, STATE, TOKENIZER
 from dsv3.weights.chunks import Region
 from dsv3.weights.fit import checked
 from dsv3.weights.huggingface import MAX_SHARD_BYTES, as_json, config_of
-from dsv3.weights.jobs import Job, Journal, Progress, ignore, run_jobs
+from dsv3.weights.jobs import Job, Journal, Progress, run_jobs
 from dsv3.weights.loading import compare_copies, dtype_of, skeleton_for
 from dsv3.weights.names import Part, released
 from dsv3.weights.opening import open_weights
@@ -100,7 +100,7 @@ def plan_import(path: Path, dtype: torch.dtype | None = None, config: Path | Non
     return plan
 
 
-def import_weights(plan: ImportPlan, directory: Path, workers: int = 2, progress: Progress = ignore) -> None:
+def import_weights(plan: ImportPlan, directory: Path, workers: int = 2, progress: Progress = lambda *_: None) -> None:
     """Writes a checkpoint without training state: tensors, config and tokenizer.
 
     It is written as `<directory>.partial` and renamed when it is whole; after a stop, the same call goes on with the files
@@ -140,7 +140,7 @@ def export_weights(
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     workers: int = 2,
-    progress: Progress = ignore,
+    progress: Progress = lambda *_: None,
     ema: bool = False,
 ) -> None:
     """Writes a Hugging Face directory of the weights at `path` (see `open_weights`, also for `ema`): what transformers, vLLM and SGLang load.

@@ -16,10 +16,6 @@ Progress = Callable[[int, int], None]
 """Told how many bytes are done, and of how many."""
 
 
-def ignore(done: int, total: int) -> None:
-    """The progress that nobody watches."""
-
-
 @dataclass(frozen=True)
 class Job:
     """One file to be written."""

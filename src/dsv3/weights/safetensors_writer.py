@@ -11,7 +11,7 @@ import torch
 
 from dsv3.disk import sync
 from dsv3.errors import RunError
-from dsv3.weights.jobs import Job, Journal, Progress, ignore, run_jobs
+from dsv3.weights.jobs import Job, Journal, Progress, run_jobs
 from dsv3.weights.released import Released
 from dsv3.weights.safetensors import DTYPES, INDEX, SINGLE, Layout, read_header
 
@@ -25,7 +25,7 @@ def write_shards(
     max_shard_bytes: int,
     resume: bool = False,
     workers: int = 1,
-    progress: Progress = ignore,
+    progress: Progress = lambda *_: None,
 ) -> None:
     """Writes all tensors as `model.safetensors`, or as shards of at most `max_shard_bytes` with their index, and the files.
 
