@@ -1,5 +1,6 @@
 """The tasks by name, run one after the other on one model: what `dsv3 eval` and the trainer's evaluations share."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -47,9 +48,15 @@ def run_tasks(
             progress("bpb", done, len(texts))
     if "tinypy" in wanted.tasks and wanted.tinypy_tasks:
         llm, greedy = LLM.of(model, tokenizer), SamplingParams(temperature=0.0, max_tokens=ANSWER_TOKENS)
-        result = pass_at_1(lambda prompts: [each.text for each in llm.generate(prompts, greedy)], wanted.tinypy_tasks)
-        found["pass_at_1"] = {"tinypy": {"passed": result.passed, "total": result.total}}
-        found["failures"] = {"tinypy": result.failures}
+
+        def answers(prompts: list[str]) -> list[str]:
+            return [each.text for each in llm.generate(prompts, greedy)]
+
+        verdicts = [each.verdict for each in pass_at_1(answers, wanted.tinypy_tasks)]
+        passed = sum(verdict.passed for verdict in verdicts)
+        failures = Counter(verdict.kind for verdict in verdicts if not verdict.passed)
+        found["pass_at_1"] = {"tinypy": {"passed": passed, "total": len(verdicts)}}
+        found["failures"] = {"tinypy": dict(failures.most_common())}
         progress("tinypy", 1, 1)
     if "needle" in wanted.tasks:
         depths = [k / (wanted.needle_depths - 1) for k in range(wanted.needle_depths)]
