@@ -59,17 +59,16 @@ def render(run: Run) -> str:
 
 def draw_figures(run: Run) -> dict[str, str]:
     """The drawings that the records allow by now: name -> inline SVG."""
+    bits, solved, needles = (having(run.evaluations, key) for key in ("bits_per_byte", "pass_at_1", "needle"))
+    loads = run.metrics if having(run.metrics, "load") else []
     drawable = {
         "loss": (charts.loss, run.metrics, "Training loss over tokens"),
-        "optimisation": (charts.optimisation, run.metrics, "Learning rate, gradient norm, bias magnitude and speed over tokens"),
-        "experts": (
-            charts.expert_load, run.metrics if having(run.metrics, "load") else [],
-            "Load of every expert over tokens, and MaxVio, for every MoE block",
-        ),
-        "bits": (charts.bits_per_byte, having(run.evaluations, "bits_per_byte"), "Bits per byte on held-out text over tokens"),
-        "pass": (charts.pass_at_1, having(run.evaluations, "pass_at_1"), "Share of tasks solved at the first try over tokens"),
-        "needle": (heat_map, having(run.evaluations, "needle"), "Share of needles found by length of the text and depth of the needle"),
-    }  # fmt: skip
+        "optimisation": (charts.optimisation, run.metrics, "Learning rate, gradient norm, bias magnitude and speed"),
+        "experts": (charts.expert_load, loads, "Load of every expert over tokens, and MaxVio, for every MoE block"),
+        "bits": (charts.bits_per_byte, bits, "Bits per byte on held-out text over tokens"),
+        "pass": (charts.pass_at_1, solved, "Share of tasks solved at the first try over tokens"),
+        "needle": (heat_map, needles, "Share of needles found by length of the text and depth of the needle"),
+    }
     return {name: svg(partial(draw, rows), name, label) for name, (draw, rows, label) in drawable.items() if rows}
 
 

@@ -48,13 +48,10 @@ def fit(config: ModelConfig, stored: Mapping[str, Layout], announced: Iterable[s
         if absent or (name in stored and stored[name].dtype == FP8 and len(shape) == 2):
             shapes[name + SCALE] = scale_shape(shape)
             needed.append(name + SCALE)
-    return Fit(
-        config,
-        len(needed),
-        missing=[name for name in needed if name not in stored],
-        unexpected=[name for name in stored if name not in shapes],
-        misfits={name: said for name, each in stored.items() if name in shapes and (said := misfit(name, each, shapes[name]))},
-    )  # fmt: skip
+    missing = [name for name in needed if name not in stored]
+    unexpected = [name for name in stored if name not in shapes]
+    said = {name: misfit(name, each, shapes[name]) for name, each in stored.items() if name in shapes}
+    return Fit(config, len(needed), missing, unexpected, {name: each for name, each in said.items() if each})
 
 
 def misfit(name: str, found: Layout, shape: tuple[int, ...]) -> str | None:
