@@ -24,9 +24,8 @@ def replace_file(path: Path, content: bytes | str) -> None:
     """Writes a file in one step: at no moment is there a part of it, or none where there was one before."""
     partial = path.with_name(f"{path.name}.partial")
     try:
-        with open(partial, "wb") as stream:
-            stream.write(content.encode() if isinstance(content, str) else content)
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
         sync(partial)
-        os.replace(partial, path)
+        partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

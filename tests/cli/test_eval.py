@@ -65,7 +65,8 @@ def test_every_task_as_json_and_the_heat_map(run, tmp_path, capsys):
     texts = held_out(recipe, 5000)["t"]
     expected = bits_per_byte(model, Tokenizer.load(tokenizer), texts, sequence_length=128, batch_rows=16)
     assert found["bits_per_byte"] == {"t": pytest.approx(expected, rel=1e-6)}
-    assert found["pass_at_1"]["tinypy"]["total"] == 2
+    score = found["pass_at_1"]["tinypy"]
+    assert score["total"] == 2 == score["passed"] + sum(found["failures"]["tinypy"].values())
     assert (found["needle"]["lengths"], found["needle"]["depths"]) == ([160, 200], [0.0, 0.5, 1.0])
     assert len(found["loss_by_position"]["t"]["nats"]) == 8
     drawn = picture.read_text()

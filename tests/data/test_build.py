@@ -47,7 +47,7 @@ def test_documents_are_framed_and_complete(corpus, tokenizer, tmp_path):
     assert manifest.skipped == {
         "count": 1, "named": ["bad.txt: not UTF-8 (invalid start byte)"], "empty": 0, "duplicates": 0,
     }  # fmt: skip
-    assert manifest.origin["source"] == corpus
+    assert manifest.origin["uri"] == corpus
     assert (manifest.origin["split"], manifest.origin["seed"], manifest.origin["fim_rate"]) == ("train", 0, 0.0)
 
 

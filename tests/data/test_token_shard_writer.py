@@ -2,10 +2,10 @@ import builtins
 import errno
 import hashlib
 import os
+from pathlib import Path
 
 import pytest
 
-from dsv3 import disk
 from dsv3.data import token_shard_writer
 from dsv3.data.token_shards import ShardSet
 from dsv3.errors import RunError, UserError
@@ -91,8 +91,12 @@ def test_a_full_disk_leaves_nothing_that_looks_whole(tmp_path, monkeypatch, room
     def open_full(*arguments):
         return FullDisk(builtins.open(*arguments), left)
 
-    for module in (token_shard_writer, disk):
-        monkeypatch.setattr(module, "open", open_full, raising=False)
+    def write_full(path, data):
+        with open_full(path, "wb") as stream:
+            stream.write(data)
+
+    monkeypatch.setattr(token_shard_writer, "open", open_full, raising=False)
+    monkeypatch.setattr(Path, "write_bytes", write_full)
     with pytest.raises(RunError, match=r"No space left on device.*free some space"):
         write(tmp_path / "set")
     with pytest.raises(UserError, match="is no shard set"):

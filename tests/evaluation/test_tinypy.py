@@ -12,12 +12,12 @@ def answers(split, seed, n, change=lambda task: task.solution):
 
 
 def test_a_perfect_model_passes_all():
-    result = pass_at_1(answers("validation", 4, 60), 60, seed=4)
-    assert (result.passed, result.total, result.failures) == (60, 60, {})
-    assert {example.task.combination for example in result.examples} <= set(data.COMBINATIONS["validation"])
+    examples = pass_at_1(answers("validation", 4, 60), 60, seed=4)
+    assert [example.verdict.passed for example in examples] == [True] * 60
+    assert {example.task.combination for example in examples} <= set(data.COMBINATIONS["validation"])
 
 
-def test_failures_are_counted_by_kind():
+def test_each_way_to_fail_is_told():
     def change(task):
         return {
             "sum": task.solution.replace(task.function_name, "another_name"),
@@ -30,8 +30,8 @@ def test_failures_are_counted_by_kind():
             "descending": task.solution + "\nUser: Return 0.\nAssistant:\n",
         }[task.combination.aggregate]
 
-    result = pass_at_1(answers("validation", 0, 100, change), 100, seed=0)
-    by_aggregate = {example.task.combination.aggregate: example for example in result.examples}
+    examples = pass_at_1(answers("validation", 0, 100, change), 100, seed=0)
+    by_aggregate = {example.task.combination.aggregate: example for example in examples}
     kinds = {aggregate: example.verdict.kind for aggregate, example in by_aggregate.items()}
     assert kinds == {
         "sum": "passed",
@@ -43,8 +43,6 @@ def test_failures_are_counted_by_kind():
         "ascending": "refused: import",
         "descending": "passed",
     }
-    assert sum(result.failures.values()) == result.total - result.passed
-    assert list(result.failures.values()) == sorted(result.failures.values(), reverse=True)
     assert by_aggregate["descending"].source.rstrip() == by_aggregate["descending"].task.solution.rstrip()
 
 
@@ -59,9 +57,9 @@ def test_a_miscopied_constant_fails():
     n = 200
     tasks = [task for task in data.tasks("validation", 1, n) if any(task.constants)]
     known = {data.prompt(task): change(task) for task in tasks}
-    result = pass_at_1(lambda prompts: [known.get(prompt, "") for prompt in prompts], n, seed=1)
+    examples = pass_at_1(lambda prompts: [known.get(prompt, "") for prompt in prompts], n, seed=1)
     assert len(tasks) > 100
-    assert result.passed <= 3
+    assert sum(example.verdict.passed for example in examples) <= 3
 
 
 @pytest.mark.parametrize(

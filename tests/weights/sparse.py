@@ -7,9 +7,8 @@ from pathlib import Path
 
 from dsv3.model.config import ModelConfig
 from dsv3.ops.block_scaled import scale_shape
-from dsv3.weights.fit import places_of
 from dsv3.weights.names import KEPT_FLOAT32, SCALE, is_block_scaled
-from dsv3.weights.released import skeleton
+from dsv3.weights.released import places_of, skeleton
 from dsv3.weights.safetensors import Layout
 
 BYTES = {"F32": 4, "BF16": 2, "F8_E4M3": 1}
@@ -54,9 +53,9 @@ def write_file(file: Path, entries: Mapping[str, Mapping[str, object]]) -> None:
 def published(config: ModelConfig) -> dict[str, Layout]:
     """Every tensor of a released FP8 checkpoint of this config, as DeepSeek published its own (README_WEIGHTS)."""
     found: dict[str, Layout] = {}
-    for name, place in places_of(skeleton(config)).items():
+    for name, (_, part) in places_of(skeleton(config)).items():
         dtype = "F8_E4M3" if is_block_scaled(name) else "F32" if name.endswith(KEPT_FLOAT32) else "BF16"
-        found[name] = Layout(dtype, place.part.shape)
+        found[name] = Layout(dtype, part.shape)
         if dtype == "F8_E4M3":
-            found[name + SCALE] = Layout("F32", scale_shape(place.part.shape))
+            found[name + SCALE] = Layout("F32", scale_shape(part.shape))
     return found

@@ -51,7 +51,7 @@ def train_and_export(out: Path) -> Path:
     """Trains the recipe in `out` unless that is done, and writes the Hugging Face directory, which is returned."""
     with Progress() as progress:
         stages = pretraining_stages(Recipe.load(RECIPE), out, progress, progress.note)
-        run_stages(stages, out, lambda name, state: progress.note(f"{name}: {state}"))
+        run_stages(stages, out, progress.note)
     trained, export = LLM(out, device="cpu"), out / "export"
     save_pretrained(trained.model, export)
     trained.tokenizer.save(export)

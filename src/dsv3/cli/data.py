@@ -41,7 +41,7 @@ def build(recipe: Path, overrides: tuple[str, ...], workers: int | None, as_json
     speeds: dict[str, float] = {}
     with Progress() as progress:
         stages = data_stages(content, out, progress, progress.note, workers=workers, built=speeds.__setitem__)
-        run_stages(stages, out, lambda name, state: progress.note(f"{name}: {state}"), replace=True)
+        run_stages(stages, out, progress.note, replace=True)
     sets = {f"{name}/{split}": each for split in SPLITS for name, each in open_sets(content, out, split).items()}
     rows = {name: figures_of_source(each.manifest, speeds.get(name)) for name, each in sorted(sets.items())}
     if as_json:

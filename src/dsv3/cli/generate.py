@@ -27,7 +27,7 @@ sampling_options = several(
 @sampling_options
 def generate(checkpoint: Path, prompt: str, suffix: str | None, ema: bool, device: str, **sampling: Any) -> None:
     """Streams a continuation of PROMPT by the model in CHECKPOINT: a run, a checkpoint or a Hugging Face directory."""
-    from dsv3.data.fim import fim_prompt
+    from dsv3.data.fim import gap_prompt
     from dsv3.inference.llm import LLM
     from dsv3.inference.sampling import SamplingParams
 
@@ -36,8 +36,7 @@ def generate(checkpoint: Path, prompt: str, suffix: str | None, ema: bool, devic
     prompt = unescape(prompt)
     ids: str | list[int] = prompt
     if suffix is not None:
-        encode = llm.tokenizer.encode
-        ids = [llm.tokenizer.bos_id, *fim_prompt(encode(prompt), encode(unescape(suffix)), llm.tokenizer)]
+        ids = gap_prompt(prompt, unescape(suffix), llm.tokenizer)
     click.echo(prompt, nl=False)
     for text in llm.stream(ids, params):
         click.echo(text, nl=False)

@@ -52,4 +52,4 @@ def run_recipe(
         panel(progress.console, str(recipe_path), derived(recipe))
         make = {"quickstart": quickstart_stages, "pretrain": pretraining_stages, "extend": extension_stages}[stages]
         made = make(recipe, out, progress, progress.note, allow)
-        run_stages(made, out, lambda name, state: progress.note(f"{name}: {state}"), replace=replace, allow=allow)
+        run_stages(made, out, progress.note, replace=replace, allow=allow)

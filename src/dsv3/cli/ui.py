@@ -7,7 +7,6 @@ the terminal's. On a terminal every stage is a live bar, otherwise a line every 
 
 import time
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from types import TracebackType
 from typing import Self
 
 from rich import box
@@ -72,9 +71,7 @@ class Progress:
             self._bars.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._live:
             self._bars.stop()
 

@@ -28,7 +28,7 @@ BATCH_BYTES = 1 << 20
 class ShardPlan:
     """Which documents become a shard set, and what becomes of them (`sources.py`, `encoding.py`)."""
 
-    source: str
+    uri: str
     split: Split
     seed: int
     fim_rate: float = 0.0
@@ -78,27 +78,27 @@ def build_shards(
     Raises `UserError` for bad input; `RunError` when the disk is full, a source disappears or a worker dies.
     """
     encoding = Encoding(plan.seed, plan.fim_rate, plan.split_joined_rate, plan.fim_unit)
-    if (plan.source, plan.split) in ENDLESS and plan.limit_tokens is None and plan.limit_documents is None:
-        raise UserError(f"the {plan.split} split of {plan.source} never ends; expected a limit in tokens or documents")
+    if (plan.uri, plan.split) in ENDLESS and plan.limit_tokens is None and plan.limit_documents is None:
+        raise UserError(f"the {plan.split} split of {plan.uri} never ends; expected a limit in tokens or documents")
     before = None if earlier is None else [file_hash(each / MANIFEST) for each in earlier]
-    origin = {**asdict(plan), "fingerprint": fingerprint(plan.source), "without_duplicates_of": before}
+    origin = {**asdict(plan), "fingerprint": fingerprint(plan.uri), "without_duplicates_of": before}
     if (whole := whole_set(directory, tokenizer, origin)) is not None:
         return whole
     seen = None if earlier is None else {text for each in earlier for text in ShardSet.open(each).text_hashes()}
     report = SkipReport()
     fraction = plan.validation_fraction
-    found = documents(plan.source, plan.split, seed=plan.seed, validation_fraction=fraction, report=report)
+    found = documents(plan.uri, plan.split, seed=plan.seed, validation_fraction=fraction, report=report)
     candidates = without_duplicates(found, seen, report)
     with ShardWriter(
         directory, vocab_size=tokenizer.vocab_size, tokenizer_hash=tokenizer.hash, origin=origin
     ) as writer:
-        last = pass_over(candidates, writer.read, plan.source, directory) if writer.read else None
+        last = pass_over(candidates, writer.read, plan.uri, directory) if writer.read else None
         if not plan.reached(writer.documents, writer.tokens):
             with closing(encode_all(batches(candidates), documents_of, tokenizer, encoding, workers)) as encoded:
                 last = fill(writer, plan, encoded, progress) or last
         if last is None:
             raise UserError(
-                f"all {report.duplicates} documents of the {plan.split} split of {plan.source} came before, in it or in the "
+                f"all {report.duplicates} documents of the {plan.split} split of {plan.uri} came before, in it or in the "
                 "sources named before it; leave the source out, or set data.deduplicate = false"
             )
         # How far the reader was ahead of a limit must not show.

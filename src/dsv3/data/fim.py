@@ -50,3 +50,8 @@ def fim_ids(prefix: Sequence[int], middle: Sequence[int], suffix: Sequence[int],
 def fim_prompt(prefix: Sequence[int], suffix: Sequence[int], tokenizer: Tokenizer) -> list[int]:
     """What a model continues with the missing middle, from the ids of what is before and after it (no bos)."""
     return [tokenizer.fim_begin_id, *prefix, tokenizer.fim_hole_id, *suffix, tokenizer.fim_end_id]
+
+
+def gap_prompt(prefix: str, suffix: str, tokenizer: Tokenizer) -> list[int]:
+    """The same from texts, with the bos that documents begin with."""
+    return [tokenizer.bos_id, *fim_prompt(tokenizer.encode(prefix), tokenizer.encode(suffix), tokenizer)]

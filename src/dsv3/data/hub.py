@@ -1,7 +1,5 @@
 """Data sets of Hugging Face's `datasets`, streamed: `hf:NAME`, `hf:NAME:CONFIG`, or `hf:DIRECTORY`."""
 
-import hashlib
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,17 +29,6 @@ def reader(uri: str) -> Callable[[SkipReport], Iterator[Document]]:
             raise RunError(f"{uri} cannot be read any more: {error}. Run again: what is complete is kept") from error
 
     return every
-
-
-def fingerprint(uri: str) -> str:
-    """Of a directory its files' names, sizes and times; of a name the name, because asking the hub would need the network."""
-    content = hashlib.sha256(uri.encode())
-    for directory, below, names in os.walk(uri.removeprefix(PREFIX)):
-        below.sort()
-        for path in (Path(directory, name) for name in sorted(names)):
-            known = path.stat()
-            content.update(f"{path}:{known.st_size}:{known.st_mtime_ns}".encode(errors="surrogateescape"))
-    return content.hexdigest()
 
 
 def load(uri: str) -> Any:

@@ -2,11 +2,11 @@
 
 import re
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
-from dsv3.data.files import Document, SkipReport, read, walk
+from dsv3.data.files import Document, walk
 from dsv3.errors import UserError
 
 STDLIB, PACKAGE = "builtin:stdlib", "package:"
@@ -34,20 +34,8 @@ def package_root(name: str) -> Path:
     return Path(found.submodule_search_locations[0])
 
 
-def library_reader(uri: str) -> Callable[[SkipReport], Iterator[Document]]:
-    """What reads all its documents, as often as it is called: `.py` files, ids relative to where it lies.
-
-    Of the standard library about 9 MB of code and its prose. Left out are the directories of `LEFT_OUT`, and every file that
-    a program wrote, by one rule: it says so within its first five lines (`_sysconfigdata*`, the tables of `encodings`,
-    `pydoc_data/topics.py`, `token.py` and others).
-    """
-    library_files(uri)
-
-    def every(report: SkipReport) -> Iterator[Document]:
-        root, paths = library_files(uri)
-        for path in paths:
-            pieces = list(read(path, path.relative_to(root).as_posix(), report))
-            if pieces and not GENERATED.search("\n".join(pieces[0].text[:2000].split("\n")[:5])):
-                yield from pieces
-
-    return every
+def by_people(pieces: Iterable[Document]) -> list[Document]:
+    """The pieces of a file; none where a program wrote it, which it says within its first five lines (`_sysconfigdata*`, the
+    tables of `encodings`, `pydoc_data/topics.py`, `token.py` and others)."""
+    found = list(pieces)
+    return [] if found and GENERATED.search("\n".join(found[0].text[:2000].split("\n")[:5])) else found

@@ -11,7 +11,7 @@ from typing import Literal
 
 from dsv3.data import hub, needle, tinypy
 from dsv3.data.files import LONGEST_DOCUMENT, READERS, Document, File, SkipReport, read, suffix_of, walk
-from dsv3.data.library import PACKAGE, STDLIB, is_library, library_files, library_reader
+from dsv3.data.library import PACKAGE, STDLIB, by_people, is_library, library_files
 from dsv3.data.remote import is_url, remote_files
 from dsv3.errors import UserError, nearest
 
@@ -74,20 +74,17 @@ def documents(
 
 def reader(uri: str) -> Callable[[SkipReport], Iterator[Document]]:
     """What reads all documents of a source, as often as it is called. Refuses before it reads."""
-    if is_library(uri):
-        return library_reader(uri)
-    if uri.startswith("builtin:"):
-        raise UserError(f"unknown source {uri!r}: {nearest(uri, [STDLIB, *GENERATORS])}")
     if uri.startswith(hub.PREFIX):
         return hub.reader(uri)
-    found = find(uri)
+    found, library = find(uri), is_library(uri)
     text_bytes = sum(each.size for each in found if suffix_of(each.file) in TEXT)
     finest = min(max(text_bytes // 200, 16 * 1024), LONGEST_DOCUMENT)
 
     def every(report: SkipReport) -> Iterator[Document]:
         for each in found:
-            longest = finest if suffix_of(each.file) in TEXT else LONGEST_DOCUMENT
-            yield from read(each.file, each.name, report, longest)
+            longest = finest if suffix_of(each.file) in TEXT and not library else LONGEST_DOCUMENT
+            pieces = read(each.file, each.name, report, longest)
+            yield from by_people(pieces) if library else pieces
 
     return every
 
@@ -99,8 +96,11 @@ def fingerprint(uri: str) -> str:
         made_by = ("tinypy.py",) if uri == TINYPY else ("tinypy.py", "needle.py")
         return hashlib.sha256(b"".join((Path(__file__).parent / name).read_bytes() for name in made_by)).hexdigest()
     if uri.startswith(hub.PREFIX):
-        return hub.fingerprint(uri)
-    found = local(*library_files(uri)) if is_library(uri) else find(uri)
+        # Of a name the name alone, because asking the hub would need the network.
+        directory = Path(uri.removeprefix(hub.PREFIX))
+        found = local(directory, walk(directory))
+    else:
+        found = find(uri)
     content = hashlib.sha256(uri.encode(errors="surrogateescape"))
     for each in found:
         content.update(f"{each.file}:{each.size}:{each.stamp}".encode(errors="surrogateescape"))
@@ -203,6 +203,10 @@ def printable(path: Path) -> str:
 
 def find(uri: str) -> list[Found]:
     """The files of a source in order."""
+    if is_library(uri):
+        return local(*library_files(uri))
+    if uri.startswith("builtin:"):
+        raise UserError(f"unknown source {uri!r}: {nearest(uri, [STDLIB, *GENERATORS])}")
     kinds = ", ".join(READERS)
     path = Path(uri).expanduser()
     if is_url(uri):

@@ -31,9 +31,10 @@ def bits_per_byte(
 ) -> float:
     """The negative log2-likelihood of all `texts` together over their length in UTF-8; each is a document.
 
-    `batch_rows` windows are read at a time. `model(tokens)` with tokens int64 `[B, T]` has `.logits` `[B, T, vocab]` and is causal, so that padding at the end
-    of a row changes nothing. It runs in evaluation mode and is put back into its mode after. Log-likelihoods are taken
-    in float32, whatever the logits' dtype, and summed in float64. Raises `UserError` when there is no byte to score.
+    `batch_rows` windows are read at a time. `model(tokens)` with tokens int64 `[B, T]` has `.logits` `[B, T, vocab]` and is
+    causal, so that padding at the end of a row changes nothing. It runs in evaluation mode and is put back into its mode
+    after. Log-likelihoods are taken in float32, whatever the logits' dtype, and summed in float64. Raises `UserError` when
+    there is no byte to score.
     """
     bytes_ = sum(len(text.encode()) for text in texts)
     if bytes_ == 0:

@@ -69,12 +69,8 @@ def refusal(tree: ast.Module) -> str | None:
             and hasattr(builtins, node.id)
         ):
             return node.id
-    return next((name for name in sorted(bound | names_read(nodes)) if name.startswith("__")), None)
-
-
-def names_read(nodes: list[ast.AST]) -> set[str]:
-    """Every name that an expression mentions."""
-    return {node.id for node in nodes if isinstance(node, ast.Name)}
+    named = bound | {node.id for node in nodes if isinstance(node, ast.Name)}
+    return next((name for name in sorted(named) if name.startswith("__")), None)
 
 
 def canonical(value: object) -> str:

@@ -1,5 +1,6 @@
 """The tasks by name, run one after the other on one model: what `dsv3 eval` and the trainer's evaluations share."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -46,15 +47,21 @@ def run_tasks(
             )
             progress("bpb", done, len(texts))
     if "tinypy" in wanted.tasks and wanted.tinypy_tasks:
-        llm = LLM.of(model, tokenizer)
-        result = pass_at_1(lambda prompts: answers(llm, prompts), wanted.tinypy_tasks)
-        found["pass_at_1"] = {"tinypy": {"passed": result.passed, "total": result.total}}
-        found["failures"] = {"tinypy": result.failures}
+        llm, greedy = LLM.of(model, tokenizer), SamplingParams(temperature=0.0, max_tokens=ANSWER_TOKENS)
+
+        def answers(prompts: list[str]) -> list[str]:
+            return [each.text for each in llm.generate(prompts, greedy)]
+
+        verdicts = [each.verdict for each in pass_at_1(answers, wanted.tinypy_tasks)]
+        passed = sum(verdict.passed for verdict in verdicts)
+        failures = Counter(verdict.kind for verdict in verdicts if not verdict.passed)
+        found["pass_at_1"] = {"tinypy": {"passed": passed, "total": len(verdicts)}}
+        found["failures"] = {"tinypy": dict(failures.most_common())}
         progress("tinypy", 1, 1)
     if "needle" in wanted.tasks:
         depths = [k / (wanted.needle_depths - 1) for k in range(wanted.needle_depths)]
         haystack = needle(
-            model, tokenizer, lengths=wanted.needle_lengths or quarters(length), depths=depths,
+            model, tokenizer, lengths=wanted.needle_lengths or [length * k // 4 for k in range(1, 5)], depths=depths,
             samples=wanted.needle_samples, device=device, progress=lambda done, total: progress("needle", done, total),
         )  # fmt: skip
         found["needle"] = asdict(haystack)
@@ -66,13 +73,3 @@ def run_tasks(
             )
             progress("position", done, len(texts))
     return found
-
-
-def quarters(length: int) -> list[int]:
-    """A quarter, a half, three quarters and the whole of a length."""
-    return [length * k // 4 for k in range(1, 5)]
-
-
-def answers(llm: LLM, prompts: list[str]) -> list[str]:
-    """The most likely answer to each task."""
-    return [each.text for each in llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=ANSWER_TOKENS))]

@@ -1,7 +1,6 @@
 """pass@1 on `builtin:tinypy`: how many functions that a model writes for combinations it never saw pass their tests?"""
 
 import re
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -22,29 +21,7 @@ class Example:
     verdict: Verdict
 
 
-@dataclass(frozen=True)
-class Result:
-    """The examples of one evaluation in the order of the tasks, and sums over them."""
-
-    examples: tuple[Example, ...]
-
-    @property
-    def passed(self) -> int:
-        """Tasks whose function passes all its tests."""
-        return sum(example.verdict.passed for example in self.examples)
-
-    @property
-    def total(self) -> int:
-        """Tasks asked."""
-        return len(self.examples)
-
-    @property
-    def failures(self) -> dict[str, int]:
-        """How many failed in which way (`Verdict.kind`), the most frequent first."""
-        return dict(Counter(each.verdict.kind for each in self.examples if not each.verdict.passed).most_common())
-
-
-def pass_at_1(generate: Callable[[list[str]], list[str]], n_tasks: int = 300, seed: int = 0) -> Result:
+def pass_at_1(generate: Callable[[list[str]], list[str]], n_tasks: int = 300, seed: int = 0) -> list[Example]:
     """Asks for one completion a task of the held-out combinations, and runs it.
 
     `generate` turns prompts into completions (the text after the prompt, end-of-document token removed), in order. Any
@@ -56,7 +33,7 @@ def pass_at_1(generate: Callable[[list[str]], list[str]], n_tasks: int = 300, se
         raise RunError(f"{len(asked)} prompts gave {len(completions)} completions; expected one each")
     sources = [cut(completion) for completion in completions]
     verdicts = run_tests([program(task, source) for task, source in zip(asked, sources, strict=True)])
-    return Result(tuple(map(Example, asked, sources, verdicts)))
+    return list(map(Example, asked, sources, verdicts))
 
 
 def cut(completion: str) -> str:

@@ -5,7 +5,6 @@ same as before.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 
 from dsv3.errors import UserError, nearest
@@ -25,37 +24,23 @@ POINTS = 8
 """Steps looked at inside each piece of a schedule. Two different pieces agree at fewer."""
 
 
-@dataclass(frozen=True)
-class Change:
-    """One key of a recipe."""
-
-    key: str
-    said: str
-    """The key with both values."""
-    safe: bool
-
-
-def changes(old: Recipe, new: Recipe, step: int) -> list[Change]:
-    """Every key in which a recipe differs from the one whose first `step` steps were made; the notes do not count."""
-    same_so_far = agree(old, new, step)
-    found = []
-    for said in differences(old.content(), new.content()):
-        key = said.partition(" ")[0]
-        safe = within(key, FREE) or (same_so_far and within(key, TIMED))
-        found.append(Change(key, said, safe))
-    return found
-
-
-def check_changes(old: Recipe, new: Recipe, step: int, allow: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(what changes and may, what would have to be allowed by name), each with both values.
+def check_changes(old: Recipe, new: Recipe, step: int, allow: Sequence[str] = ()) -> tuple[list[str], list[str]]:
+    """(what changes and may, what would have to be allowed by name) in a recipe whose first `step` steps were made, each
+    with both values; the notes do not count.
 
     `allow` holds keys, or sections with all their keys. Raises `UserError` for a name that is none.
     """
     check_names(allow, old, new)
-    found = changes(old, new, step)
-    refused = [each.said for each in found if not each.safe and not within(each.key, allow)]
-    accepted = [each.said for each in found if each.safe]
-    accepted += [f"{each.said} (allowed)" for each in found if not each.safe and within(each.key, allow)]
+    safe = (*FREE, *TIMED) if agree(old, new, step) else FREE
+    accepted, refused = [], []
+    for said in differences(old.content(), new.content()):
+        key = said.partition(" ")[0]
+        if within(key, safe):
+            accepted.append(said)
+        elif within(key, allow):
+            accepted.append(f"{said} (allowed)")
+        else:
+            refused.append(said)
     return accepted, refused
 
 

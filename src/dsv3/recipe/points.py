@@ -56,15 +56,10 @@ def points_of(schedules: Schedules, total: int, asked: Iterable[int] = ()) -> li
             )
         changes.setdefault(tokens, [])
     for name in NAMES:
-        for tokens in borders(schedule_of(schedules, name), schedules):
+        for tokens in borders(getattr(schedules, name), schedules):
             if tokens < total:
                 changes.setdefault(tokens, []).append(name)
     return [point_at(schedules, tokens, names) for tokens, names in sorted(changes.items())]
-
-
-def schedule_of(schedules: Schedules, name: str) -> Schedule:
-    """One schedule by its name in a recipe."""
-    return schedules.batch_size.schedule if name == "batch_size" else getattr(schedules, name)
 
 
 def borders(schedule: Schedule, schedules: Schedules) -> list[int]:

@@ -67,15 +67,14 @@ class Schedule:
 
 
 @dataclass(frozen=True)
-class BatchSchedule:
+class BatchSchedule(Schedule):
     """The batch size in sequences over the training."""
 
-    schedule: Schedule
     multiple: int
 
     def at(self, step: int, tokens: int) -> int:
         """Sequences in the step that begins after `step` steps and `tokens` tokens, rounded down to `multiple`."""
-        return round_down(self.schedule.at(step, tokens), self.multiple)
+        return round_down(super().at(step, tokens), self.multiple)
 
 
 def round_down(value: float, multiple: int) -> int:
@@ -173,7 +172,7 @@ def walk(
                 most = min(most, -((position - piece.end) // stride))
             timeline.run(equal_steps(piece, position, stride, most, size, multiple), size)
     require_end("batch_size", pieces[-1], timeline.tokens >= total, total)
-    return BatchSchedule(Schedule(tuple(pieces)), multiple), timeline
+    return BatchSchedule(tuple(pieces), multiple), timeline
 
 
 def equal_steps(piece: Piece, position: int, stride: int, most: int, size: int, multiple: int) -> int:

@@ -12,9 +12,9 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from dsv3.recipe.network import ModelSection
 from dsv3.recipe.quantity import Length, Quantity
-from dsv3.recipe.schedule import Schedules
+from dsv3.recipe.schedule import Schedules, round_down
 from dsv3.recipe.section import Section
-from dsv3.recipe.segment import Scheduled, ScheduledCount, Segment, as_segments
+from dsv3.recipe.segment import Scheduled, ScheduledCount, as_segments
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Precision = Literal["fp32", "bf16", "fp8"]
@@ -316,7 +316,8 @@ class Recipe(Section):
             )
         segments = as_segments(self.schedule.batch_size)
         if (micro := self.training.micro_batch_size) is not None:
-            for size in batch_sizes(segments, self.schedule.batch_size_multiple):
+            multiple = self.schedule.batch_size_multiple
+            for size in (round_down(value, multiple) for segment in segments for value in segment.values):
                 if size % micro:
                     raise ValueError(
                         f"schedule.batch_size = {size} is no multiple of training.micro_batch_size = {micro}: expected "
@@ -324,15 +325,10 @@ class Recipe(Section):
                         "micro-batch"
                     )
             changing = any(segment.kind != "constant" for segment in segments)
-            if changing and self.schedule.batch_size_multiple % micro:
+            if changing and multiple % micro:
                 raise ValueError(
-                    f"schedule.batch_size_multiple = {self.schedule.batch_size_multiple}: expected a multiple of "
+                    f"schedule.batch_size_multiple = {multiple}: expected a multiple of "
                     f"training.micro_batch_size = {micro}, because the batch size changes while training"
                 )
         Schedules.resolve(self)
         return self
-
-
-def batch_sizes(segments: tuple[Segment, ...], multiple: int) -> list[int]:
-    """The batch sizes at every segment's ends, in sequences."""
-    return [int(value) // multiple * multiple for segment in segments for value in segment.values]

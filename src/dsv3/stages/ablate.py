@@ -94,7 +94,7 @@ def ablate(
     check_shared(every)
     shared = out / "shared"
     *preparing, _ = pretraining_stages(Recipe.load(every[0].path, every[0].overrides), shared, progress, note)
-    run_stages(preparing, shared, lambda name, state: note(f"{name}: {state}"), replace=False)
+    run_stages(preparing, shared, note, replace=False)
     for job in every:
         link(preparing, shared, job.out)
     waiting = deque(job for job in every if not finished(job.stages(job.out), job.out))

@@ -81,7 +81,9 @@ def compare(paths: Sequence[Path]) -> Comparison:
     Raises `UserError` for directories that are no runs or say nothing of their recipe, two runs of one recipe and seed, and
     runs without a common evaluation.
     """
-    variants = group([read_run(path) for path in unique(paths)])
+    # Each once, so that `RUNS/baseline-* RUNS/*` puts the baseline first.
+    once = {path.resolve(): path for path in paths}.values()
+    variants = group([read_run(path) for path in once])
     runs = [run for variant in variants for run in variant.runs.values()]
     tokens = last_common(runs)
     blocks = set.intersection(*(blocks_of(run) for run in runs))
@@ -105,11 +107,6 @@ def notes_on(variants: Sequence[Variant], tokens: int) -> list[str]:
             named = ", ".join(sorted(changed))
             notes.append(f"{other.name} differs from {first.name} in {named}: the report has no such pair.")
     return notes
-
-
-def unique(paths: Sequence[Path]) -> list[Path]:
-    """The directories, each once, so that `RUNS/baseline-* RUNS/*` puts the baseline first."""
-    return list({path.resolve(): path for path in paths}.values())
 
 
 def group(runs: Sequence[Run]) -> list[Variant]:

@@ -53,7 +53,9 @@ def data_stages(
             if number == len(pairs) - 1:
                 show(done=len(pairs))
 
-        inputs = {**asdict(plan), "format": FORMAT, "content": prints[source.name]}
+        # Recipes limit tokens alone.
+        decides = {key: value for key, value in asdict(plan).items() if key != "limit_documents"}
+        inputs = {**decides, "format": FORMAT, "content": prints[source.name]}
         needs = ("tokenizer", *(f"shards.{each}.{part}" for each, part in before or ()))
         return Stage(f"shards.{source.name}.{split}", inputs, out / "shards" / name, run, needs)
 

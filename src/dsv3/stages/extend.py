@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from dsv3.model.config import ModelConfig
 from dsv3.recipe.differences import differences
 from dsv3.recipe.schema import ExtensionSection, Recipe
 from dsv3.stages.data import data_stages
-from dsv3.stages.pretrain import refused_changes, train
+from dsv3.stages.pretrain import training_stage
 from dsv3.stages.runner import Stage
 from dsv3.training.trainer import Progress, Trainer
 from dsv3.weights.checkpoint import flatten
@@ -46,15 +47,8 @@ def extension_stages(
     content["tokenizer"]["path"] = str(start.tokenizer)
     data = data_stages(Recipe.from_dict({**content, "extension": None}), out, progress, note)
     inputs = {**recipe.content(), "start": start.identity}
-    return [
-        *data,
-        Stage(
-            "extend", inputs, out / "extend",
-            lambda: train(recipe, out, progress, note, "extend", lambda trainer: load_start(trainer, start), allow),
-            tuple(stage.name for stage in data),
-            lambda: refused_changes(out / "extend", recipe, allow),
-        ),
-    ]  # fmt: skip
+    load = partial(load_start, start=start)
+    return [*data, training_stage("extend", recipe, inputs, out, data, progress, note, allow, load)]
 
 
 def extension_of(recipe: Recipe) -> ExtensionSection:

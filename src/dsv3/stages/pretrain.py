@@ -41,12 +41,18 @@ def pretraining_stages(
             "out to train from the beginning"
         )
     data = data_stages(recipe, out, progress, note)
-    names = tuple(stage.name for stage in data)
-    training = Stage(
-        "pretrain", recipe.content(), out / "pretrain", lambda: train(recipe, out, progress, note, allow=allow), names,
-        lambda: refused_changes(out / "pretrain", recipe, allow),
+    return [*data, training_stage("pretrain", recipe, recipe.content(), out, data, progress, note, allow)]
+
+
+def training_stage(
+    name: str, recipe: Recipe, inputs: dict[str, Any], out: Path, data: Sequence[Stage], progress: Progress,
+    note: Callable[[str], None], allow: Sequence[str], start: Callable[[Trainer], None] | None = None,
+) -> Stage:  # fmt: skip
+    """The training in `out/name`, over what the stages before it made; see `train` for `start`."""
+    return Stage(
+        name, inputs, out / name, lambda: train(recipe, out, progress, note, name, start, allow),
+        tuple(stage.name for stage in data), lambda: refused_changes(out / name, recipe, allow),
     )  # fmt: skip
-    return [*data, training]
 
 
 def refused_changes(directory: Path, recipe: Recipe, allow: Sequence[str]) -> list[str] | None:

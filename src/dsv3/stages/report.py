@@ -51,7 +51,7 @@ def render(run: Run) -> str:
         state=state(run),
         figures={name: Markup(drawing) for name, drawing in draw_figures(run).items()},
         sampled=[sampled[-1], sampled[0]] if len(sampled) > 1 else sampled,
-        recipe=to_toml(run.about.get("recipe") or {}),
+        recipe=to_toml(run.recipe),
         commands=commands(run),
         colours=COLOURS,
     )
@@ -59,17 +59,16 @@ def render(run: Run) -> str:
 
 def draw_figures(run: Run) -> dict[str, str]:
     """The drawings that the records allow by now: name -> inline SVG."""
+    bits, solved, needles = (having(run.evaluations, key) for key in ("bits_per_byte", "pass_at_1", "needle"))
+    loads = run.metrics if having(run.metrics, "load") else []
     drawable = {
         "loss": (charts.loss, run.metrics, "Training loss over tokens"),
-        "optimisation": (charts.optimisation, run.metrics, "Learning rate, gradient norm, bias magnitude and speed over tokens"),
-        "experts": (
-            charts.expert_load, run.metrics if having(run.metrics, "load") else [],
-            "Load of every expert over tokens, and MaxVio, for every MoE block",
-        ),
-        "bits": (charts.bits_per_byte, having(run.evaluations, "bits_per_byte"), "Bits per byte on held-out text over tokens"),
-        "pass": (charts.pass_at_1, having(run.evaluations, "pass_at_1"), "Share of tasks solved at the first try over tokens"),
-        "needle": (heat_map, having(run.evaluations, "needle"), "Share of needles found by length of the text and depth of the needle"),
-    }  # fmt: skip
+        "optimisation": (charts.optimisation, run.metrics, "Learning rate, gradient norm, bias magnitude and speed"),
+        "experts": (charts.expert_load, loads, "Load of every expert over tokens, and MaxVio, for every MoE block"),
+        "bits": (charts.bits_per_byte, bits, "Bits per byte on held-out text over tokens"),
+        "pass": (charts.pass_at_1, solved, "Share of tasks solved at the first try over tokens"),
+        "needle": (heat_map, needles, "Share of needles found by length of the text and depth of the needle"),
+    }
     return {name: svg(partial(draw, rows), name, label) for name, (draw, rows, label) in drawable.items() if rows}
 
 
@@ -91,7 +90,7 @@ def scores(run: Run) -> list[Tile]:
     tiles = []
     when = "" if run.evaluations and run.evaluations[-1]["step"] else ", before training"
     if scored := [row["bits_per_byte"] for row in having(run.evaluations, "bits_per_byte")]:
-        sources = ((run.about.get("recipe") or {}).get("data") or {}).get("sources") or ()
+        sources = (run.recipe.get("data") or {}).get("sources") or ()
         library = next((source["name"] for source in sources if source["uri"] == "builtin:stdlib"), None)
         name = library if library in scored[-1] else next(iter(scored[-1]))
         values = [f"{row[name]:.2f}" for row in scored if name in row]
@@ -140,7 +139,7 @@ def state(run: Run) -> str | None:
     if not run.metrics:
         return "Training has not begun."
     last = run.metrics[-1]
-    target = ((run.about.get("recipe") or {}).get("training") or {}).get("tokens")
+    target = (run.recipe.get("training") or {}).get("tokens")
     step_tokens = last["tokens"] - run.metrics[-2]["tokens"] if len(run.metrics) > 1 else 0
     if target is None or last["tokens"] + step_tokens > target:
         return None

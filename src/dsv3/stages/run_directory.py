@@ -28,6 +28,11 @@ class Run:
     notes: Sequence[str]
     """One sentence for every part that is absent or unreadable."""
 
+    @property
+    def recipe(self) -> Mapping[str, Any]:
+        """As `run.json` has it; empty before it is written."""
+        return self.about.get("recipe") or {}
+
 
 def read_run(path: Path) -> Run:
     """Reads a run directory, whatever part of it is written by now; `UserError` when `path` is none."""

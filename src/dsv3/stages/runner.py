@@ -38,13 +38,12 @@ class Stage:
 def run_stages(
     stages: Sequence[Stage],
     directory: Path,
-    say: Callable[[str, str], None],
+    say: Callable[[str], None],
     *,
     replace: bool = True,
     allow: Sequence[str] = (),
-) -> list[str]:
-    """Runs the stages in order; returns the names of those that ran. `say(name, state)` hears of each: "cached", "resumed"
-    or "started".
+) -> None:
+    """Runs the stages in order; `say` hears of each: "NAME: cached", "resumed" or "started".
 
     Where an input changed, a stage that can goes on with its output. That of any other is deleted and made again; without
     `replace` this is refused, unless all that changed are inputs named in `allow`. Raises `UserError` then, naming what
@@ -54,13 +53,12 @@ def run_stages(
         (directory / "stages").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to {directory}: {error.strerror}; choose another output directory") from None
-    ran = []
     for stage, before, key in chained(stages):
         record = directory / "stages" / f"{stage.name}.json"
         known = read_record(record)
         same = known is not None and known["key"] == key
         if known is not None and same and known["done"] and stage.output.exists():
-            say(stage.name, "cached")
+            say(f"{stage.name}: cached")
             continue
         if not same:
             # Where nothing is replaced unasked, stages before this one changed in what is allowed, if at all.
@@ -69,11 +67,9 @@ def run_stages(
                 check_replaceable(stage, record, known, replace, allow)
                 remove(stage.output)
             write_record(record, key, before, stage.inputs, done=False)
-        say(stage.name, "resumed" if stage.output.exists() else "started")
+        say(f"{stage.name}: {'resumed' if stage.output.exists() else 'started'}")
         stage.run()
         write_record(record, key, before, stage.inputs, done=True)
-        ran.append(stage.name)
-    return ran
 
 
 def finished(stages: Sequence[Stage], directory: Path) -> bool:

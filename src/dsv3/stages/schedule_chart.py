@@ -3,7 +3,7 @@
 import numpy as np
 from matplotlib.figure import Figure
 
-from dsv3.recipe.points import borders, point_at, schedule_of
+from dsv3.recipe.points import borders, point_at
 from dsv3.recipe.schedule import Schedules
 from dsv3.stages.drawing import COLOURS, HUMAN, WHOLE, tokens_axis
 
@@ -22,7 +22,7 @@ def draw_schedules(schedules: Schedules, total: int) -> Figure:
     for number, (name, title) in enumerate(TITLES.items(), 1):
         axes = tokens_axis(figure.add_subplot(2, 2, number))
         # Just before and at every border too, so that a jump is drawn upright.
-        edges = [end for at in borders(schedule_of(schedules, name), schedules) for end in (at - 1, at) if at < total]
+        edges = [end for at in borders(getattr(schedules, name), schedules) for end in (at - 1, at) if at < total]
         tokens = np.unique([*np.linspace(0, total - 1, COLUMNS).astype(np.int64), *edges])
         values = [getattr(point_at(schedules, int(at)), name) for at in tokens]
         axes.plot(tokens, values, color=COLOURS["blue"][0], linewidth=1.5)

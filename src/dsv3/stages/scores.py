@@ -1,10 +1,9 @@
 """What a run is measured by while it trains: the recipe's tasks, and samples to read."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
-from dsv3.data.fim import fim_prompt
+from dsv3.data.fim import gap_prompt
 from dsv3.data.sources import GENERATORS, TINYPY, Document, documents
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.evaluation.tasks import run_tasks
@@ -15,14 +14,6 @@ from dsv3.recipe.schema import EvaluationSection, Recipe
 
 SAMPLE_TOKENS = 96
 """Longest sample."""
-
-
-@dataclass(frozen=True)
-class Gap:
-    """A held-out text with a hole, for a fill-in-the-middle sample."""
-
-    prefix: str
-    suffix: str
 
 
 class Scores:
@@ -51,20 +42,16 @@ class Scores:
         completions = llm.generate(prompts, params) if prompts else []
         samples = [dict(kind="plain", prompt=c.prompt, suffix="", text=c.text) for c in completions]
         if self.gap is not None:
-            filled = llm.generate([self.ids_around(self.gap)], params)[0].text
-            samples.append(dict(kind="fim", prompt=self.gap.prefix, suffix=self.gap.suffix, text=filled))
+            prefix, suffix = self.gap
+            filled = llm.generate([gap_prompt(prefix, suffix, self.tokenizer)], params)[0].text
+            samples.append(dict(kind="fim", prompt=prefix, suffix=suffix, text=filled))
         return samples
 
-    def find_gap(self, texts: list[str]) -> Gap | None:
-        """The first hole whose surroundings leave the model room to fill it."""
+    def find_gap(self, texts: list[str]) -> tuple[str, str] | None:
+        """What is before and after the first hole whose surroundings leave the model room to fill it."""
         room = self.recipe.model.config().max_position_embeddings - SAMPLE_TOKENS
         gaps = (gap for text in texts if (gap := cut_a_line(text)))
-        return next((gap for gap in gaps if len(self.ids_around(gap)) <= room), None)
-
-    def ids_around(self, gap: Gap) -> list[int]:
-        """The prompt that asks for what is missing."""
-        encode = self.tokenizer.encode
-        return [self.tokenizer.bos_id, *fim_prompt(encode(gap.prefix), encode(gap.suffix), self.tokenizer)]
+        return next((gap for gap in gaps if len(gap_prompt(*gap, self.tokenizer)) <= room), None)
 
 
 def asked_of(recipe: Recipe) -> EvaluationSection:
@@ -93,10 +80,10 @@ def take(found: Iterable[Document], limit: int) -> list[str]:
     return texts
 
 
-def cut_a_line(text: str) -> Gap | None:
-    """The first indented line from the middle of a text's first 20 lines on is the hole; None where there is none."""
+def cut_a_line(text: str) -> tuple[str, str] | None:
+    """What is around the first indented line past the first third of a text's first 60 lines; None where there is none."""
     lines = text.splitlines(keepends=True)[:60]
     for i in range(len(lines) // 3, len(lines) - 3):
         if lines[i].strip() and lines[i].startswith("    "):
-            return Gap("".join(lines[max(i - 8, 0) : i]), "".join(lines[i + 1 : i + 5]))
+            return "".join(lines[max(i - 8, 0) : i]), "".join(lines[i + 1 : i + 5])
     return None

@@ -21,7 +21,7 @@ from dsv3.weights.checkpoint import MODEL, STATE, TOKENIZER
 from dsv3.weights.chunks import Region
 from dsv3.weights.fit import checked
 from dsv3.weights.huggingface import MAX_SHARD_BYTES, as_json, config_of
-from dsv3.weights.jobs import Job, Journal, Progress, ignore, run_jobs
+from dsv3.weights.jobs import Job, Journal, Progress, grouped, run_jobs
 from dsv3.weights.loading import compare_copies, dtype_of, skeleton_for
 from dsv3.weights.names import Part, released
 from dsv3.weights.opening import open_weights
@@ -86,21 +86,13 @@ def plan_import(path: Path, dtype: torch.dtype | None = None, config: Path | Non
             if not part.copy:
                 parts[Region(MODEL + ours, part.start, part.size)] = part
     order = {name: i for i, name in enumerate(source.layout)}
-    files: list[list[Region]] = [[]]
-    plan = ImportPlan(stored, source, fitting, tokenizer, parts, layout, files)
-    size = 0
     # In the order in which tensors are stored, so that a file is read once.
-    for region in sorted(parts, key=lambda region: order[parts[region].name]):
-        count = plan.bytes_of([region])
-        if files[-1] and size + count > FILE_BYTES:
-            files.append([])
-            size = 0
-        files[-1].append(region)
-        size += count
-    return plan
+    ordered = sorted(parts, key=lambda region: order[parts[region].name])
+    files = grouped(((region, source.layout[parts[region].name].bytes) for region in ordered), FILE_BYTES)
+    return ImportPlan(stored, source, fitting, tokenizer, parts, layout, files)
 
 
-def import_weights(plan: ImportPlan, directory: Path, workers: int = 2, progress: Progress = ignore) -> None:
+def import_weights(plan: ImportPlan, directory: Path, workers: int = 2, progress: Progress = lambda *_: None) -> None:
     """Writes a checkpoint without training state: tensors, config and tokenizer.
 
     It is written as `<directory>.partial` and renamed when it is whole; after a stop, the same call goes on with the files
@@ -140,7 +132,7 @@ def export_weights(
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     workers: int = 2,
-    progress: Progress = ignore,
+    progress: Progress = lambda *_: None,
     ema: bool = False,
 ) -> None:
     """Writes a Hugging Face directory of the weights at `path` (see `open_weights`, also for `ema`): what transformers, vLLM and SGLang load.

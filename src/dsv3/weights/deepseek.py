@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dsv3.errors import UserError, nearest
-from dsv3.model.config import ModelConfig, RopeScaling
+from dsv3.model.config import ModelConfig, RopeScaling, read_object
 from dsv3.weights.safetensors import Stored, read_header
 
 FILE = re.compile(r"model(0|[1-9]\d*)-mp([1-9]\d*)\.safetensors")
@@ -218,14 +218,9 @@ def read_config(path: Path) -> ModelConfig:
     of `max_seq_len` are its cache's sizes and mean nothing here. `dtype` and `scale_fmt` become the
     `quantization_config` of the published models. Raises `UserError` naming file and field for anything else.
     """
-    try:
-        given = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: expected the fields of ModelArgs as JSON") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
-    if not isinstance(given, dict):
-        raise UserError(f"{path} holds a {type(given).__name__}, expected an object with the fields of ModelArgs")
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: expected the fields of ModelArgs as JSON")
+    given, _ = read_object(path)
     for key, value in given.items():
         check_argument(path, key, value)
     values = {**ARGUMENTS, **given}
@@ -256,13 +251,10 @@ def check_argument(path: Path, key: str, value: object) -> None:
     if key not in ARGUMENTS:
         raise UserError(f"{path}: unknown field {key!r}: {nearest(key, ARGUMENTS)}")
     default = ARGUMENTS[key]
-    if isinstance(default, str) or default is None:
-        fits, expected = isinstance(value, str) or value is default, "a text"
-    elif isinstance(default, int):
-        fits, expected = isinstance(value, int) and not isinstance(value, bool), "a whole number"
-    else:
-        fits, expected = isinstance(value, (int, float)) and not isinstance(value, bool), "a number"
-    if not fits:
+    kind, expected = {int: (int, "a whole number"), float: (int | float, "a number")}.get(
+        type(default), (str, "a text")
+    )
+    if value is not default and (not isinstance(value, kind) or isinstance(value, bool)):
         raise UserError(f"{path}: {key} = {value!r}: expected {expected}")
 
 

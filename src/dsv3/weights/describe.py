@@ -4,7 +4,6 @@ Loading refuses a directory in which something is missing; this reports what.
 """
 
 import math
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -144,16 +143,6 @@ def describe_hugging_face(directory: Path) -> Description:
 
 def share(tensors: Iterable[tuple[str, Layout]]) -> Share:
     """The sums over some tensors."""
-    count = parameters = size = 0
-    for name, each in tensors:
-        elements = math.prod(each.shape)
-        count += 1
-        parameters += 0 if name.endswith(SCALE) else elements
-        size += elements * bits(each.dtype) // 8
-    return Share(count, parameters, size)
-
-
-def bits(dtype: str) -> int:
-    """Of one element; a dtype's name has them first, whoever named it: F8_E4M3, BF16, int64; bool has eight."""
-    number = re.search(r"\d+", dtype)
-    return int(number[0]) if number else 8
+    held = list(tensors)
+    parameters = sum(math.prod(each.shape) for name, each in held if not name.endswith(SCALE))
+    return Share(len(held), parameters, sum(each.bytes for _, each in held))

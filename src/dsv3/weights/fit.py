@@ -6,32 +6,14 @@ from dataclasses import dataclass
 
 from dsv3.errors import UserError, nearest
 from dsv3.model.config import ModelConfig
-from dsv3.model.transformer import DeepSeekV3
 from dsv3.ops.block_scaled import BLOCK, scale_shape
-from dsv3.weights.names import SCALE, Part, is_block_scaled, is_mtp, released
-from dsv3.weights.released import FP8, Released, skeleton
+from dsv3.weights.names import SCALE, is_block_scaled, is_mtp
+from dsv3.weights.released import FP8, Released, places_of, skeleton
 from dsv3.weights.safetensors import Layout
 
 log = logging.getLogger(__name__)
 NAMED = 1000
 """Names among which the nearest one is looked for."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a released tensor belongs."""
-
-    ours: str
-    part: Part
-
-
-def places_of(model: DeepSeekV3) -> dict[str, Place]:
-    """The place of every released tensor of a model, copies of embedding and head included."""
-    return {
-        part.name: Place(ours, part)
-        for ours, tensor in model.state_dict().items()
-        for part in released(ours, tuple(tensor.shape), model.config)
-    }
 
 
 @dataclass(frozen=True)
@@ -58,21 +40,18 @@ def fit(config: ModelConfig, stored: Mapping[str, Layout], announced: Iterable[s
         config = config.replace(num_nextn_predict_layers=0)
     shapes: dict[str, tuple[int, ...]] = {}
     needed = []
-    for name, place in places_of(skeleton(config)).items():
-        shape = shapes[name] = place.part.shape
-        if not place.part.copy:
+    for name, (_, part) in places_of(skeleton(config)).items():
+        shape = shapes[name] = part.shape
+        if not part.copy:
             needed.append(name)
         absent = name not in stored and "quantization_config" in config.extra and is_block_scaled(name)
         if absent or (name in stored and stored[name].dtype == FP8 and len(shape) == 2):
             shapes[name + SCALE] = scale_shape(shape)
             needed.append(name + SCALE)
-    return Fit(
-        config,
-        len(needed),
-        missing=[name for name in needed if name not in stored],
-        unexpected=[name for name in stored if name not in shapes],
-        misfits={name: said for name, each in stored.items() if name in shapes and (said := misfit(name, each, shapes[name]))},
-    )  # fmt: skip
+    missing = [name for name in needed if name not in stored]
+    unexpected = [name for name in stored if name not in shapes]
+    said = {name: misfit(name, each, shapes[name]) for name, each in stored.items() if name in shapes}
+    return Fit(config, len(needed), missing, unexpected, {name: each for name, each in said.items() if each})
 
 
 def misfit(name: str, found: Layout, shape: tuple[int, ...]) -> str | None:

@@ -3,21 +3,18 @@
 import json
 import shutil
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dsv3.disk import sha256, sync
 
+T = TypeVar("T")
 JOURNAL = ".journal"
 Progress = Callable[[int, int], None]
 """Told how many bytes are done, and of how many."""
-
-
-def ignore(done: int, total: int) -> None:
-    """The progress that nobody watches."""
 
 
 @dataclass(frozen=True)
@@ -111,3 +108,16 @@ def run_jobs(jobs: Sequence[Job], journal: Journal, workers: int, progress: Prog
         finally:
             stopped.set()
         return [future.result() for future in futures]
+
+
+def grouped(sized: Iterable[tuple[T, int]], most: int) -> list[list[T]]:
+    """Things with their bytes, in order, as many a group as fit; one that is larger than a group gets its own."""
+    groups: list[list[T]] = [[]]
+    size = 0
+    for thing, count in sized:
+        if groups[-1] and size + count > most:
+            groups.append([])
+            size = 0
+        groups[-1].append(thing)
+        size += count
+    return groups

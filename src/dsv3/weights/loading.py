@@ -12,9 +12,9 @@ from dsv3.model.feed_forward import Experts
 from dsv3.model.linear import Linear
 from dsv3.model.transformer import DeepSeekV3
 from dsv3.weights.chunks import STACK, part_of
-from dsv3.weights.fit import checked, file_of, places_of
+from dsv3.weights.fit import checked, file_of
 from dsv3.weights.names import KEPT_FLOAT32, released
-from dsv3.weights.released import FP8, Converted, Released, skeleton
+from dsv3.weights.released import FP8, Converted, Released, places_of, skeleton
 from dsv3.weights.safetensors import DTYPES
 
 log = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ def load(source: Released, dtype: torch.dtype | None, device: torch.device | str
 def skeleton_for(source: Released, config: ModelConfig) -> DeepSeekV3:
     """A model without values, with room for FP8 where weights are stored in it: in attention, feed-forward and experts."""
     model = skeleton(config)
-    stored = {place.ours for name, place in places_of(model).items() if is_fp8(name, source)}
+    stored = {ours for name, (ours, _) in places_of(model).items() if is_fp8(name, source)}
     inside = {module for block in model.blocks() for module in block.modules() if isinstance(module, Linear | Experts)}
     for name, module in model.named_modules():
         weights = {f"{name}.{each}" for each, _ in module.named_parameters(recurse=False)}

@@ -55,6 +55,15 @@ def skeleton(config: ModelConfig) -> DeepSeekV3:
         return DeepSeekV3(config)
 
 
+def places_of(model: DeepSeekV3) -> dict[str, tuple[str, Part]]:
+    """(our tensor, which part of it) for every released tensor of a model, copies of embedding and head included."""
+    return {
+        part.name: (ours, part)
+        for ours, tensor in model.state_dict().items()
+        for part in released(ours, tuple(tensor.shape), model.config)
+    }
+
+
 class ReleasedFiles:
     """Safetensors files in Hugging Face's layout or DeepSeek's, as their headers describe them."""
 
@@ -116,11 +125,7 @@ class ReleasedModel:
     def __init__(self, model: DeepSeekV3):
         self.where, self.config, self.fingerprint = "the model", model.config, secrets.token_hex()
         self.state = model.state_dict()
-        self.places = {
-            part.name: (ours, part)
-            for ours, tensor in self.state.items()
-            for part in released(ours, tuple(tensor.shape), model.config)
-        }
+        self.places = places_of(model)
         for ours, tensor in self.state.items():
             if tensor.dtype not in HEADER_NAMES:
                 raise UserError(f"{ours} is {tensor.dtype}: expected one of {', '.join(map(str, HEADER_NAMES))}")

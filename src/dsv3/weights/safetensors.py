@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,8 +36,9 @@ class Layout:
 
     @property
     def bytes(self) -> int:
-        """Of its values."""
-        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+        """Of its values. A dtype's name holds the bits of an element, whoever named it: F8_E4M3, BF16, int64; bool has eight."""
+        bits = re.search(r"\d+", self.dtype)
+        return math.prod(self.shape) * (int(bits[0]) if bits else 8) // 8
 
 
 @dataclass(frozen=True)

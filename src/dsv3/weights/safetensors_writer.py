@@ -11,9 +11,9 @@ import torch
 
 from dsv3.disk import sync
 from dsv3.errors import RunError
-from dsv3.weights.jobs import Job, Journal, Progress, ignore, run_jobs
+from dsv3.weights.jobs import Job, Journal, Progress, grouped, run_jobs
 from dsv3.weights.released import Released
-from dsv3.weights.safetensors import DTYPES, INDEX, SINGLE, Layout, read_header
+from dsv3.weights.safetensors import DTYPES, INDEX, SINGLE, read_header
 
 PARTIAL = ".partial"
 
@@ -25,7 +25,7 @@ def write_shards(
     max_shard_bytes: int,
     resume: bool = False,
     workers: int = 1,
-    progress: Progress = ignore,
+    progress: Progress = lambda *_: None,
 ) -> None:
     """Writes all tensors as `model.safetensors`, or as shards of at most `max_shard_bytes` with their index, and the files.
 
@@ -33,7 +33,7 @@ def write_shards(
     replaced, other files stay. When that fails, with `RunError` if the disk is full or cannot be written, what was there
     is unchanged. With `resume`, the shards that an earlier call completed are kept, and left for a later one.
     """
-    shards = split(source.layout, max_shard_bytes)
+    shards = grouped(((name, each.bytes) for name, each in source.layout.items()), max_shard_bytes)
     names = (
         [SINGLE]
         if len(shards) == 1
@@ -98,16 +98,3 @@ def write_shard(path: Path, advance: Callable[[int], None], source: Released, na
             advance(wanted.bytes)
     if read_header(path).keys() != set(names):
         raise RunError(f"{path} does not hold what was written: is the disk damaged?")
-
-
-def split(layout: Mapping[str, Layout], max_shard_bytes: int) -> list[list[str]]:
-    """Tensors in order, as many a shard as fit; one that is larger than a shard gets its own."""
-    shards: list[list[str]] = [[]]
-    size = 0
-    for name, each in layout.items():
-        if shards[-1] and size + each.bytes > max_shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += each.bytes
-    return shards
