@@ -24,7 +24,7 @@ def test_what_is_spent_beside_the_steps_is_counted(tmp_path, monkeypatch):
     monkeypatch.setattr(Metrics, "step", slow)
     found = bench_overhead(Recipe.load(REDUCED, OVERRIDES), tmp_path, steps=4)
     assert found.parts.keys() == {
-        "data", "metrics", "logging", "checkpoints", "thread of checkpoints", "average", "thread of the average",
+        "data", "metrics", "logging", "checkpoints", "thread of checkpoints", "room for them, once", "average", "thread of the average",
     }  # fmt: skip
     assert all(milliseconds > 0 for milliseconds in found.parts.values())
     assert 20 <= found.parts["logging"] < 200

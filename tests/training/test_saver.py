@@ -135,3 +135,16 @@ def test_a_rename_that_fails_is_told(tmp_path, monkeypatch):
     with pytest.raises(RunError, match=r"could not remove the old checkpoint .*step-1.*Permission denied"):
         saver.finish()
     assert filled_with(latest_checkpoint(tmp_path)) == 2
+
+
+def test_room_is_made_in_the_thread_and_once(tmp_path):
+    saver, given = Saver(), tensors(1)
+    saver.prepare(given)
+    saver.finish()
+    room = saver.copy["model.a"] if "model.a" in saver.copy else next(iter(saver.copy.values()))
+    saver.prepare(given)
+    saver.save(tmp_path / "step-1", given, {}, {})
+    saver.prepare(given)
+    saver.finish()
+    assert any(each is room for each in saver.copy.values())
+    assert filled_with(tmp_path / "step-1") == 1

@@ -42,7 +42,7 @@ class Overhead:
 def bench_overhead(recipe: Recipe, out: Path, steps: int = 60, progress: Progress = lambda **_: None) -> Overhead:
     """Trains for so many steps in `out`, with two checkpoints, and counts one for as many steps as the recipe has between two.
 
-    What only a run's first checkpoint takes is spread over the recipe's whole run. Waiting for the one before counts as far as
+    What is done once is spread over the recipe's whole run. Waiting for the one before counts as far as
     writing takes longer than the steps between two of the recipe's. The tokenizer and the shards are made in `out` as well.
     Nothing is evaluated but a few bytes.
     """
@@ -61,11 +61,14 @@ def bench_overhead(recipe: Recipe, out: Path, steps: int = 60, progress: Progres
     trainer = train(short, out, progress, lambda _: None)
     step, saver = trainer.seconds / steps, trainer.saver.spent
     parts = {name: seconds / steps for name, seconds in trainer.spent.items()}
-    blocked = trainer.spent["checkpoints"] - saver["waiting"] - saver["preparing"] + saver.get("copying", 0.0)
+    blocked = trainer.spent["checkpoints"] - saver["waiting"] + saver.get("copying", 0.0)
     late = max(0.0, saver["writing"] / CHECKPOINTS - every * step)
     whole_run = recipe.training.tokens / (size * recipe.data.sequence_length)
-    parts["checkpoints"] = (blocked / CHECKPOINTS + late) / every + saver["preparing"] / whole_run
-    threads = {"thread of checkpoints": saver["processor"] / CHECKPOINTS / every}
+    parts["checkpoints"] = (blocked / CHECKPOINTS + late) / every
+    threads = {
+        "thread of checkpoints": saver["processor"] / CHECKPOINTS / every,
+        "room for them, once": saver["preparing"] / whole_run,
+    }
     if trainer.average is not None:
         threads["thread of the average"] = trainer.average.seconds / steps
     device = pick_device(recipe.training.device)

@@ -43,13 +43,14 @@ class Recorder:
     def record(self, step: Step, values: dict[str, Tensor], health: Health, seconds: float) -> dict[str, Any]:
         """One line. `seconds` is the training time up to now; what is not finite becomes None.
 
-        Speeds are those since the record before. `mfu` is there where the device's peak is known.
+        Speeds are those of the step itself: a GPU's figures are read when later ones may be there already. `mfu` is there where the device's peak is known.
         """
         groups = below(values, "norm ")
         norm = float(groups.pop("all"))
         loss, balance, *mtp = values["losses"].tolist()
         load = below(values, "load ")
-        speed = step.scheduled["batch_size"] * self.length / max(seconds - self.before, 1e-9)
+        took = step.transfer.seconds() or seconds - self.before
+        speed = step.scheduled["batch_size"] * self.length / max(took, 1e-9)
         self.before = seconds
         record = {
             "step": step.number, "tokens": step.tokens, "seconds": round(seconds, 3),

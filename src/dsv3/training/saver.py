@@ -1,5 +1,6 @@
 """Checkpoints written while training goes on: the step waits for a copy in CPU memory, a thread brings that to the disk.
 
+saver.prepare(tensors)                         has a thread make room for the copy
 saver.save(directory, tensors, state, files)   copies, and returns
 saver.check()                                  raises what went wrong in a save that is over
 saver.finish()                                 waits for the last one, and raises what went wrong
@@ -25,8 +26,7 @@ log = logging.getLogger(__name__)
 class Saver:
     """One save at a time: a second one waits for the first. A context manager that leaves no save unfinished.
 
-    `keep_last` and `keep_every_steps` are the recipe's. Its copy of the tensors is made anew for the first save and filled
-    again by later ones.
+    `keep_last` and `keep_every_steps` are the recipe's. The room for its copy of the tensors is made once.
     """
 
     def __init__(self, keep_last: int | None = None, keep_every_steps: int | None = None):
@@ -35,8 +35,20 @@ class Saver:
         self.worker = ThreadPoolExecutor(1, "checkpoint")
         self.pending: Future[None] | None = None
         self.spent: dict[str, float] = {}
-        """Seconds so far by what they went into: `waiting` for the save before and `preparing` room for the copy, which the
-        steps wait for; `copying` on the GPU between two of them; and in the thread, `writing` and the `processor` time of it."""
+        """Seconds so far by what they went into: `waiting` for the thread, which the steps do; `copying` on the GPU between two
+        of them; and in the thread, `preparing` room for the copy, `writing`, and the `processor` time of that."""
+
+    def prepare(self, tensors: Mapping[str, Any]) -> None:
+        """Has the thread make room for the copy of tensors like these, the first time: a GPU's takes seconds to pin."""
+        if not self.copy and self.pending is None:
+            self.pending = self.worker.submit(self.make_room, flatten(tensors))
+
+    def make_room(self, given: Mapping[str, Tensor]) -> None:
+        """Fits the copy to these tensors."""
+        with timed(self.spent, "preparing"):
+            self.copy = {
+                name: torch.empty_like(each, device="cpu", pin_memory=each.is_cuda) for name, each in given.items()
+            }
 
     def save(
         self, directory: Path, tensors: Mapping[str, Any], state: Mapping[str, Any], files: Mapping[str, Path | bytes]
@@ -46,10 +58,7 @@ class Saver:
             self.finish()
         given = flatten(tensors)
         if self.copy.keys() != given.keys():
-            with timed(self.spent, "preparing"):
-                self.copy = {
-                    name: torch.empty_like(each, device="cpu", pin_memory=each.is_cuda) for name, each in given.items()
-                }
+            self.make_room(given)
         begun = copied = None
         if any(each.is_cuda for each in given.values()):
             begun, copied = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

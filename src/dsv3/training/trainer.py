@@ -35,7 +35,7 @@ from dsv3.training.rng import random_state, restore_random_state
 from dsv3.training.saver import Saver
 from dsv3.training.sinks import check_sinks, open_sinks
 from dsv3.training.timing import timed
-from dsv3.training.transfer import Transfer
+from dsv3.training.transfer import Transfer, moment
 from dsv3.weights.checkpoint import EMA, EMA_GROUP, MODEL_GROUP, latest_checkpoint, load_checkpoint
 
 log = logging.getLogger(__name__)
@@ -105,13 +105,15 @@ class Trainer:
         if fresh and self.average is not None:
             self.average.restart()  # the weights may have come from elsewhere by now
         sinks = open_sinks(self.recipe.logging, self.directory.resolve().parent.name, self.recipe.to_dict())
-        last_step = None if fresh else self.step_count
+        last_step, first = None if fresh else self.step_count, self.step_count + 1
         with Metrics(self.directory, last_step, sinks) as metrics, self.saver, stopping_on_interrupt(self.request_stop):
             if fresh:
                 self.run_evaluation(metrics)
             while self.token_count < training.tokens:
                 self.saver.check()
                 self.step()
+                if self.step_count == first:
+                    self.saver.prepare(self.tensors())
                 last, stop = self.token_count >= training.tokens, self.stop  # read once: Ctrl-C may come while we save
                 score = last or due(self.step_count, training.evaluate_every_steps)
                 save = last or stop or due(self.step_count, training.checkpoint_every_steps)
@@ -131,7 +133,7 @@ class Trainer:
 
     def step(self) -> None:
         """One optimizer step; what it measured joins `pending`."""
-        started = time.perf_counter()
+        started, began = time.perf_counter(), moment(self.device)
         at = (self.step_count, self.token_count)
         size = self.schedules.batch_size.at(*at)
         learning_rate = self.schedules.learning_rate.at(*at)
@@ -160,7 +162,9 @@ class Trainer:
             scheduled = {
                 "learning_rate": learning_rate, "mtp_weight": mtp_weight, "bias_update_speed": speed, "batch_size": size,
             }  # fmt: skip
-            self.pending.append(Step(self.step_count, self.token_count, first_row, scheduled, Transfer(measured)))
+            self.pending.append(
+                Step(self.step_count, self.token_count, first_row, scheduled, Transfer(measured, began))
+            )
         self.seconds += time.perf_counter() - started
 
     def gradients(self, batch: Batch, mtp_weight: float) -> tuple[Tensor, dict[str, Tensor]]:

@@ -6,18 +6,32 @@ import torch
 from torch import Tensor
 
 
+def moment(device: torch.device) -> torch.cuda.Event | None:
+    """This point of a GPU's work, to measure from; None for a CPU."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
 class Transfer:
     """Named tensors on their way to the CPU, in one copy; FP64, which holds every figure and count exactly enough."""
 
-    def __init__(self, tensors: Mapping[str, Tensor]):
-        self.shapes = {name: each.shape for name, each in tensors.items()}
-        packed = torch.cat([each.detach().double().flatten() for each in tensors.values()])
+    def __init__(self, tensors: Mapping[str, Tensor], began: torch.cuda.Event | None = None):
+        """`began` is where the step that made them began."""
+        # Those of one dtype together: a few launches, where each tensor's own would delay the next step.
+        self.shapes = {name: tensors[name].shape for name in sorted(tensors, key=lambda name: str(tensors[name].dtype))}
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        for name in self.shapes:
+            by_dtype.setdefault(tensors[name].dtype, []).append(tensors[name].detach().flatten())
+        packed = torch.cat([torch.cat(each).double() for each in by_dtype.values()])
+        self.began = began
         self.arrived: torch.cuda.Event | None = None
         if packed.is_cuda:
             self.packed = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
             self.packed.copy_(packed, non_blocking=True)
-            self.arrived = torch.cuda.Event()
-            self.arrived.record()
+            self.arrived = moment(packed.device)
         else:
             self.packed = packed
 
@@ -27,3 +41,9 @@ class Transfer:
             self.arrived.synchronize()
         pieces = self.packed.split([shape.numel() for shape in self.shapes.values()])
         return {name: piece.view(shape) for (name, shape), piece in zip(self.shapes.items(), pieces, strict=True)}
+
+    def seconds(self) -> float | None:
+        """The GPU's time from where the step began, once the tensors are read; None for a CPU."""
+        if self.began is None or self.arrived is None:
+            return None
+        return self.began.elapsed_time(self.arrived) / 1000
