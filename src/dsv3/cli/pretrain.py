@@ -79,5 +79,5 @@ def train(
             f"{out} holds no run to continue: leave --resume out to begin one, or name its directory with --out"
         )
     allowed = [name.strip() for name in allow.split(",") if name.strip()]
-    run_recipe(recipe, overrides, [], out, stages=stage, replace=False, allow=allowed)
+    run_recipe(stage, recipe, overrides, out, allow=allowed)
     click.echo(f"\nThe model is in {out / stage / 'checkpoints'}; {next_step}")

@@ -23,7 +23,7 @@ def quickstart(overrides: tuple[str, ...], recipe: Path | None, data: tuple[str,
     """
     started = time.monotonic()
     recipe = recipe or recipe_beside("quickstart/pretrain.toml")
-    run_recipe(recipe, overrides, list(data), out, stages="quickstart", replace=True)
+    run_recipe("quickstart", recipe, overrides, out, data=data)
     click.echo(f"\n{duration(time.monotonic() - started)}. Look at {out / 'report.html'}, then try")
     run = shlex.quote(str(out))
     click.echo(f'  dsv3 generate {run} --prompt "def read_file("')

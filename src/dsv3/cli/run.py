@@ -23,18 +23,12 @@ def recipe_beside(name: str) -> Path:
 
 
 def run_recipe(
-    recipe_path: Path,
-    overrides: Sequence[str],
-    data: list[str],
-    out: Path,
-    *,
-    stages: Stages,
-    replace: bool,
-    allow: Sequence[str] = (),
-) -> None:
+    stages: Stages, recipe_path: Path, overrides: Sequence[str], out: Path, *, data: Sequence[str] = (), allow: Sequence[str] = ()
+) -> None:  # fmt: skip
     """Shows what was derived from the recipe, then runs its stages with live progress.
 
-    `replace`: see `run_stages`; `allow`: what may differ from the run that is continued.
+    `data` are the user's own texts in place of the recipe's; `allow` is what may differ from the run that is continued.
+    Only the quickstart replaces what was made from other inputs unasked.
     """
     from dsv3.recipe.schema import Recipe
 
@@ -47,9 +41,9 @@ def run_recipe(
     from dsv3.stages.quickstart import quickstart_stages
     from dsv3.stages.runner import run_stages
 
-    recipe = with_user_data(recipe, data)
+    recipe = with_user_data(recipe, list(data))
     with Progress() as progress:
         panel(progress.console, str(recipe_path), derived(recipe))
         make = {"quickstart": quickstart_stages, "pretrain": pretraining_stages, "extend": extension_stages}[stages]
         made = make(recipe, out, progress, progress.note, allow)
-        run_stages(made, out, progress.note, replace=replace, allow=allow)
+        run_stages(made, out, progress.note, replace=stages == "quickstart", allow=allow)
