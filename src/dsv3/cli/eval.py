@@ -12,9 +12,12 @@ from dsv3.errors import UserError, nearest
 
 @click.command("eval")
 @click.argument("checkpoint", type=PATH)
-@click.option("--tasks", default="bpb,tinypy,needle", help="Of bpb, tinypy, needle and position, by commas.")
+@click.option("--tasks", default="bpb,tinypy,needle", help="Of bpb, tinypy, needle, position and mtp, by commas.")
 @click.option(
-    "--data", multiple=True, metavar="PATH", help="Text for bpb and position; the recipe's held-out text by default."
+    "--data",
+    multiple=True,
+    metavar="PATH",
+    help="Text for bpb, position and mtp; the recipe's held-out text by default.",
 )
 @click.option("--bytes", "size", type=Quantity(), default="200K", help="Of text, a source.")
 @click.option(
@@ -41,7 +44,9 @@ def evaluate(
 
     chosen = [task.strip() for task in tasks.split(",") if task.strip()]
     if not chosen:
-        raise UserError(f"--tasks {tasks!r} names none: expected some of bpb, tinypy, needle and position, by commas")
+        raise UserError(
+            f"--tasks {tasks!r} names none: expected some of bpb, tinypy, needle, position and mtp, by commas"
+        )
     for task in chosen:
         if task not in get_args(Task):
             raise UserError(f"unknown task {task!r}: {nearest(task, get_args(Task))}")
@@ -81,6 +86,9 @@ def print_scores(found: dict[str, Any]) -> None:
     for name, score in found.get("pass_at_1", {}).items():
         ways = ", ".join(f"{count} {kind}" for kind, count in found["failures"][name].items())
         click.echo(f"{name}: {score['passed']} of {score['total']} tasks solved{f' (else: {ways})' if ways else ''}")
+    for name, shares in found.get("mtp_acceptance", {}).items():
+        by_depth = ", ".join(f"draft {depth} {share:.1%}" for depth, share in enumerate(shares, 1))
+        click.echo(f"{name}: accepted of the MTP modules' drafts: {by_depth}")
     if needle := found.get("needle"):
         rows = []
         for length, row in zip(needle["lengths"], needle["passed"], strict=True):

@@ -21,7 +21,7 @@ COMMANDS = {
     "data": ("dsv3.cli.data:data", "Documents to token shards."),
     "pretrain": ("dsv3.cli.pretrain:pretrain", "Train a recipe's model: tokenizer, shards, training."),
     "extend": ("dsv3.cli.pretrain:extend", "Train on at a greater length, from a run or published weights."),
-    "eval": ("dsv3.cli.eval:evaluate", "Score a model: bits per byte, tasks, needles, loss by position."),
+    "eval": ("dsv3.cli.eval:evaluate", "Score a model: bits per byte, tasks, needles, loss by position, MTP drafts."),
     "generate": ("dsv3.cli.generate:generate", "Continue a prompt, or fill in the middle."),
     "chat": ("dsv3.cli.chat:chat", "Type, and see it continued."),
     "import": ("dsv3.cli.convert:import_command", "Published weights into a checkpoint."),

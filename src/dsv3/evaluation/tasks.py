@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from dsv3.data.tokenizer import Tokenizer
+from dsv3.evaluation.acceptance import acceptance
 from dsv3.evaluation.bits_per_byte import bits_per_byte
 from dsv3.evaluation.needle import needle
 from dsv3.evaluation.position import loss_by_position
@@ -31,11 +32,11 @@ def run_tasks(
 ) -> dict[str, Any]:
     """What each of the `wanted` tasks found, JSON-able; `progress(task, done, total)` is told of every part.
 
-    `length` is that of a window of bits per byte and of a row of loss by position, in tokens; `texts` are held-out documents by
-    source, for both.
+    `length` is that of a window of bits per byte and of drafts, and of a row of loss by position, in tokens; `texts` are held-out
+    documents by source, for all three.
 
     `bits_per_byte` is `{source: bits}`; `pass_at_1` `{"tinypy": {"passed", "total"}}`, with `failures` beside it; `needle`
-    the fields of `Haystack`; `loss_by_position` those of `LossByPosition` by source.
+    the fields of `Haystack`; `loss_by_position` those of `LossByPosition` by source; `mtp_acceptance` `{source: shares by depth}`.
     """
     device = model.lm_head.weight.device
     found: dict[str, Any] = {}
@@ -72,4 +73,11 @@ def run_tasks(
                 loss_by_position(model, tokenizer, held_out, length=length, slide=True, device=device)
             )
             progress("position", done, len(texts))
+    if "mtp" in wanted.tasks:
+        found["mtp_acceptance"] = {}
+        for done, (name, held_out) in enumerate(texts.items(), 1):
+            found["mtp_acceptance"][name] = acceptance(
+                model, tokenizer, held_out, sequence_length=length, batch_rows=BATCH_ROWS, device=device
+            )
+            progress("mtp", done, len(texts))
     return found

@@ -20,7 +20,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Precision = Literal["fp32", "bf16", "fp8"]
 Recomputable = Literal["norms", "mla_up", "swiglu"]
 Sink = Literal["wandb", "trackio"]
-Task = Literal["bpb", "tinypy", "needle", "position"]
+Task = Literal["bpb", "tinypy", "needle", "position", "mtp"]
 
 
 def _deviation_or_rule(value: object) -> object:
@@ -227,9 +227,10 @@ class EvaluationSection(Section):
     """`[evaluation]`: what is measured while training; ours."""
 
     tasks: Annotated[tuple[Task, ...], Field(strict=False)] = ("bpb", "tinypy")
-    """What is measured: bits per byte, tasks (where a source is `builtin:tinypy`), needles in haystacks, loss by position."""
+    """What is measured: bits per byte, tasks (where a source is `builtin:tinypy`), needles in haystacks, loss by position,
+    how often the MTP modules' drafts are accepted."""
     bits_per_byte_bytes: Quantity = 200_000
-    """Held-out bytes scored, a source; also those that loss by position is taken over."""
+    """Held-out bytes scored, a source; also those that loss by position and drafts are taken over."""
     validation_tokens: Quantity = 50_000
     """Held-out tokens of a source, packed as in training, that the validation loss is taken over."""
     tinypy_tasks: int = Field(default=0, ge=0)
