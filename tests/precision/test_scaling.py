@@ -1,12 +1,15 @@
 """What one scale covers: each choice against quantisation written out, in both directions."""
 
+from typing import get_args
+
 import pytest
 import torch
 
 from dsv3.ops.block_scaled import dequantize, quantize_blocks
 from dsv3.ops.swiglu import swiglu
 from dsv3.ops.tiles import dequantize_rows, quantize_columns, quantize_rows
-from dsv3.precision.scaling import QUANTIZERS
+from dsv3.precision.scaling import QUANTIZERS, Scaling
+from dsv3.recipe.schema import TrainingSection
 
 
 def random(rows, columns, seed=0):
@@ -67,3 +70,8 @@ def test_a_power_of_two_and_what_is_not_finite():
         broken = x.clone()
         broken[3, 5] = torch.inf
         assert QUANTIZERS[scaling].gradient_rows(broken).scale.isnan().any()
+
+
+def test_a_recipe_may_ask_for_each():
+    asked = get_args(TrainingSection.model_fields["fp8_scaling"].annotation)
+    assert asked == get_args(Scaling) == tuple(QUANTIZERS)

@@ -33,16 +33,15 @@ MICRO_BATCHES = 8
 DEPTHS = ((1, 4), (1, 2), (2, 2))
 """(dense, MoE) layers of the networks that are timed."""
 KINDS = {
-    "grouped products": r"contiguous|grouped|wgrad|cutlass.*enable_3x",
-    "attention": r"sdpa|flash|fmha|attention",
-    "other products": r"nvjet|gemm|cublas|xmma",
-    "quantise, transpose, dequantise": r"^(rows|columns|both|tiles|blocks|transpos|dequantize|pack|unpack)",
-    "norms": r"norm",
-    "SwiGLU": r"swiglu|^(forward|backward)_kernel",
-    "router, sort, permute": r"sort|permute|sum_kernel|select|router|scatter|gather|index|cumsum|count",
-    "cross-entropy": r"cross|entropy|softmax",
-    "optimizer": r"adam|multi_tensor",
-    "copies and concatenations": r"copy|Cat|memcpy|Memcpy|memset|Memset|fill",
+    "grouped products": r"deep_gemm|^(wgrad|contiguous|masked)_kernel|cutlass.*enable_3x",
+    "attention": r"sdpa",
+    "other products": r"nvjet|gemm",
+    "quantise, transpose, 12 bits": r"^(rows|transposing|dequantize|quantize|transpose|pack|unpack)_kernel",
+    "norms and SwiGLU": r"^(forward|backward|tiles)_kernel|norm",
+    "queries and keys": r"^(rotate|keys|keys_backward)_kernel",
+    "router, sort, permute": r"^(select|gradient|count|prefix|place|copy|sum|products)_kernel",
+    "cross-entropy": r"^loss_kernel",
+    "copies and concatenations": r"copy|Cat|[Mm]emcpy|[Mm]emset|[Ff]ill",
 }
 """Kernels by the first pattern that their name matches; the rest is elementwise."""
 

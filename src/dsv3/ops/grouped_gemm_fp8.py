@@ -5,8 +5,6 @@ How many rows each expert has is known to the device alone: nothing here waits f
 Legend: R rows, E experts, N elements out, K elements in, P = ceil(N / 128), Q = ceil(K / 128).
 """
 
-from functools import cache
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -16,7 +14,7 @@ from dsv3.ops.block_scaled import scale_shape
 from dsv3.ops.gemm_fp8 import columns_reference, no_bulk_copies
 from dsv3.ops.gemm_fp8 import reference as gemm_reference
 from dsv3.ops.grouped_linear import segments
-from dsv3.ops.kernels.available import no_triton
+from dsv3.ops.kernels.available import no_gluon, no_triton
 from dsv3.ops.kernels.deep_gemm import no_deep_gemm
 from dsv3.ops.operation import Implementation, Operation
 from dsv3.ops.tiles import TILE, Tiles
@@ -184,15 +182,6 @@ def gluon_serves(x: Tiles, weight_ENK: Tensor, *rest: Any, **named: Any) -> str 
     if len(x.values) <= 64 * len(weight_ENK):
         return "pays from 64 rows an expert"
     return triton_serves(x, weight_ENK, *rest, **named) or no_gluon(x.values.device)
-
-
-@cache
-def no_gluon(device: torch.device) -> str | None:
-    """The reason why what is written in Gluon does not run: it changes with every release."""
-    if torch.cuda.get_device_capability(device)[0] != 9:
-        return "needs a GPU of compute capability 9.0"
-    installed = str(import_module("triton").__version__)
-    return None if installed.startswith("3.6.") else f"is written for triton 3.6, not {installed}"
 
 
 def masked_triton(

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv3.ops.grouped_gemm_fp8 import no_gluon
-from dsv3.ops.kernels.available import no_triton
+from dsv3.ops.kernels.available import no_gluon, no_triton
 from dsv3.ops.kernels.flash_mla import no_flash_mla
 from dsv3.ops.latent_pages import PAGE, packed_size, unpack
 from dsv3.ops.operation import Implementation, Operation

@@ -14,8 +14,9 @@ from dsv3.precision.scaling import Quantizers
 from dsv3.precision.weights import Blocks
 
 FP8_WEIGHT_GRADIENT_ROWS = 4096
-"""Mean rows an expert from which its weight gradient is faster in FP8 than in BF16. Below, writing the FP32 gradients of all
-experts takes most of the time, and BF16 needs no transposed copies: on an H200 608 against 538 TFLOP/s at 1,024 rows."""
+"""Mean rows an expert from which its weight gradient is in FP8, as the report has it. Below, BF16 is faster with any kernel:
+writing the FP32 gradients of all experts takes most of the time, and it needs no transposed copies. From there on FP8 can be
+faster; the kernel for it is not yet (docs/kernels.md)."""
 
 
 def product(x: Tiles, weight: Blocks, counts_E: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -42,11 +42,11 @@ class Quantizers:
 
     def gradient_rows(self, grad_RK: Tensor, power_of_two: bool = False) -> Tiles:
         """A gradient, for the input's gradient."""
-        return quantize_rows(grad_RK, power_of_two)
+        return self.rows(grad_RK, power_of_two)
 
     def gradient_columns(self, grad_RK: Tensor) -> Tiles:
         """Its transpose, for the weight's gradient."""
-        return quantize_columns(grad_RK)
+        return self.columns(grad_RK)
 
     def gradient_both(self, grad_RK: Tensor) -> tuple[Tiles, Tiles]:
         """(`gradient_rows`, `gradient_columns`), read once."""
@@ -94,14 +94,6 @@ class Tensors(Quantizers):
     def activated(self, gate_up: Tensor) -> Tiles:
         """SwiGLU of [R, 2K], for the output."""
         return self.rows(swiglu(gate_up))
-
-    def gradient_rows(self, grad_RK: Tensor, power_of_two: bool = False) -> Tiles:
-        """A gradient, for the input's gradient."""
-        return self.rows(grad_RK, power_of_two)
-
-    def gradient_columns(self, grad_RK: Tensor) -> Tiles:
-        """Its transpose, for the weight's gradient."""
-        return self.columns(grad_RK)
 
     def gradient_both(self, grad_RK: Tensor) -> tuple[Tiles, Tiles]:
         """(`gradient_rows`, `gradient_columns`), rounded once."""

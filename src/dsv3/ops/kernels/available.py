@@ -1,6 +1,7 @@
 """Whether Triton kernels can serve."""
 
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 
 import torch
@@ -22,3 +23,12 @@ def no_kernels(device: torch.device) -> str | None:
     if torch.cuda.get_device_capability(device) < (9, 0):
         return "needs a GPU of compute capability 9.0 or later"
     return None
+
+
+@cache
+def no_gluon(device: torch.device) -> str | None:
+    """The reason why what is written in Gluon does not run: it changes with every release."""
+    if torch.cuda.get_device_capability(device)[0] != 9:
+        return "needs a GPU of compute capability 9.0"
+    installed = str(import_module("triton").__version__)
+    return None if installed.startswith("3.6.") else f"is written for triton 3.6, not {installed}"
