@@ -125,3 +125,23 @@ def test_weight_gradients_can_wait():
     gradients.run()
     for each, grad in zip(linears, expected, strict=True):
         torch.testing.assert_close(each.weight.grad, grad, rtol=0, atol=0)
+
+
+def test_copies_of_a_weight_stay_where_they_are():
+    """Recorded passes read them there, those of the transposed weight too."""
+    linears = layers(32)
+    projection = Projection(linears, WeightGradients())
+    x = random(4, 160).requires_grad_()
+    projection(x)[0].sum().backward()
+    blocks = projection.cache.blocks
+    at = [each.data_ptr() for each in (blocks.values, blocks.scale, blocks.transposed.values, blocks.transposed.scale)]
+    with torch.no_grad():
+        linears[0].weight.copy_(random(32, 160, seed=9))
+    projection.cache.refresh()
+    expected = scaling.quantize_blocks(linears[0].weight.detach())
+    blocks = projection.cache.blocks
+    found = (blocks.values, blocks.scale, blocks.transposed.values, blocks.transposed.scale)
+    assert [each.data_ptr() for each in found] == at
+    assert torch.equal(found[0].float(), expected[0].float())
+    assert torch.equal(found[2].float(), expected[0].float().t())
+    assert torch.equal(found[3], expected[1].t())

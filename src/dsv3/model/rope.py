@@ -12,15 +12,18 @@ from dsv3.model.config import ModelConfig, RopeScaling
 from dsv3.ops.rotary import rotate_heads, rotated
 
 
-def frequencies(config: ModelConfig) -> Tensor:
-    """Radians a position for each pair of elements, FP32 [F]; the same at every sequence length."""
+def frequencies(config: ModelConfig, device: torch.device | str = "cpu") -> Tensor:
+    """Radians a position for each pair of elements, FP32 [F]; the same at every sequence length, and on every device.
+
+    Powers are taken in FP64, where a GPU's differ from a CPU's in digits that FP32 does not have.
+    """
     dim, base = config.qk_rope_head_dim, config.rope_theta
-    plain = base ** (-torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    plain = base ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)
     if config.rope_scaling is None:
-        return plain
+        return plain.float()
     low, high = correction_range(config.rope_scaling, dim, base)
-    ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
-    return plain * (1 - ramp) + plain / config.rope_scaling.factor * ramp
+    ramp = ((torch.arange(dim // 2, dtype=torch.float64, device=device) - low) / (high - low)).clamp(0, 1)
+    return (plain * (1 - ramp) + plain / config.rope_scaling.factor * ramp).float()
 
 
 def correction_range(scaling: RopeScaling, dim: int, base: float) -> tuple[float, float]:
@@ -47,7 +50,7 @@ class Rope:
     def at(cls, config: ModelConfig, position_BT: Tensor) -> "Rope":
         """The rotations at these positions (int [B, T] or [1, T])."""
         factor = config.rope_scaling.rotation_factor if config.rope_scaling else 1.0
-        angle_BTF = position_BT.unsqueeze(-1) * frequencies(config).to(position_BT.device, non_blocking=True)
+        angle_BTF = position_BT.unsqueeze(-1) * frequencies(config, position_BT.device)
         return cls(torch.polar(torch.full(angle_BTF.shape, factor, device=angle_BTF.device), angle_BTF))
 
     def __getitem__(self, tokens: slice) -> "Rope":

@@ -154,6 +154,14 @@ class DeepSeekV3(nn.Module):
                     module.fp8 = FeedForward(gradients, isinstance(module, Experts), quantizers)
         return self
 
+    def refresh_fp8(self) -> None:
+        """Has the FP8 copies of weights made where a weight changed, in the memory of those before; nothing waits for it."""
+        for module in self.modules():
+            for name in ("fp8", "inputs_fp8"):
+                layer = getattr(module, name, None)
+                for cache in () if layer is None else layer.caches:
+                    cache.refresh()
+
     def embed(self, tokens: Tensor) -> Tensor:
         """int [B, T] -> [B, T, D] in the compute dtype."""
         x = self.embed_tokens(tokens)
@@ -198,7 +206,7 @@ class DeepSeekV3(nn.Module):
         batch_wise: bool = False,
         frequency: Mapping[str, Tensor] | None = None,
         scale: float = 1.0,
-        divisor: float | None = None,
+        divisor: float | Tensor | None = None,
     ) -> Losses:
         """The losses of rows of T + 1 tokens (int [B, T + 1]): T are read, T predicted.
 
@@ -228,7 +236,7 @@ class DeepSeekV3(nn.Module):
 
     def losses(
         self, tokens: Tensor, inputs: Tensor, shared: Pass, valid: Tensor | None, segment_ids: Tensor | None,
-        mtp_weight: float, scale: float, divisor: float | None,
+        mtp_weight: float, scale: float, divisor: float | Tensor | None,
     ) -> Losses:  # fmt: skip
         """`loss` of checked rows."""
         rope, segments = shared.rope, shared.segment_ids

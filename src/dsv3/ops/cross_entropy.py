@@ -47,7 +47,7 @@ def token_losses_in_place(hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor
     return torch.cat([losses(h @ weight.t(), t, IGNORE, None) for h, t in chunks])
 
 
-def on_gpu(hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, divisor: float = 1.0) -> str | None:
+def on_gpu(hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, divisor: float | Tensor = 1.0) -> str | None:
     """The reason why the kernel does not serve."""
     if (reason := no_triton(hidden_ND, weight_VD, target_N)) is not None:
         return reason
@@ -66,7 +66,7 @@ token_losses = Operation(
 -log p(target) of each position, 0 where the target is `IGNORE`."""
 
 
-def reference(hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, divisor: float) -> Tensor:
+def reference(hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, divisor: float | Tensor) -> Tensor:
     """The definition."""
     logits = (hidden_ND @ weight_VD.to(hidden_ND.dtype).t()).float()
     return torch.nn.functional.cross_entropy(logits, target_N, ignore_index=IGNORE, reduction="sum") / divisor
@@ -76,7 +76,7 @@ class Chunked(torch.autograd.Function):
     """Gradients are computed in the forward pass, chunk by chunk, in place of the logits."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, divisor: float) -> Tensor:
+    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, divisor: float | Tensor) -> Tensor:
         weight = weight_VD.to(hidden_ND.dtype)
         rows = chunk_rows(hidden_ND, len(weight_VD))
         total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
@@ -111,7 +111,7 @@ class InPlace(torch.autograd.Function):
     """`Chunked` with logits that are never in FP32: a kernel with FP32 statistics overwrites them with their gradient."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, divisor: float) -> Tensor:
+    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, divisor: float | Tensor) -> Tensor:
         from dsv3.ops.kernels.cross_entropy import losses
 
         weight = weight_VD.to(hidden_ND.dtype)
@@ -122,18 +122,20 @@ class InPlace(torch.autograd.Function):
         for start in range(0, len(hidden_ND), rows):
             part = slice(start, start + rows)
             logits = hidden_ND[part] @ weight.t()
-            total += losses(logits, target_N[part], IGNORE, 1 / divisor).sum()
+            total += losses(logits, target_N[part], IGNORE, 1.0).sum()
             torch.mm(logits, weight, out=grad_hidden[part])
             grad_weight = plus_product(grad_weight, logits.t(), hidden_ND[part])
             del logits
         if grad_weight is None:
             grad_weight = torch.zeros_like(weight_VD)
         ctx.save_for_backward(grad_hidden, grad_weight.to(weight_VD.dtype))
+        ctx.divisor = divisor
         return total / divisor
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
+        grad = grad / ctx.divisor
         return grad_hidden * grad.to(grad_hidden.dtype), grad_weight * grad, None, None
 
 
@@ -156,5 +158,6 @@ linear_cross_entropy = Operation(
 )
 """`linear_cross_entropy(hidden [N, D], weight [V, D], target [N] int64, divisor) -> FP32 scalar`.
 
-The sum of -log softmax(hidden weight^T)[target] over positions whose target is not `IGNORE`, divided by `divisor`.
+The sum of -log softmax(hidden weight^T)[target] over positions whose target is not `IGNORE`, divided by `divisor`, a number or a
+scalar of the device.
 """

@@ -31,6 +31,11 @@ class FeedForward:
         self.gradients, self.power_of_two, self.quantizers = gradients, power_of_two, quantizers
         self.up_cache, self.down_cache = BlockCache(quantizers), BlockCache(quantizers)
 
+    @property
+    def caches(self) -> tuple[BlockCache, ...]:
+        """The copies of its weights."""
+        return self.up_cache, self.down_cache
+
     def __call__(self, x: Tensor, gate_up: Sequence[Tensor], down: Tensor, counts_E: Tensor | None = None) -> Tensor:
         """[..., D] -> [..., D].
 

@@ -36,6 +36,11 @@ class Projection:
         self.quantizers, self.cache = quantizers, BlockCache(quantizers)
 
     @property
+    def caches(self) -> tuple[BlockCache, ...]:
+        """The copies of its weights."""
+        return (self.cache,)
+
+    @property
     def weights(self) -> tuple[Tensor, ...]:
         """[N, K] each."""
         return tuple(each.get_parameter("weight") for each in self.linears)

@@ -25,6 +25,13 @@ class Blocks:
         """[..., K, N], for the input's gradient: blocks stay blocks, so no value is rounded again."""
         return Blocks(*transpose_blocks(self.values, self.scale))
 
+    def take(self, new: "Blocks") -> None:
+        """Another weight's blocks in this one's memory, where recorded passes look for them."""
+        self.values.copy_(new.values)
+        self.scale.copy_(new.scale)
+        if "transposed" in vars(self):
+            self.transposed.take(new.transposed)
+
 
 class BlockCache:
     """The newest copy of a weight, which may be several stacked along their outputs."""
@@ -33,6 +40,12 @@ class BlockCache:
         self.quantizers = quantizers
         self.key: tuple[tuple[int, int], ...] | None = None
         self.blocks: Blocks | None = None
+        self.weights: Sequence[Tensor] = ()
+
+    def refresh(self) -> None:
+        """`of` the weights that it was asked for last."""
+        if self.weights:
+            self.of(self.weights)
 
     @torch.no_grad()
     def of(self, weights: Sequence[Tensor]) -> Blocks:
@@ -40,5 +53,10 @@ class BlockCache:
         key = tuple((each.data_ptr(), each._version) for each in weights)
         if self.blocks is None or key != self.key:
             stacked = weights[0] if len(weights) == 1 else torch.cat(tuple(weights), dim=-2)
-            self.key, self.blocks = key, Blocks(*self.quantizers.weight(stacked))
+            self.weights = weights
+            self.key, blocks = key, Blocks(*self.quantizers.weight(stacked))
+            if self.blocks is None or self.blocks.values.device != blocks.values.device:
+                self.blocks = blocks
+            else:
+                self.blocks.take(blocks)
         return self.blocks

@@ -13,7 +13,7 @@ from dsv3.recipe.schedule import Schedule, Schedules
 from dsv3.recipe.schema import Recipe
 
 FREE = (
-    "training.device", "training.recompute", "training.max_skipped_steps", "training.checkpoint_every_steps",
+    "training.device", "training.cuda_graphs", "training.recompute", "training.max_skipped_steps", "training.checkpoint_every_steps",
     "training.keep_last", "training.keep_every_steps", "training.evaluate_every_steps", "training.load_every_steps",
     "evaluation", "logging",
 )  # fmt: skip

@@ -1,5 +1,8 @@
 """The gradient of a whole batch, micro-batch by micro-batch."""
 
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -8,6 +11,49 @@ from dsv3.model.transformer import DeepSeekV3, Losses, targets
 from dsv3.ops.cross_entropy import IGNORE
 from dsv3.training.balance import mean_by_block
 from dsv3.training.device import to_device
+
+
+class Setting(NamedTuple):
+    """What the passes of all micro-batches of a step share."""
+
+    mtp_weight: float
+    balance_alpha: float
+    batch_wise: bool
+    scale: float
+
+
+class Inputs(NamedTuple):
+    """A micro-batch on the model's device."""
+
+    tokens: Tensor
+    valid: Tensor
+    positions: Tensor
+    segment_ids: Tensor | None
+    divisor: Tensor
+    """FP32 scalar: see `DeepSeekV3.loss`."""
+
+
+Passes = Callable[[DeepSeekV3, Inputs, Setting], tuple[Tensor, dict[str, Tensor]]]
+"""Adds a micro-batch's gradients to the parameters'; its figures and load, as `batch_gradients` returns the batch's."""
+
+
+def forward(
+    model: DeepSeekV3, inputs: Inputs, setting: Setting, frequency: Mapping[str, Tensor] | None = None
+) -> Losses:
+    """The losses of one micro-batch."""
+    return model.loss(
+        inputs.tokens, valid=inputs.valid, positions=inputs.positions, segment_ids=inputs.segment_ids,
+        divisor=inputs.divisor, frequency=frequency, **setting._asdict(),
+    )  # fmt: skip
+
+
+def passes(
+    model: DeepSeekV3, inputs: Inputs, setting: Setting, frequency: Mapping[str, Tensor] | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """See `Passes`. For the batch-wise balance loss of several micro-batches, `frequency` is the batch's."""
+    losses = forward(model, inputs, setting, frequency)
+    losses.total.backward()
+    return torch.stack([losses.main, losses.balance, *losses.mtp]).detach(), losses.load
 
 
 def batch_gradients(
@@ -19,43 +65,36 @@ def batch_gradients(
     mtp_weight: float = 0.0,
     balance_alpha: float = 0.0,
     batch_wise: bool = False,
+    run: Passes = passes,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Accumulates the batch's gradients in the parameters; waits for no GPU.
 
     Returns its losses (FP32 [2 + MTP depth]: the main one, the balance loss without alpha, MTP's) and its load (int64 [E]
-    by block). `batch_wise`: see `DeepSeekV3.loss`.
+    by block). `batch_wise`: see `DeepSeekV3.loss`. `run` makes a micro-batch's passes.
     """
     rows, device = len(batch.tokens), model.lm_head.weight.device
     micro = micro_batch_size or rows
     count = rows // micro
     segments = batch.segment_ids if document_mask else None
-    divisor = float((targets(batch.tokens, 1, batch.valid, segments) != IGNORE).sum()) / count
+    divisor = to_device((targets(batch.tokens, 1, batch.valid, segments) != IGNORE).sum().float() / count, device)
+    setting = Setting(mtp_weight, balance_alpha, batch_wise, 1 / count)
 
-    def forward(start: int, frequency: dict[str, Tensor]) -> Losses:
+    def inputs(start: int) -> Inputs:
         part = slice(start, start + micro)
-        return model.loss(
-            to_device(batch.tokens[part], device),
-            valid=to_device(batch.valid[part], device),
-            positions=to_device(batch.positions[part], device),
-            segment_ids=None if segments is None else to_device(segments[part], device),
-            mtp_weight=mtp_weight,
-            balance_alpha=balance_alpha,
-            batch_wise=batch_wise,
-            frequency=frequency,
-            scale=1 / count,
-            divisor=divisor,
+        tokens, valid, positions = (
+            to_device(each[part], device) for each in (batch.tokens, batch.valid, batch.positions)
+        )
+        return Inputs(
+            tokens, valid, positions, None if segments is None else to_device(segments[part], device), divisor
         )
 
-    starts, frequency = range(0, rows, micro), dict[str, Tensor]()
+    starts = range(0, rows, micro)
     if batch_wise and count > 1:
         # The first micro-batch's gradient needs the loads of the last one: they are counted in a pass of their own.
         with torch.no_grad():
-            frequency = mean_by_block([forward(start, {}).frequency for start in starts])
-    figures, load = [], dict[str, Tensor]()
-    for start in starts:
-        losses = forward(start, frequency)
-        losses.total.backward()
-        figures.append(torch.stack([losses.main, losses.balance, *losses.mtp]))
-        for name, each in losses.load.items():
-            load[name] = load[name] + each if name in load else each
-    return torch.stack(figures).mean(0), load
+            frequency = mean_by_block([forward(model, inputs(start), setting).frequency for start in starts])
+        found = [passes(model, inputs(start), setting, frequency) for start in starts]
+    else:
+        found = [run(model, inputs(start), setting) for start in starts]
+    load = {name: torch.stack([each[name] for _, each in found]).sum(0) for name in found[0][1]}
+    return torch.stack([figures for figures, _ in found]).mean(0), load

@@ -92,6 +92,8 @@ class Optimizer:
 
     def __init__(self, model: DeepSeekV3, section: OptimizerSection, muon_dtype: torch.dtype = torch.float32):
         self.section = section
+        self.keep_gradients = False
+        """Whether gradients are cleared by zeros, in the memory where they are."""
         self.names = {parameter: name for name, parameter in model.named_parameters()}
         muon: list[nn.Parameter] = []
         rest: list[nn.Parameter] = []
@@ -150,7 +152,7 @@ class Optimizer:
             for group in part.param_groups:
                 group["lr"] = learning_rate * scale
             part.step()
-            part.zero_grad(set_to_none=True)
+            part.zero_grad(set_to_none=not self.keep_gradients)
         # Torch's fused AdamW does not; copies of weights in FP8 are made again when the version is another.
         torch.autograd.graph.increment_version(self.names)
 

@@ -24,12 +24,13 @@ from dsv3.recipe.schema import Recipe
 from dsv3.training.balance import routing_biases, update_biases
 from dsv3.training.device import COMPUTE_DTYPES
 from dsv3.training.ema import Average
-from dsv3.training.gradients import batch_gradients
+from dsv3.training.gradients import Passes, batch_gradients, passes
 from dsv3.training.health import Health
 from dsv3.training.interrupt import Interrupted, stopping_on_interrupt
 from dsv3.training.metrics import Metrics
 from dsv3.training.optimizer import Optimizer
 from dsv3.training.records import Recorder, Step
+from dsv3.training.replay import Replay
 from dsv3.training.resume import find_continuation, refuse
 from dsv3.training.rng import random_state, restore_random_state
 from dsv3.training.saver import Saver
@@ -79,6 +80,9 @@ class Trainer:
         if training.precision == "fp8":
             self.model.compute_in_fp8(scaling=training.fp8_scaling)
         self.optimizer = Optimizer(self.model, recipe.optimizer, muon_dtype=dtype)
+        self.passes: Passes = passes
+        if training.cuda_graphs and self.device.type == "cuda":
+            self.passes, self.optimizer.keep_gradients = Replay(), True
         self.average = None if training.ema_decay is None else Average(self.model, training.ema_decay)
         self.saver = Saver(training.keep_last, training.keep_every_steps)
         self.health = Health()
@@ -173,7 +177,7 @@ class Trainer:
         return batch_gradients(
             self.model, batch, training.micro_batch_size,
             document_mask=masked, mtp_weight=mtp_weight, balance_alpha=training.balance_alpha,
-            batch_wise=training.balance == "batch",
+            batch_wise=training.balance == "batch", run=self.passes,
         )  # fmt: skip
 
     def record(self, metrics: Metrics, delay: int) -> None:

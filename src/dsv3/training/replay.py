@@ -1,0 +1,79 @@
+"""A micro-batch's passes recorded as a CUDA graph: the host says once what it would say again for every micro-batch.
+
+Small models train several times as fast so: launching thousands of kernels takes the host longer than computing them. The
+first passes of each kind run as they are and compile what there is to compile; the next one is recorded.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dsv3.model.transformer import DeepSeekV3
+from dsv3.training.gradients import Inputs, Setting, passes
+
+WARM_UP = 2
+"""Passes of a kind that are made as they are: they compile what there is to compile."""
+
+
+@dataclass
+class Recording:
+    """One kind of pass."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: Inputs
+    """Where the graph reads."""
+    figures: Tensor
+    load: dict[str, Tensor]
+
+
+class Replay:
+    """`Passes` on a GPU, replayed while neither shapes nor setting change.
+
+    The graph adds to gradients where they are: whoever clears them fills them with zeros (`Optimizer.keep_gradients`). All
+    micro-batches of a step are of one kind.
+    """
+
+    def __init__(self) -> None:
+        self.kind: object = None
+        self.seen = 0
+        self.recording: Recording | None = None
+
+    def __call__(self, model: DeepSeekV3, inputs: Inputs, setting: Setting) -> tuple[Tensor, dict[str, Tensor]]:
+        """See `Passes`."""
+        kind = tuple(None if each is None else each.shape for each in inputs), setting
+        if kind != self.kind:
+            self.kind, self.seen, self.recording = kind, 0, None
+            # The first of its step. Parameters that get no gradient any more must have none.
+            for parameter in model.parameters():
+                parameter.grad = None
+        self.seen += 1
+        if self.seen <= WARM_UP:
+            return passes(model, inputs, setting)
+        if self.recording is None:
+            self.recording = record(model, inputs, setting)
+        for place, given in zip(self.recording.inputs, inputs, strict=True):
+            if place is not None and given is not None:
+                place.copy_(given)
+        # A graph would read the FP8 copies of weights as they were.
+        model.refresh_fp8()
+        self.recording.graph.replay()
+        return self.recording.figures.clone(), {name: each.clone() for name, each in self.recording.load.items()}
+
+
+def record(model: DeepSeekV3, inputs: Inputs, setting: Setting) -> Recording:
+    """Records the passes, which are not made by it. Parameters that get a gradient have room for it from then on."""
+    held = Inputs(*(None if each is None else each.clone() for each in inputs))  # type: ignore[arg-type]
+    before = {parameter: parameter.grad for parameter in model.parameters()}
+    for parameter in before:
+        parameter.grad = None
+    passes(model, held, setting)
+    for parameter, gradient in before.items():
+        if gradient is not None:
+            parameter.grad = gradient
+        elif parameter.grad is not None:
+            parameter.grad.zero_()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        figures, load = passes(model, held, setting)
+    return Recording(graph, held, figures, load)
