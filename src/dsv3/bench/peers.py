@@ -19,7 +19,7 @@ class Setting:
     """How `transformers` is asked to compute; the values are its own."""
 
     dtype: torch.dtype
-    """BF16 means autocast in training, where weights stay in FP32, and BF16 weights in decoding."""
+    """BF16 means BF16 weights in decoding, and in training, where weights are in FP32, autocast."""
     attention: str
     experts: str
 
@@ -64,7 +64,8 @@ def with_our_weights(model: DeepSeekV3, settings: Sequence[Setting], dtype: torc
 def training_loss(peer: Any, setting: Setting, tokens: Tensor) -> Tensor:
     """Cross-entropy of rows of T + 1 tokens [B, T + 1], ready for backward."""
     inputs, targets = tokens[:, :-1], tokens[:, 1:].contiguous()
-    with torch.autocast("cpu", torch.bfloat16, enabled=setting.dtype == torch.bfloat16):
+    mixed = setting.dtype == torch.bfloat16 and next(peer.parameters()).dtype == torch.float32
+    with torch.autocast(tokens.device.type, torch.bfloat16, enabled=mixed):
         loss: Tensor = peer(input_ids=inputs, labels=targets, shift_labels=targets, use_cache=False).loss
     return loss
 

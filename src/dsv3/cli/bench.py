@@ -33,13 +33,14 @@ bench.add_command(ops)
 @click.option("--rounds", type=click.IntRange(1), default=5)
 @click.option("--overhead", is_flag=True, help="Instead: what a recipe's training takes beside its steps.")
 @click.option("--share", is_flag=True, help="Instead: the layers of DeepSeek-V3 that one GPU of a cluster holds.")
+@click.option("--lite", is_flag=True, help="Instead: a model of Moonlight's width on one GPU, against transformers.")
 @click.option("--mtp", is_flag=True, help="For --share: with its MTP module.")
 @click.option("--recipe", type=PATH, help="For --overhead; the quickstart's when not given.")
 @click.option("--steps", type=click.IntRange(2), default=60, help="For --overhead.")
 @threads_option
 @json_file_option
 def train(
-    preset: str, rounds: int, overhead: bool, share: bool, mtp: bool, recipe: Path | None, steps: int, threads: int | None,
+    preset: str, rounds: int, overhead: bool, share: bool, lite: bool, mtp: bool, recipe: Path | None, steps: int, threads: int | None,
     json_path: Path | None,
 ) -> None:  # fmt: skip
     """Training on the CPU: forward, backward and AdamW on 8 x 256 tokens, against transformers.
@@ -60,7 +61,12 @@ def train(
         show_share(mtp, json_path)
         return
     with Progress() as progress:
-        result = bench_train(preset, rounds, progress=progress)
+        if lite:
+            from dsv3.bench.lite import bench_lite
+
+            result = bench_lite(rounds, progress)
+        else:
+            result = bench_train(preset, rounds, progress=progress)
     print_result(result, json_path)
 
 
