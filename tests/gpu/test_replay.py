@@ -10,10 +10,16 @@ from dsv3.training.replay import WARM_UP, Replay
 from tests.training.conftest import *  # noqa: F403  # its fixtures
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-GPU = ["training.device=cuda", "model.moe_intermediate_size=16", "training.micro_batch_size=2"]
+GPU = [
+    "training.device=cuda", "training.precision=bf16", "model.moe_intermediate_size=16", "training.micro_batch_size=2",
+]  # fmt: skip
+FP8 = ["training.precision=fp8", "model.preset=tiny"]
+RECOMPUTE = 'training.recompute=["norms", "mla_up", "swiglu"]'
 
 
-@pytest.mark.parametrize("more", [["training.precision=bf16"], ["training.precision=fp8", "model.preset=tiny"], ["data.document_mask=true"], ['training.recompute=["norms", "mla_up", "swiglu"]']])  # fmt: skip
+@pytest.mark.parametrize(
+    "more", [[], FP8, ["data.document_mask=true"], [RECOMPUTE], [*FP8, RECOMPUTE, "data.document_mask=true"]]
+)
 def test_a_run_is_the_same(tmp_path: Path, make_trainer: Callable, more: list[str]) -> None:
     losses, weights = {}, {}
     for graphs in ("true", "false"):

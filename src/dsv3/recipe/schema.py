@@ -151,7 +151,8 @@ class TrainingSection(Section):
     linear layers of attention and feed-forward in E4M3, the rest in BF16. Where there are no FP8 tensor cores it is emulated,
     slowly, with the same numbers up to the order of sums."""
     cuda_graphs: bool = True
-    """Whether a GPU replays the passes of a micro-batch as a CUDA graph, which spares the host; the result is the same."""
+    """Whether a GPU replays the passes of a micro-batch as a CUDA graph, which spares the host; the result is the same. In `fp32`
+    it never does: the host has to read there how many rows each expert has."""
     fp8_scaling: Literal["tiles", "gradient_blocks", "tensors"] = "tiles"
     """What one FP8 scale covers: `tiles` is the report's choice (section 3.3.2). The others are there to compare it with:
     gradients in 128 x 128 blocks (appendix B.2), one scale a tensor."""

@@ -1,7 +1,8 @@
 """A micro-batch's passes recorded as a CUDA graph: the host says once what it would say again for every micro-batch.
 
 Small models train several times as fast so: launching thousands of kernels takes the host longer than computing them. The
-first passes of each kind run as they are and compile what there is to compile; the next one is recorded.
+first passes of each kind run as they are and compile what there is to compile; the next one is recorded. A recording cannot
+wait for the device: so FP32, whose experts are a loop over counts that the host reads, has none.
 """
 
 from dataclasses import dataclass
@@ -9,11 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dsv3.errors import RunError
 from dsv3.model.transformer import DeepSeekV3
 from dsv3.training.gradients import Inputs, Setting, passes
 
 WARM_UP = 2
-"""Passes of a kind that are made as they are: they compile what there is to compile."""
+"""Passes of a kind that are made as they are: they compile what there is to compile, the second with gradients to add to."""
 
 
 @dataclass
@@ -50,30 +52,30 @@ class Replay:
         self.seen += 1
         if self.seen <= WARM_UP:
             return passes(model, inputs, setting)
+        # A graph reads the FP8 copies of weights where they are, and makes none.
+        model.refresh_fp8()
         if self.recording is None:
             self.recording = record(model, inputs, setting)
         for place, given in zip(self.recording.inputs, inputs, strict=True):
             if place is not None and given is not None:
                 place.copy_(given)
-        # A graph would read the FP8 copies of weights as they were.
-        model.refresh_fp8()
         self.recording.graph.replay()
         return self.recording.figures.clone(), {name: each.clone() for name, each in self.recording.load.items()}
 
 
 def record(model: DeepSeekV3, inputs: Inputs, setting: Setting) -> Recording:
-    """Records the passes, which are not made by it. Parameters that get a gradient have room for it from then on."""
+    """Records the passes, which are not made by it. Parameters have the gradients that they add to.
+
+    Raises `RunError` where something waits for the device.
+    """
     held = Inputs(*(None if each is None else each.clone() for each in inputs))  # type: ignore[arg-type]
-    before = {parameter: parameter.grad for parameter in model.parameters()}
-    for parameter in before:
-        parameter.grad = None
-    passes(model, held, setting)
-    for parameter, gradient in before.items():
-        if gradient is not None:
-            parameter.grad = gradient
-        elif parameter.grad is not None:
-            parameter.grad.zero_()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        figures, load = passes(model, held, setting)
+    try:
+        # Other threads may go on meanwhile: one may be pinning memory for checkpoints.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            figures, load = passes(model, held, setting)
+    except RuntimeError as error:
+        raise RunError(
+            f"a micro-batch's passes cannot be recorded as a CUDA graph: {error}. Set training.cuda_graphs=false."
+        ) from error
     return Recording(graph, held, figures, load)

@@ -81,7 +81,7 @@ class Trainer:
             self.model.compute_in_fp8(scaling=training.fp8_scaling)
         self.optimizer = Optimizer(self.model, recipe.optimizer, muon_dtype=dtype)
         self.passes: Passes = passes
-        if training.cuda_graphs and self.device.type == "cuda":
+        if training.cuda_graphs and self.device.type == "cuda" and training.precision != "fp32":
             self.passes, self.optimizer.keep_gradients = Replay(), True
         self.average = None if training.ema_decay is None else Average(self.model, training.ema_decay)
         self.saver = Saver(training.keep_last, training.keep_every_steps)
