@@ -17,6 +17,8 @@ TARGET = 0.03
 """Share of the training time that all of it together should stay below."""
 CHECKPOINTS = 2
 """Written while measuring."""
+WARM_UP = 4
+"""Steps of a run of its own before."""
 
 
 @dataclass(frozen=True)
@@ -51,14 +53,19 @@ def bench_overhead(recipe: Recipe, out: Path, steps: int = 60, progress: Progres
     every = recipe.training.checkpoint_every_steps or steps
     content = recipe.to_dict()
     content["evaluation"] = {"bits_per_byte_bytes": 1}
-    content["training"] |= {
-        "tokens": steps * size * recipe.data.sequence_length, "checkpoint_every_steps": -(-steps // CHECKPOINTS),
-        "evaluate_every_steps": None,
-    }  # fmt: skip
-    short = Recipe.from_dict(content)
-    *before, _ = pretraining_stages(short, out, progress, lambda _: None)
+
+    def short(steps: int) -> Recipe:
+        content["training"] |= {
+            "tokens": steps * size * recipe.data.sequence_length, "checkpoint_every_steps": -(-steps // CHECKPOINTS),
+            "evaluate_every_steps": None,
+        }  # fmt: skip
+        return Recipe.from_dict(content)
+
+    *before, _ = pretraining_stages(short(steps), out, progress, lambda _: None)
     run_stages(before, out, lambda *_: None)
-    trainer = train(short, out, progress, lambda _: None)
+    # What is compiled for the first steps would be counted as training.
+    train(short(WARM_UP), out, progress, lambda _: None, stage="warm-up")
+    trainer = train(short(steps), out, progress, lambda _: None)
     step, saver = trainer.seconds / steps, trainer.saver.spent
     parts = {name: seconds / steps for name, seconds in trainer.spent.items()}
     blocked = trainer.spent["checkpoints"] - saver["waiting"] + saver.get("copying", 0.0)
