@@ -74,6 +74,11 @@ def test_every_task_as_json_and_the_heat_map(run, tmp_path, capsys):
     assert all(text in drawn for text in ("160", "200", "50%"))
 
 
+def test_drafts_are_counted_on_the_held_out_text_without_another_task(run, capsys):
+    assert main.run(["eval", str(run), "--tasks", "mtp", *QUICK]) == 0
+    assert "t: accepted of the MTP modules' drafts: draft 1 " in capsys.readouterr().out
+
+
 def test_tables_for_people(run, capsys):
     assert main.run(["eval", str(run), "--tasks", "bpb,tinypy,needle,position", *QUICK]) == 0
     said = capsys.readouterr().out

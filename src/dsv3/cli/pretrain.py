@@ -1,10 +1,12 @@
 """`dsv3 pretrain`: a recipe from text to a trained model; `dsv3 extend`: a trained model to a greater context length."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import click
 
+from dsv3.cli.eval import print_scores
 from dsv3.cli.options import PATH, Quantity, several
 from dsv3.cli.run import Stages, overrides_argument, run_recipe
 from dsv3.cli.schedule import show_schedules
@@ -41,8 +43,8 @@ training_options = several(
 def pretrain(recipe: Path, out: Path | None, **options: Any) -> None:
     """Trains RECIPE (a TOML file), with any KEY=VALUE of it replaced, for instance optimizer.weight_decay=0.05.
 
-    Ctrl-C finishes the step and saves; --resume continues, also with a longer training or other checkpoints. Figures,
-    checkpoints and TensorBoard files are in OUT/pretrain.
+    Ctrl-C finishes the step and saves; --resume continues, also with a longer training or other checkpoints. Prints
+    the last scores; figures, checkpoints and TensorBoard files are in OUT/pretrain.
     """
     out = out or Path("runs") / recipe.resolve().parent.name
     train("pretrain", recipe, out, f"`dsv3 report {out}` makes a page of the run.", **options)
@@ -80,4 +82,5 @@ def train(
         )
     allowed = [name.strip() for name in allow.split(",") if name.strip()]
     run_recipe(stage, recipe, overrides, out, allow=allowed)
+    print_scores(json.loads((out / stage / "evaluations.jsonl").read_text().splitlines()[-1]))
     click.echo(f"\nThe model is in {out / stage / 'checkpoints'}; {next_step}")

@@ -33,7 +33,7 @@ def evaluate_path(
     """
     recipe, step = recipe_of(path)
     texts: dict[str, list[str]] = {}
-    if {"bpb", "position"} & set(wanted.tasks):
+    if {"bpb", "position", "mtp"} & set(wanted.tasks):
         if data:
             texts = {uri: named(uri, wanted.bits_per_byte_bytes) for uri in data}
         elif recipe is not None:

@@ -9,6 +9,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from dsv3.training.gradients import Passes, batch_gradients, passes
 from dsv3.training.health import Health
 from dsv3.training.interrupt import Interrupted, stopping_on_interrupt
 from dsv3.training.metrics import Metrics
+from dsv3.training.not_finite import first_not_finite
 from dsv3.training.optimizer import Optimizer
 from dsv3.training.records import Recorder, Step
 from dsv3.training.replay import Replay
@@ -191,10 +193,12 @@ class Trainer:
             with timed(self.spent, "logging"):
                 metrics.step(self.last)
             first = self.health.skipped_from
-            if first is not None:
-                log.warning("step %d was skipped: loss or gradient is not finite. %s", step.number, self.named(step))
-            if first is not None and step.number - first >= self.recipe.training.max_skipped_steps:
-                raise RunError(self.not_finite(step, first))
+            if first is None:
+                continue
+            why = self.named(step)
+            log.warning("step %d was skipped: loss or gradient is not finite. %s", step.number, why)
+            if step.number - first >= self.recipe.training.max_skipped_steps:
+                raise RunError(self.not_finite(step, first, why))
 
     def show(self) -> None:
         """Tells whoever watches."""
@@ -272,21 +276,34 @@ class Trainer:
         return True
 
     def named(self, step: Step) -> str:
-        """What a step was made of."""
+        """Which tensor of a skipped step is the first that is not finite, and what the step was made of."""
         size = step.scheduled["batch_size"]
-        documents = self.loader.describe(self.loader.batch(step.first_row, size))
+        batch, last = self.loader.batch(step.first_row, size), step.first_row + size - 1
+        found = first_not_finite(self.model, lambda: self.gradients(batch, step.scheduled["mtp_weight"])[0])
+        first = "Computed again with the weights of now, all of it is finite"
+        if found is not None:
+            first = f"The first that is not is {found.what}"
+        if found is not None and found.place is not None:
+            micro, (row, position) = self.recipe.training.micro_batch_size or size, found.place
+            row += found.micro_batch * micro % size  # balance over the batch takes every micro-batch twice
+            segment = int(batch.segment_ids[row, position])
+            inside = self.loader.describe(replace(batch, documents=[batch.documents[row][segment : segment + 1]]))
+            first += f", from position {position} of row {step.first_row + row} on ({', '.join(inside) or 'padding'})"
+        documents = self.loader.describe(batch)
         more = f" and {len(documents) - NAMED_DOCUMENTS:,} more" if len(documents) > NAMED_DOCUMENTS else ""
-        last = step.first_row + size - 1
-        return f"Its batch holds rows {step.first_row} to {last}, with the documents {', '.join(documents[:NAMED_DOCUMENTS])}{more}"
+        return (
+            f"{first}. Its batch holds rows {step.first_row} to {last}, with the documents "
+            f"{', '.join(documents[:NAMED_DOCUMENTS])}{more}"
+        )
 
-    def not_finite(self, step: Step, first: int) -> str:
-        """What to say of a loss or a gradient that is not finite in `step` and all steps from `first` on."""
+    def not_finite(self, step: Step, first: int, why: str) -> str:
+        """What to say of a loss or a gradient that is not finite in `step` and all steps from `first` on; see `named`."""
         self.saver.wait()
         what = "loss" if self.last["loss"] is None else "gradient"
         kept = latest_checkpoint(self.directory / "checkpoints")
         since = f", as in every step since {first}; these were skipped" if step.number > first else ""
         return (
-            f"the {what} of step {step.number} is not finite{since}. {self.named(step)}. The last good "
+            f"the {what} of step {step.number} is not finite{since}. {why}. The last good "
             f"checkpoint is {kept or 'none: none was written yet'}. Lower the learning rate, or look at these documents."
         )
 
