@@ -55,6 +55,24 @@ def test_replayed_passes_train_the_same(
     assert all(each.grad is None for each in replayed.model.mtp.parameters())
 
 
+def test_a_search_for_what_is_not_finite_leaves_no_recording(
+    tmp_path: Path, make_trainer: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dsv3.training.replay, "record", stand_in)
+    trainers = [make_trainer(tmp_path, *PRECISIONS[0]) for _ in range(2)]
+    replayed = trainers[0]
+    replayed.passes, replayed.optimizer.keep_gradients = Replay(), True
+    for number in range(8):
+        for trainer in trainers:
+            trainer.step()
+        if number == 3:
+            recording = replayed.passes.recording
+            assert "all of it is finite" in replayed.named(replayed.pending[-1])
+    assert recording is not replayed.passes.recording is not None
+    for name, each in trainers[1].model.state_dict().items():
+        assert torch.equal(replayed.model.state_dict()[name], each), name
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_passes_make_no_constants_on_the_host(tmp_path: Path, make_trainer: Callable, precision: list[str]) -> None:
     found = []

@@ -147,7 +147,7 @@ class Trainer:
         mtp_weight = self.schedules.mtp_weight.at(*at)
         with timed(self.spent, "data"):
             batch = self.loader.batch(self.row_count, size)
-        losses, load = self.gradients(batch, mtp_weight)
+        losses, load = self.gradients(batch, mtp_weight, self.passes)
         norms = self.optimizer.clip()
         keep = losses[0].isfinite() & norms["all"].isfinite()
         if self.average is not None:
@@ -173,13 +173,13 @@ class Trainer:
             )
         self.seconds += time.perf_counter() - started
 
-    def gradients(self, batch: Batch, mtp_weight: float) -> tuple[Tensor, dict[str, Tensor]]:
+    def gradients(self, batch: Batch, mtp_weight: float, run: Passes = passes) -> tuple[Tensor, dict[str, Tensor]]:
         """`batch_gradients` as the recipe has it."""
         training, masked = self.recipe.training, self.recipe.data.document_mask
         return batch_gradients(
             self.model, batch, training.micro_batch_size,
             document_mask=masked, mtp_weight=mtp_weight, balance_alpha=training.balance_alpha,
-            batch_wise=training.balance == "batch", run=self.passes,
+            batch_wise=training.balance == "batch", run=run,
         )  # fmt: skip
 
     def record(self, metrics: Metrics, delay: int) -> None:
@@ -280,6 +280,8 @@ class Trainer:
         size = step.scheduled["batch_size"]
         batch, last = self.loader.batch(step.first_row, size), step.first_row + size - 1
         found = first_not_finite(self.model, lambda: self.gradients(batch, step.scheduled["mtp_weight"])[0])
+        if isinstance(self.passes, Replay):
+            self.passes = Replay()  # what was recorded adds to gradients that are no more
         first = "Computed again with the weights of now, all of it is finite"
         if found is not None:
             first = f"The first that is not is {found.what}"
