@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from dsv3.bench import share
-from dsv3.errors import UserError
+from dsv3.bench.limits import Rates
+from dsv3.cli import main
 from dsv3.model.config import ModelConfig
 from dsv3.model.feed_forward import LocalDispatcher
 from dsv3.model.transformer import DeepSeekV3
@@ -54,7 +55,24 @@ def test_kernels_are_told_apart_by_name():
     assert {name: share.kind_of(name) for name in kinds} == kinds
 
 
-def test_a_machine_without_a_gpu_is_told(monkeypatch):
+def test_a_machine_without_a_gpu_is_told(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UserError, match="measures a GPU"):
-        share.bench_share("bf16", False)
+    assert main.run(["bench", "train", "--share"]) == 2
+    assert "measures a GPU, and found none" in capsys.readouterr().err
+
+
+def test_the_budget_stands_beside_its_limits(monkeypatch, capsys):
+    def measured(precision, mtp, rates, progress):
+        budget = {"attention": 25.0, "elementwise": 9.0, "copies and concatenations": 6.0}
+        least = {"attention": rates.attention, "elementwise": 1.5}
+        return share.Share(precision, mtp, 30.0, 35.0, 40.0, 34.0, 1800.0, 450.0, 10**10, budget, least)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("dsv3.bench.limits.measured_rates", lambda: Rates(7e14, 1.1e15, 4.2e12, 20.0))
+    monkeypatch.setattr(share, "bench_share", measured)
+    assert main.run(["bench", "train", "--share"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["attention", *["25.0", "20.0", "0.80"] * 2] in lines
+    assert ["elementwise", *["9.0", "1.5", "0.17"] * 2] in lines
+    assert ["copies", "and", "concatenations", "6.0", "6.0"] in lines
+    assert ["all", *["40.0", "21.5", "0.54"] * 2] in lines

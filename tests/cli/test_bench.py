@@ -4,6 +4,7 @@ import sys
 import pytest
 
 from dsv3.cli.main import run
+from dsv3.model.config import ModelConfig
 
 
 def test_train_and_decode_print_tables_and_write_files(tmp_path, capsys):
@@ -50,15 +51,20 @@ def test_data_prints_tables_and_a_verdict(tmp_path, capsys):
     assert "--vocabularies '2k': expected whole numbers" in capsys.readouterr().err
 
 
-def test_memory_prints_a_table(tmp_path, capsys):
+def test_memory_prints_a_table(tmp_path, capsys, monkeypatch):
+    heads = {"q_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16}
+    small = ModelConfig.preset("debug", num_hidden_layers=1, **heads)
     out = tmp_path / "results" / "memory.json"
-    arguments = ["--preset", "debug", "--batch", "1", "--length", "32", "--device", "cpu", "--json", str(out)]
+    arguments = ["--batch", "1", "--length", "16", "--device", "cpu", "--json", str(out)]
+    assert run(["bench", "memory", "--preset", "debug", *arguments]) == 2
+    assert "FP8 products need sizes that are multiples of 16" in capsys.readouterr().err
+    monkeypatch.setattr(ModelConfig, "preset", lambda name: small)
     assert run(["bench", "memory", *arguments]) == 0
     said = capsys.readouterr().out
-    assert "norms, mla_up, swiglu" in said
+    assert "FP8: average of the weights on the CPU" in said
     assert f"written: {out}" in said
-    rows = json.loads(out.read_text())
-    assert rows[-1]["kept"] < rows[0]["kept"]
+    steps = json.loads(out.read_text())["steps"]
+    assert {each["setting"]["precision"] for each in steps} == {"bf16", "fp8"}
 
 
 def test_overhead_prints_shares(tmp_path, capsys):

@@ -15,8 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from dsv3.bench.limits import Rates, limits
 from dsv3.bench.measure import Progress
-from dsv3.errors import UserError
 from dsv3.model.config import ModelConfig
 from dsv3.model.feed_forward import Experts, Routing
 from dsv3.model.transformer import DeepSeekV3
@@ -84,14 +84,14 @@ class Share:
     """Bytes, of the largest network that was timed."""
     budget: Mapping[str, float]
     """Milliseconds by kind of kernel of one micro-batch of the first network; "between kernels" is when none ran."""
+    limits: Mapping[str, float]
+    """The least that these kinds need (`limits.py`); those that are not there need no time."""
 
 
 def bench_share(
-    precision: Literal["bf16", "fp8"], mtp: bool, steps: int = 1, progress: Progress = lambda **_: None
+    precision: Literal["bf16", "fp8"], mtp: bool, rates: Rates, steps: int = 1, progress: Progress = lambda **_: None
 ) -> Share:
-    """Measures on the current GPU; `UserError` where there is none."""
-    if not torch.cuda.is_available():
-        raise UserError("dsv3 bench train --share measures a GPU, and found none")
+    """Measures on the current GPU, whose `rates` were measured."""
     times, optimizer, budget, peak = list[float](), 0.0, dict[str, float](), 0
     for number, (dense, moe) in enumerate(DEPTHS):
         torch.cuda.empty_cache()
@@ -113,8 +113,9 @@ def bench_share(
     total = whole.first_k_dense_replace * dense_layer + layers * moe_layer + head + update_share
     speed = 1000 * TOKENS / total
     flops = training_flops_per_token(whole, TOKENS, mtp=mtp)
+    least = limits(shape(*DEPTHS[0], mtp), TOKENS, precision, rates)
     return Share(
-        precision, mtp, dense_layer, moe_layer, head, optimizer, speed, flops * speed / 1e12, peak, budget
+        precision, mtp, dense_layer, moe_layer, head, optimizer, speed, flops * speed / 1e12, peak, budget, least
     )  # fmt: skip
 
 
@@ -179,13 +180,16 @@ def kind_of(kernel: str) -> str:
     return next((kind for kind, pattern in KINDS.items() if re.search(pattern, kernel)), "elementwise")
 
 
+def shape(dense: int, moe: int, mtp: bool) -> ModelConfig:
+    """DeepSeek-V3 with so many layers."""
+    layers = {"num_hidden_layers": dense + moe, "first_k_dense_replace": dense, "num_nextn_predict_layers": int(mtp)}
+    return ModelConfig.preset("deepseek-v3").replace(**layers)
+
+
 def network(dense: int, moe: int, mtp: bool) -> DeepSeekV3:
     """On the current GPU, with random weights; the router chooses among all 256 experts, four of which are here."""
-    whole = ModelConfig.preset("deepseek-v3")
-    here = whole.n_routed_experts // EXPERT_RANKS
-    config = whole.replace(
-        num_hidden_layers=dense + moe, first_k_dense_replace=dense, num_nextn_predict_layers=int(mtp)
-    )
+    config = shape(dense, moe, mtp)
+    here = config.n_routed_experts // EXPERT_RANKS
     experts = config.replace(n_routed_experts=here, n_group=1, topk_group=1, num_experts_per_tok=here)
     with torch.device("meta"):
         model = DeepSeekV3(config, torch.bfloat16, BalancedExchange(here))

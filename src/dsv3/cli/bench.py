@@ -13,7 +13,6 @@ from dsv3.cli.options import PATH, WholeNumbers, device_option, json_file_option
 
 if TYPE_CHECKING:
     from dsv3.bench.measure import Result, Spread
-    from dsv3.recipe.schema import Precision
 
 threads_option = click.option(
     "--threads", type=click.IntRange(1), help="CPU threads of both sides; what torch takes when not given."
@@ -120,33 +119,35 @@ def show_overhead(recipe: Path | None, steps: int, json_path: Path | None) -> No
 @click.option("--batch", type=click.IntRange(1), default=8)
 @click.option("--length", type=click.IntRange(4), default=1024)
 @device_option
-@click.option("--precision", type=click.Choice(["bf16", "fp32", "fp8"]), default="bf16")
 @json_file_option
-def memory(preset: str, batch: int, length: int, device: str, precision: Precision, json_path: Path | None) -> None:
-    """What waits for the backward pass, and what training.recompute saves of it."""
+def memory(preset: str, batch: int, length: int, device: str, json_path: Path | None) -> None:
+    """Memory of a training step in BF16 and FP8, and what each of the report's ways to save some of it saves."""
     from dataclasses import asdict
 
-    from dsv3.bench.memory import bench_memory
+    from dsv3.bench.memory import BF16, TECHNIQUES, bench_memory
     from dsv3.cli.ui import Progress, print_table
     from dsv3.model.device import pick_device
+    from dsv3.stages.machine import command, machine, versions
     from dsv3.training.device import device_name
 
     where = pick_device(device)
     with Progress() as progress:
-        rows = bench_memory(preset, batch=batch, length=length, device=where, precision=precision, progress=progress)
-    click.echo(f"{preset}, {batch} x {length} tokens, {precision}, {device_name(where)}")
-    first = rows[0]
-    lines = [
-        (
-            ", ".join(row.recompute) or "nothing",
-            *(f"{row.kept / 1e6:,.0f}", f"{row.peak / 1e6:,.0f}", f"{row.peak / first.peak:.0%}"),
-            *(f"{1000 * row.seconds:,.1f}", f"{row.seconds / first.seconds:.2f}"),
+        found = bench_memory(preset, batch=batch, length=length, device=where, progress=progress)
+    click.echo(f"{preset}, {batch} x {length} tokens, {device_name(where)}")
+    most, lines = found[BF16].peak, []
+    for name, pair in TECHNIQUES.items():
+        without, used = (found[each] for each in pair)
+        megabytes = (
+            each / 1e6 for each in (without.peak, used.peak, without.peak - used.peak, used.resting, used.kept)
         )
-        for row in rows
-    ]
-    print_table(["computed again", "kept, MB", "peak, MB", "of the peak", "ms", "time"], [lines])
+        share, times = (without.peak - used.peak) / most, used.seconds / without.seconds
+        lines.append([name, *(f"{each:,.0f}" for each in megabytes), f"{share:.1%}", f"{times:.2f}"])
+    head = ["peak, MB", "without", "with", "saved", "resting", "kept", "saved, of BF16", "time"]
+    print_table(head, [lines])
     if json_path is not None:
-        write_json(json_path, [asdict(row) for row in rows])
+        about = {"machine": machine(where), "versions": versions(), "command": command()}
+        rows = [{"setting": asdict(setting), **asdict(row)} for setting, row in found.items()]
+        write_json(json_path, {**about, "preset": preset, "batch": batch, "length": length, "steps": rows})
 
 
 @bench.command()
