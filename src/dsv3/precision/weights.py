@@ -47,6 +47,8 @@ class BlockCache:
         if self.weights:
             self.of(self.weights)
 
+    # A copy first made while a model is evaluated must be one that training may update.
+    @torch.inference_mode(False)
     @torch.no_grad()
     def of(self, weights: Sequence[Tensor]) -> Blocks:
         """Of FP32 or BF16 [..., N, K] as they are now: a new copy where one was written to since, or is another tensor."""
