@@ -42,15 +42,18 @@ def main(runs: Sequence[Path], plot: Path | None, json_path: Path | None) -> Non
         raise click.UsageError(f"expected {BASELINE}-seed0 among the runs, and found {', '.join(named)}")
     order = [BASELINE, *sorted(set(named) - {BASELINE})]
     curves = {name: smoothed(losses(named[name])) for name in order}
-    steps = min(map(len, curves.values()))
-    errors = {name: curves[name][:steps] / curves[BASELINE][:steps] - 1 for name in order[1:]}
-    click.echo(f"{steps} steps; relative difference of the loss (average of {SMOOTHING}) from step {FROM_STEP} on")
+    steps = {name: min(len(curve), len(curves[BASELINE])) for name, curve in curves.items()}
+    errors = {name: curves[name][: steps[name]] / curves[BASELINE][: steps[name]] - 1 for name in order[1:]}
+    click.echo(f"relative difference of the loss (average of {SMOOTHING}) from step {FROM_STEP} on")
     for name, error in errors.items():
         late = error[FROM_STEP - 1 :]
         click.echo(
-            f"{name:22} largest {np.abs(late).max():.3%}  mean {late.mean():+.3%}  at the end {late[-1]:+.3%}  {scores(named[name])}"
+            f"{name:22} {steps[name]:5} steps  largest {np.abs(late).max():.2%}  mean size {np.abs(late).mean():.2%}  "
+            f"mean {late.mean():+.2%}  at the end {late[-1]:+.2%}  {scores(named[name])}"
         )
-    click.echo(f"{BASELINE:22} loss at the end {curves[BASELINE][steps - 1]:.4f}  {scores(named[BASELINE])}")
+    click.echo(
+        f"{BASELINE:22} {steps[BASELINE]:5} steps  loss at the end {curves[BASELINE][-1]:.4f}  {scores(named[BASELINE])}"
+    )
     if plot is not None:
         save(lambda: draw(curves, errors), plot)
     if json_path is not None:
@@ -81,8 +84,8 @@ def smoothed(values: np.ndarray) -> np.ndarray:
 
 
 def scores(run: Run) -> str:
-    """Its last evaluation."""
-    last = run.evaluations[-1] if run.evaluations else {}
+    """What it was evaluated with at its end."""
+    last = run.evaluations[-1] if run.evaluations and run.evaluations[-1]["step"] == len(run.metrics) else {}
     mean = np.mean(list(last["bits_per_byte"].values())) if "bits_per_byte" in last else np.nan
     return f"{mean:.4f} bits per byte" if np.isfinite(mean) else "not evaluated"
 
@@ -92,9 +95,13 @@ def record(named: dict[str, Run], curves: dict[str, np.ndarray], errors: dict[st
     about = named[BASELINE].about
     kept = {key: about[key] for key in ("machine", "versions") if key in about}
     points = {name: [round(float(value), 5) for value in curve[EVERY - 1 :: EVERY]] for name, curve in curves.items()}
-    worst = {name: float(np.abs(error[FROM_STEP - 1 :]).max()) for name, error in errors.items()}
+    late = {name: np.abs(error[FROM_STEP - 1 :]) for name, error in errors.items()}
+    differences = {
+        name: {"steps": len(errors[name]), "largest": float(each.max()), "mean": float(each.mean())}
+        for name, each in late.items()
+    }
     last = {name: run.evaluations[-1] if run.evaluations else None for name, run in named.items()}
-    return {**kept, "command": sys.argv, "every": EVERY, "losses": points, "largest": worst, "evaluations": last}
+    return {**kept, "command": sys.argv, "every": EVERY, "losses": points, "differences": differences, "evaluations": last}
 
 
 def draw(curves: dict[str, np.ndarray], errors: dict[str, np.ndarray]) -> Figure:
