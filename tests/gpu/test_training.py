@@ -6,9 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from dsv3.errors import RunError
 from dsv3.model.config import ModelConfig
 from dsv3.model.transformer import DeepSeekV3
+from dsv3.precision import products
 from dsv3.training.ema import Average
+from dsv3.training.not_finite import first_not_finite
 from dsv3.training.rng import random_state, restore_random_state
 from dsv3.training.saver import Saver
 from dsv3.weights.checkpoint import load_checkpoint
@@ -64,6 +67,25 @@ def test_a_bad_step_is_skipped_without_a_look_at_it(tmp_path: Path, make_trainer
     trainer.step()
     assert all(each.isfinite().all() for each in trainer.model.state_dict().values())
     assert [bool(step.transfer.read()["skipped"]) for step in trainer.pending] == [False, True, False]
+
+
+@pytest.mark.parametrize("more", [[], FP8])
+def test_the_first_tensor_that_is_not_finite_is_named(
+    tmp_path: Path, make_trainer: Callable, more: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "FP8_WEIGHT_GRADIENT_ROWS", 1)  # experts' rows are padded, and have some behind them
+    trainer = make_trainer(tmp_path, *GPU, *more, "training.max_skipped_steps=1")
+    batch = trainer.loader.batch(0, 4)
+    assert first_not_finite(trainer.model, lambda: trainer.gradients(batch, 0.3)[0]) is None
+
+    def overflow(module: torch.nn.Module, inputs: object, output: torch.Tensor) -> torch.Tensor:
+        return output * 1e38 * 1e38
+
+    trainer.model.mtp[0].block.self_attn.o_proj.register_forward_hook(overflow)
+    with pytest.raises(
+        RunError, match=r"The first that is not is the output of mtp\.0\.block\.self_attn\.o_proj, from pos"
+    ):
+        trainer.run()
 
 
 def test_a_snapshot_is_that_of_its_moment(tmp_path: Path) -> None:

@@ -33,16 +33,20 @@ def test_a_dry_run_prints_its_plan(capsys):
 
 
 def test_scaled_down_it_runs_to_its_scores(tmp_path, capsys):
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for number in range(60):
+        (corpus / f"{number}.py").write_text("".join(f"value_{k} = {number} * {k}\n" for k in range(30)))
     overrides = [
         "model.preset=tiny", "model.vocab_size=512", "model.num_hidden_layers=2", "model.hidden_size=32",
         "model.intermediate_size=32", "model.moe_intermediate_size=16", "data.sequence_length=128",
-        "data.sources.0.uri=package:json", "data.sources.1.uri=package:email", "data.sources.2.uri=package:wsgiref",
+        *(f"data.sources.{number}.uri={corpus}" for number in range(3)),
         "data.sources.3.tokens=20K", "tokenizer.training_bytes=100K", "training.tokens=4096", "training.device=cpu",
         "schedule.learning_rate.0.steps=1", "schedule.learning_rate.1.until_tokens=2048",
         "evaluation.bits_per_byte_bytes=1", "evaluation.validation_tokens=1K", "evaluation.tinypy_tasks=1",
         "evaluation.sample_prompts=[]", "data.fim_rate=0",
     ]  # fmt: skip
-    assert main.run(["pretrain", str(RECIPE), "--out", str(tmp_path), *overrides]) == 0
+    assert main.run(["pretrain", str(RECIPE), "--out", str(tmp_path / "run"), *overrides]) == 0
     said = capsys.readouterr().out
     for source in ("torch", "sympy", "stdlib", "tinypy"):
         assert f"{source}: accepted of the MTP modules' drafts: draft 1 " in said

@@ -132,8 +132,8 @@ def bench_memory(
     batch: int = 8,
     length: int = 1024,
     device: torch.device | str = "cpu",
+    techniques: Mapping[str, tuple[Setting, Setting]],
     rounds: int = 3,
-    techniques: Mapping[str, tuple[Setting, Setting]] = TECHNIQUES,
     progress: Progress = lambda **_: None,
 ) -> dict[Setting, Memory]:
     """Every setting of these techniques on one network and one micro-batch, MTP included.
