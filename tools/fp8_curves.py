@@ -1,7 +1,7 @@
 """How far FP8 training lies from BF16: the losses of runs, step by step, against the first one's.
 
     dsv3 ablate recipes/fp8 --seeds 0 --jobs 5 --out runs/fp8
-    python -m tools.fp8_curves runs/fp8/*-seed0 --plot docs/pictures/fp8.svg --json docs/results/fp8-h200.json
+    python -m tools.fp8_curves runs/fp8/*-seed0 --plot docs/images/fp8.svg --json docs/results/fp8-h200.json
 
 Curves are smoothed as in the report (its figure 10: an exponential average of coefficient 0.9), the baseline first. It exits
 with 1 when the run `fp8` differs by 0.25% or more from step 300 on.
