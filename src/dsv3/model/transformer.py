@@ -204,7 +204,10 @@ class DeepSeekV3(nn.Module):
 
     def loss(self, tokens: Tensor, **options: Any) -> Losses:
         """The losses of rows of T + 1 tokens (int [B, T + 1]): T are read, T predicted. See `MicroBatch.of` for the options."""
-        rows = MicroBatch.of(self.config, tokens, **options)
+        return self.losses(MicroBatch.of(self.config, tokens, **options))
+
+    def losses(self, rows: MicroBatch) -> Losses:
+        """`loss` of rows that are ready."""
         with self.watching():
             output = self.run(rows.inputs, rows.shared)
             main = rows.loss(output.hidden, self.lm_head.weight, 1)
@@ -217,7 +220,7 @@ class DeepSeekV3(nn.Module):
                 total = total + loss * (rows.mtp_weight / len(self.mtp))
                 mtp.append(loss.detach())
         balance, load, frequency = count(routings)
-        balance = torch.zeros((), device=tokens.device) if balance is None else balance
+        balance = torch.zeros((), device=main.device) if balance is None else balance
         return Losses(total * rows.scale, main.detach(), mtp, balance, load, frequency)
 
     def deeper(self, module: MultiTokenPrediction, hidden: Tensor, rows: MicroBatch) -> tuple[Tensor, Tensor, Pass]:
