@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from dsv3.ops.grouped_linear import reference
 from dsv3.precision.deferred import WeightGradients
-from dsv3.precision.split import split_linear
+from dsv3.precision.split import Split
 
 
 def random(*shape, seed=0):
@@ -27,7 +27,7 @@ def test_input_s_gradient_now_weight_s_later(experts, dtype):
     wanted = torch.autograd.grad(expected, [x, *weights], upstream)
     gradients = WeightGradients()
     with gradients.deferred() as later:
-        found = split_linear(x, weights, gradients, counts)
+        found = Split(gradients)(x, weights, counts)
         found.backward(upstream)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(x.grad, wanted[0])
@@ -36,3 +36,13 @@ def test_input_s_gradient_now_weight_s_later(experts, dtype):
         add()
     for each, grad in zip(weights, wanted[1:], strict=True):
         torch.testing.assert_close(each.grad, grad)
+
+
+def test_passes_share_a_copy_until_a_weight_changes():
+    split, weight, x = Split(WeightGradients()), random(5, 6).requires_grad_(), random(3, 6).bfloat16()
+    first, second = split(x, [weight]), split(x, [weight])
+    kept = [each.grad_fn.saved_tensors[1].data_ptr() for each in (first, second)]
+    assert kept[0] == kept[1]
+    with torch.no_grad():
+        weight.mul_(2)
+    torch.testing.assert_close(split(x, [weight]), 2 * first)

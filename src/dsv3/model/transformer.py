@@ -26,6 +26,7 @@ from dsv3.precision.deferred import WeightGradients
 from dsv3.precision.feed_forward import FeedForward
 from dsv3.precision.projection import Projection
 from dsv3.precision.scaling import QUANTIZERS, Scaling
+from dsv3.precision.split import Split
 
 FP8_MULTIPLE = 16
 """Elements: tensor cores read FP8 matrices in pieces of 16 bytes."""
@@ -167,8 +168,10 @@ class DeepSeekV3(nn.Module):
 
         Embedding, head, router and norms compute theirs with their input's."""
         for module in self.modules():
-            if isinstance(module, Linear | Experts):
-                module.gradients = gradients
+            if isinstance(module, Linear | SwiGLU):
+                module.split = Split(gradients)
+            elif isinstance(module, Experts):
+                module.splits = Split(gradients), Split(gradients)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """int [B, T] -> [B, T, D] in the compute dtype."""

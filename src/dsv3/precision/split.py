@@ -1,4 +1,4 @@
-"""A linear layer whose weights' gradients may be computed later than its input's, as those of FP8 layers can.
+"""Linear layers whose weights' gradients may be computed later than their input's, as those in FP8 can; for pipelines.
 
 Legend: R rows, E experts, I elements in, O elements out.
 """
@@ -14,30 +14,51 @@ from dsv3.ops.grouped_linear import grouped_linear, grouped_weight_gradient
 from dsv3.precision.deferred import WeightGradients
 
 
-def split_linear(
-    x: Tensor, parameters: Sequence[Tensor], gradients: WeightGradients, counts_E: Tensor | None = None,
-    weights: Sequence[Tensor] | None = None,
-) -> Tensor:  # fmt: skip
-    """[..., I] -> [..., O] in x's dtype, the weights [O, I] being stacked along their outputs.
+class Split:
+    """One linear layer, or several that read the same input.
 
-    With counts, x is [R, I] as `grouped_linear` has it, and there is one weight [E, O, I]. The gradients go to `parameters`;
-    `weights` are multiplied in their place where they are copies (see `model/recompute.py`).
+    All micro-batches that are under way share one copy of the weights in the activations' dtype: it is made again when a weight
+    has been written to.
     """
-    out: Tensor = Split.apply(x, gradients, counts_E, parameters, *(weights or parameters))
-    return out
+
+    def __init__(self, gradients: WeightGradients):
+        self.gradients = gradients
+        self.key: tuple[Any, ...] | None = None
+        self.copy: Tensor | None = None
+
+    def __call__(
+        self, x: Tensor, parameters: Sequence[Tensor], counts_E: Tensor | None = None,
+        weights: Sequence[Tensor] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """[..., I] -> [..., O] in x's dtype, the weights [O, I] being stacked along their outputs.
+
+        With counts, x is [R, I] as `grouped_linear` has it, and there is one weight [E, O, I]. `weights` are the parameters under
+        other names where a function of all that it reads is asked for (see `model/recompute.py`).
+        """
+        out: Tensor = Product.apply(x, self, counts_E, parameters, *(weights or parameters))
+        return out
+
+    def weight(self, weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """All weights in one."""
+        if len(weights) == 1 and weights[0].dtype == dtype:
+            return weights[0]
+        key = (dtype, *((each.data_ptr(), each._version) for each in weights))
+        if self.copy is None or key != self.key:
+            parts = [each.to(dtype) for each in weights]
+            self.key, self.copy = key, parts[0] if len(parts) == 1 else torch.cat(parts)
+        return self.copy
 
 
-class Split(torch.autograd.Function):
-    """`split_linear`."""
+class Product(torch.autograd.Function):
+    """`Split`."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, gradients: WeightGradients, counts_E: Tensor | None, parameters: Sequence[Tensor],
-        *weights: Tensor,
-    ) -> Tensor:  # fmt: skip
+        ctx: Any, x: Tensor, split: Split, counts_E: Tensor | None, parameters: Sequence[Tensor], *weights: Tensor
+    ) -> Tensor:
         """[..., O]."""
-        weight = weights[0].to(x.dtype) if len(weights) == 1 else torch.cat([each.to(x.dtype) for each in weights])
-        ctx.gradients, ctx.counts, ctx.parameters = gradients, counts_E, parameters
+        weight = split.weight(weights, x.dtype)
+        ctx.gradients, ctx.counts, ctx.parameters = split.gradients, counts_E, parameters
         ctx.save_for_backward(x, weight)
         return F.linear(x, weight) if counts_E is None else grouped_linear(x, weight, counts_E)
 
