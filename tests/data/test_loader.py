@@ -14,7 +14,7 @@ from dsv3.data.loader import Loader
 from dsv3.data.token_shard_writer import ShardWriter
 from dsv3.data.token_shards import ShardSet
 from dsv3.errors import RunError, UserError
-from dsv3.model.transformer import targets
+from dsv3.model.micro_batch import targets
 from dsv3.ops.cross_entropy import IGNORE
 
 PAD, ROW = 2, 17

@@ -1,3 +1,4 @@
+import re
 from collections import Counter
 
 import pytest
@@ -9,6 +10,7 @@ from dsv3.model.block import Pass
 from dsv3.model.config import ModelConfig
 from dsv3.model.rope import Rope
 from dsv3.model.transformer import DeepSeekV3
+from dsv3.precision.deferred import WeightGradients
 
 DEBUG = ModelConfig.preset("debug")
 DEEP = ModelConfig.preset("debug", num_nextn_predict_layers=3)
@@ -291,3 +293,21 @@ def test_weights_in_float32_compute_in_bfloat16():
     losses = model.loss(tokens, mtp_weight=0.3, balance_alpha=0.01)
     assert losses.main.dtype == torch.float32
     assert all(grad.dtype == torch.float32 for grad in gradients(losses.total, model))
+
+
+@pytest.mark.parametrize("recompute", [[], ["norms", "mla_up", "swiglu"]])
+def test_weight_gradients_of_linear_layers_can_wait(recompute):
+    model, tokens, waiting = model_of(), rows(8, 40), WeightGradients()
+    model.recompute(recompute)
+    expected = gradients(model.loss(tokens, mtp_weight=0.3, balance_alpha=0.1).total, model)
+    model.zero_grad()
+    model.defer_weight_gradients(waiting)
+    with waiting.deferred() as later:
+        model.loss(tokens, mtp_weight=0.3, balance_alpha=0.1).total.backward()
+    missing = {name for name, each in model.named_parameters() if each.grad is None}
+    assert missing == {
+        name for name, _ in model.named_parameters() if re.search(r"_proj(_with_mqa)?(\.weight)?$", name)
+    }
+    for add in later:
+        add()
+    assert_same([each.grad for each in model.parameters()], expected)

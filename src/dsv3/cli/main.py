@@ -29,6 +29,7 @@ COMMANDS = {
     "report": ("dsv3.cli.report:report", "One HTML page about a run, finished or going."),
     "compare": ("dsv3.cli.compare:compare", "Runs side by side, and the report's signs."),
     "ablate": ("dsv3.cli.ablate:ablate", "Every recipe of a directory with several seeds, then `compare`."),
+    "plan": ("dsv3.cli.plan:plan", "Memory, time, bubbles and traffic, before any GPU is rented."),
     "bench": ("dsv3.cli.bench:bench", "Speeds of this machine, each as a ratio to a peer's."),
     "info": ("dsv3.cli.info:info", "What a model is, a directory of weights holds, this machine uses."),
 }

@@ -15,8 +15,9 @@ from dsv3.errors import UserError
 from dsv3.evaluation.bits_per_byte import cut, pad
 from dsv3.evaluation.mode import evaluating
 from dsv3.model.block import Pass
+from dsv3.model.micro_batch import default_positions
 from dsv3.model.rope import Rope
-from dsv3.model.transformer import DeepSeekV3, default_positions
+from dsv3.model.transformer import DeepSeekV3
 from dsv3.ops.cross_entropy import IGNORE
 
 

@@ -8,7 +8,8 @@ from dsv3.data.loader import Loader
 from dsv3.data.packing import Packing
 from dsv3.data.token_shards import ShardSet
 from dsv3.evaluation.mode import evaluating
-from dsv3.model.transformer import DeepSeekV3, targets
+from dsv3.model.micro_batch import targets
+from dsv3.model.transformer import DeepSeekV3
 from dsv3.ops.cross_entropy import IGNORE
 
 BATCH_ROWS = 8

@@ -22,6 +22,7 @@ from dsv3.ops.router import add_loss, balance_loss, expert_frequency, select_exp
 from dsv3.ops.swiglu import swiglu
 from dsv3.precision.feed_forward import FeedForward
 from dsv3.precision.products import row_alignment
+from dsv3.precision.split import Split
 
 
 class SwiGLU(nn.Module):
@@ -34,6 +35,7 @@ class SwiGLU(nn.Module):
         self.down_proj = Linear(intermediate_size, hidden_size)
         self.recomputation: Recomputation | None = None
         self.fp8: FeedForward | None = None
+        self.split: Split | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]; gate and up in one product, unless copying their weights would cost more than it saves."""
@@ -41,8 +43,11 @@ class SwiGLU(nn.Module):
             return self.fp8(x, (self.gate_proj.weight, self.up_proj.weight), self.down_proj.weight)
         if x.numel() < FEW_ROWS * x.shape[-1]:
             return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-        gate_up = torch.cat((self.gate_proj.weight_in(x.dtype), self.up_proj.weight_in(x.dtype)))
-        return self.down_proj(activated(F.linear(x, gate_up), self.recomputation))
+        if self.split is not None:
+            gate_up = self.split(x, (self.gate_proj.weight, self.up_proj.weight))
+        else:
+            gate_up = F.linear(x, torch.cat((self.gate_proj.weight_in(x.dtype), self.up_proj.weight_in(x.dtype))))
+        return self.down_proj(activated(gate_up, self.recomputation))
 
 
 def activated(gate_up: Tensor, recomputation: Recomputation | None) -> Tensor:
@@ -205,6 +210,8 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, inner))
         self.recomputation: Recomputation | None = None
         self.fp8: FeedForward | None = None
+        self.splits: tuple[Split, Split] | None = None
+        """Of the two products, where the gradients of the weights may have to wait; `fp8` has its own way."""
         self.register_buffer("gate_up_proj_scale_inv", None)
         self.register_buffer("down_proj_scale_inv", None)
 
@@ -225,6 +232,10 @@ class Experts(nn.Module):
             return self.from_blocks(rows_RD, counts_E)
         if self.fp8 is not None:
             return self.fp8(rows_RD, (self.gate_up_proj,), self.down_proj, counts_E)
+        if self.splits is not None:
+            up, down = self.splits
+            gate_up = up(rows_RD, [self.gate_up_proj], counts_E)
+            return down(activated(gate_up, self.recomputation), [self.down_proj], counts_E)
         gate_up = grouped_linear(rows_RD, self.gate_up_proj, counts_E)
         return grouped_linear(activated(gate_up, self.recomputation), self.down_proj, counts_E)
 

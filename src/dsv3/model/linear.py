@@ -9,6 +9,7 @@ from dsv3.ops.block_scaled import dequantize, scale_shape
 from dsv3.ops.cast import cast
 from dsv3.ops.rms_norm import rms_norm
 from dsv3.precision.projection import Projection
+from dsv3.precision.split import Split
 
 
 class Linear(nn.Module):
@@ -21,6 +22,8 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.register_buffer("weight_scale_inv", None)
         self.fp8: Projection | None = None
+        self.split: Split | None = None
+        """Where the gradient of the weight may have to wait; `fp8` has its own way."""
 
     def keep_in_fp8(self) -> None:
         """Makes room for released FP8 weights as they are: E4M3 and one FP32 scale a block, not to be trained."""
@@ -36,12 +39,16 @@ class Linear(nn.Module):
         """[..., in] -> [..., out] in x's dtype."""
         if self.fp8 is not None:
             return self.fp8(x)[0]
+        if self.split is not None:
+            return self.split(x, [self.weight])
         return F.linear(x, self.weight_in(x.dtype))
 
     def multiply(self, x: Tensor, weight: Tensor) -> Tensor:
         """`forward` as a function of all that it reads."""
         if self.fp8 is not None:
             return self.fp8.multiply(x, weight)[0]
+        if self.split is not None:
+            return self.split(x, [self.weight], weights=[weight])
         return F.linear(x, cast(weight, x.dtype))
 
 

@@ -35,6 +35,9 @@ class MultiTokenPrediction(nn.Module):
 
     def forward(self, hidden: Tensor, next_embeddings: Tensor, shared: Pass) -> tuple[Tensor, Routing | None]:
         """(normed state of depth k - 1 [B, T, D], embeddings of the tokens k further [B, T, D]) -> (normed state, routing)."""
-        x = self.eh_proj(torch.cat((self.enorm(next_embeddings), self.hnorm(hidden)), dim=-1))
-        x, routing = self.block(x, shared)
+        x, routing = self.block(self.enter(hidden, next_embeddings), shared)
         return self.shared_head.norm(x), routing
+
+    def enter(self, hidden: Tensor, next_embeddings: Tensor) -> Tensor:
+        """What the block reads."""
+        return self.eh_proj(torch.cat((self.enorm(next_embeddings), self.hnorm(hidden)), dim=-1))

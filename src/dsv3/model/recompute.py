@@ -93,15 +93,16 @@ class Recomputation:
         return Again.apply(self, function, *inputs)
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
-        """To be held around a forward pass."""
+    def watching(self, part: bool = False) -> Iterator[None]:
+        """To be held around a forward pass; around each `part` of one that others lie between."""
         self.active = True
         try:
             with saved_tensors_hooks(self.pack, unpack):
                 yield
         finally:
             self.active = False
-            self.outputs.clear()
+            if not part:
+                self.outputs.clear()
 
     def pack(self, tensor: Tensor) -> "Tensor | Note":
         """What is kept of a tensor."""

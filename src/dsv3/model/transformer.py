@@ -4,8 +4,8 @@ Legend: B sequences, T tokens, D hidden, V vocabulary.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
@@ -18,14 +18,15 @@ from dsv3.model.block import Block, Pass
 from dsv3.model.config import ModelConfig
 from dsv3.model.feed_forward import Dispatcher, Experts, Gate, LocalDispatcher, Routing, SwiGLU
 from dsv3.model.linear import Linear, RMSNorm
+from dsv3.model.micro_batch import MicroBatch, default_positions
 from dsv3.model.mtp import MultiTokenPrediction
 from dsv3.model.recompute import Recomputation
 from dsv3.model.rope import Rope
-from dsv3.ops.cross_entropy import IGNORE, linear_cross_entropy
 from dsv3.precision.deferred import WeightGradients
 from dsv3.precision.feed_forward import FeedForward
 from dsv3.precision.projection import Projection
 from dsv3.precision.scaling import QUANTIZERS, Scaling
+from dsv3.precision.split import Split
 
 FP8_MULTIPLE = 16
 """Elements: tensor cores read FP8 matrices in pieces of 16 bytes."""
@@ -162,6 +163,16 @@ class DeepSeekV3(nn.Module):
                 for cache in () if layer is None else layer.caches:
                     cache.refresh()
 
+    def defer_weight_gradients(self, gradients: WeightGradients) -> None:
+        """Has `gradients` decide when the weights' gradients of linear layers in FP32 and BF16 are computed.
+
+        Embedding, head, router and norms compute theirs with their input's."""
+        for module in self.modules():
+            if isinstance(module, Linear | SwiGLU):
+                module.split = Split(gradients)
+            elif isinstance(module, Experts):
+                module.splits = Split(gradients), Split(gradients)
+
     def embed(self, tokens: Tensor) -> Tensor:
         """int [B, T] -> [B, T, D] in the compute dtype."""
         x = self.embed_tokens(tokens)
@@ -194,73 +205,46 @@ class DeepSeekV3(nn.Module):
         output.hidden = self.norm(x)
         return output
 
-    def loss(
-        self,
-        tokens: Tensor,
-        *,
-        valid: Tensor | None = None,
-        positions: Tensor | None = None,
-        segment_ids: Tensor | None = None,
-        mtp_weight: float = 0.0,
-        balance_alpha: float = 0.0,
-        batch_wise: bool = False,
-        frequency: Mapping[str, Tensor] | None = None,
-        scale: float = 1.0,
-        divisor: float | Tensor | None = None,
-    ) -> Losses:
-        """The losses of rows of T + 1 tokens (int [B, T + 1]): T are read, T predicted.
+    def loss(self, tokens: Tensor, **options: Any) -> Losses:
+        """The losses of rows of T + 1 tokens (int [B, T + 1]): T are read, T predicted. See `MicroBatch.of` for the options."""
+        return self.losses(MicroBatch.of(self.config, tokens, **options))
 
-        `valid` (bool [B, T + 1]) excludes tokens as targets, for instance padding; with `segment_ids` (int [B, T + 1])
-        the first token of a document is no target either. `divisor` is the number of targets that the main loss is
-        divided by, this micro-batch's own by default; equation (24) divides every MTP loss by the same. `scale`
-        multiplies all gradients, the balance loss's too: with gradient accumulation, one over the number of
-        micro-batches, and `divisor` the whole batch's targets divided by that number. `mtp_weight` is lambda (0 leaves
-        the MTP modules out). `balance_alpha` is alpha, of the sequence-wise balance loss, or of the batch-wise one
-        (section 4.5.3), whose f and P are taken over all tokens together. Where these rows are one micro-batch of several,
-        `frequency` holds f of the whole batch (the mean of what `Losses.frequency` says of each): then the micro-batches'
-        gradients and losses are exactly the whole batch's. Raises `UserError` for rows too short for the deepest MTP
-        module.
-        """
-        inputs = tokens[:, :-1]
-        if mtp_weight > 0 and inputs.shape[1] <= len(self.mtp):
-            raise UserError(
-                f"rows of {tokens.shape[1]} tokens: MTP depth {len(self.mtp)} needs at least {len(self.mtp) + 2}"
-            )
-        positions = default_positions(inputs) if positions is None else positions[:, :-1]
-        segments = None if segment_ids is None else segment_ids[:, :-1]
-        rope = Rope.at(self.config, positions)
-        shared = Pass(rope, segments, None, balance_alpha * scale, batch_wise, frequency or {})
-        watching = nullcontext() if self.recomputation is None else self.recomputation.watching()
-        with watching:
-            return self.losses(tokens, inputs, shared, valid, segment_ids, mtp_weight, scale, divisor)
+    def losses(self, rows: MicroBatch) -> Losses:
+        """`loss` of rows that are ready."""
+        with self.watching():
+            output = self.run(rows.inputs, rows.shared)
+            main = rows.loss(output.hidden, self.lm_head.weight, 1)
+            total, mtp, hidden, routings = main, [], output.hidden, dict(output.routing)
+            for module in self.mtp if rows.mtp_weight > 0 else []:
+                states, embeddings, shared = self.deeper(module, hidden, rows)
+                hidden, routing = module(states, embeddings, shared)
+                routings[module.block.name] = routing
+                loss = rows.loss(hidden, self.lm_head.weight, module.depth + 2)
+                total = total + loss * (rows.mtp_weight / len(self.mtp))
+                mtp.append(loss.detach())
+        balance, load, frequency = count(routings)
+        balance = torch.zeros((), device=main.device) if balance is None else balance
+        return Losses(total * rows.scale, main.detach(), mtp, balance, load, frequency)
 
-    def losses(
-        self, tokens: Tensor, inputs: Tensor, shared: Pass, valid: Tensor | None, segment_ids: Tensor | None,
-        mtp_weight: float, scale: float, divisor: float | Tensor | None,
-    ) -> Losses:  # fmt: skip
-        """`loss` of checked rows."""
-        rope, segments = shared.rope, shared.segment_ids
-        output = self.run(inputs, shared)
-        target = targets(tokens, 1, valid, segment_ids)
-        count = float((target != IGNORE).sum().clamp(min=1)) if divisor is None else divisor
-        main = linear_cross_entropy(output.hidden.flatten(0, 1), self.lm_head.weight, target.flatten(), count)
-        total, mtp, hidden, routings = main, [], output.hidden, dict(output.routing)
-        length = inputs.shape[1]
-        for module in self.mtp if mtp_weight > 0 else []:
-            k = module.depth + 1
-            shorter = None if segments is None else segments[:, : length - k]
-            part = replace(shared, rope=rope[: length - k], segment_ids=shorter)
-            hidden, routing = module(hidden[:, : length - k], self.embed(inputs[:, k:]), part)
-            routings[module.block.name] = routing
-            target = targets(tokens, k + 1, valid, segment_ids)
-            loss = linear_cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, target.flatten(), count)
-            total = total + loss * (mtp_weight / len(self.mtp))
-            mtp.append(loss.detach())
-        balances = [each.balance for each in routings.values() if each.balance is not None]
-        balance = torch.stack(balances).sum() if balances else torch.zeros((), device=tokens.device)
-        load = {name: each.load for name, each in routings.items()}
-        counted = {name: each.frequency for name, each in routings.items() if each.frequency is not None}
-        return Losses(total * scale, main.detach(), mtp, balance, load, counted)
+    def deeper(self, module: MultiTokenPrediction, hidden: Tensor, rows: MicroBatch) -> tuple[Tensor, Tensor, Pass]:
+        """What an MTP module reads of the normed states of the depth before it."""
+        ahead, shared = module.depth + 1, rows.shorter(module.depth + 1)
+        embeddings = self.embed(rows.inputs[:, ahead:])
+        return hidden[:, : embeddings.shape[1]], embeddings, shared
+
+    def watching(self, part: bool = False) -> AbstractContextManager[None]:
+        """To be held around a forward pass (or a `part` of one) whose backward pass computes again what `recompute` says."""
+        return nullcontext() if self.recomputation is None else self.recomputation.watching(part)
+
+
+def count(
+    routings: Mapping[str, Routing],
+) -> tuple[Tensor | None, dict[str, Tensor], dict[str, Tensor]]:
+    """The balance losses' sum (None when they are off), load and frequency by block: see `Losses`."""
+    balances = [each.balance for each in routings.values() if each.balance is not None]
+    load = {name: each.load for name, each in routings.items()}
+    frequency = {name: each.frequency for name, each in routings.items() if each.frequency is not None}
+    return torch.stack(balances).sum() if balances else None, load, frequency
 
 
 def module_list(modules: Iterable[nn.Module]) -> Any:
@@ -281,21 +265,6 @@ def refuse_sizes(block: Block) -> None:
                 f"{where} is {list(weight.shape)}: FP8 products need sizes that are multiples of {FP8_MULTIPLE}, and {odd[0]} "
                 "is none. Choose other sizes in [model], or training.precision = 'bf16'"
             )
-
-
-def default_positions(tokens: Tensor) -> Tensor:
-    """0 .. T-1 for every row: int [1, T], which broadcasts."""
-    return torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)
-
-
-def targets(tokens: Tensor, ahead: int, valid: Tensor | None, segment_ids: Tensor | None) -> Tensor:
-    """The tokens `ahead` of each input position, `IGNORE` where they do not count. [B, T + 1 - ahead]"""
-    target = tokens[:, ahead:]
-    if valid is not None:
-        target = target.masked_fill(~valid[:, ahead:], IGNORE)
-    if segment_ids is not None:
-        target = target.masked_fill(segment_ids[:, ahead:] != segment_ids[:, :-ahead], IGNORE)
-    return target
 
 
 def fan_in_std(name: str, parameter: Tensor, num_blocks: int) -> float:

@@ -1,49 +1,45 @@
 """Weight gradients as closures, so that a pipeline schedule can run them later (report, section 3.2.1: backward for weights).
 
-with gradients.deferred():
+with gradients.deferred() as later:
     loss.backward()         # inputs' gradients travel on
-gradients.run()             # the weights' are computed
+for add in later:
+    add()                   # the weights' are computed
 """
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 
 from dsv3.ops.cast import add_gradient
 
 
 class WeightGradients:
-    """Closures that add to the gradients of weights, first in, first out."""
+    """Who asks whether the gradients of weights are wanted now or later."""
 
     def __init__(self) -> None:
-        self.waiting: deque[Callable[[], None]] = deque()
-        self.deferring = False
+        self.later: list[Callable[[], None]] | None = None
 
     @contextmanager
-    def deferred(self) -> Iterator[None]:
-        """Backward passes inside leave the gradients of FP8 layers' weights to `run`."""
-        self.deferring = True
+    def deferred(self) -> Iterator[list[Callable[[], None]]]:
+        """Backward passes inside leave the gradients of linear layers' weights to what they add to the list."""
+        self.later = later = list[Callable[[], None]]()
         try:
-            yield
+            yield later
         finally:
-            self.deferring = False
-
-    def run(self, count: int | None = None) -> None:
-        """Computes the oldest `count` of what waits, all by default."""
-        for _ in range(len(self.waiting) if count is None else count):
-            self.waiting.popleft()()
+            self.later = None
 
     def take(self, weights: Sequence[Tensor], compute: Callable[[], Sequence[Tensor]]) -> list[None]:
         """Has the gradients that `compute` gives added to their weights', now or later; what a backward pass returns for them."""
 
+        @torch.no_grad()
         def add() -> None:
             for weight, gradient in zip(weights, compute(), strict=True):
                 add_gradient(weight, gradient)
 
-        if self.deferring:
-            self.waiting.append(add)
-        else:
+        if self.later is None:
             add()
+        else:
+            self.later.append(add)
         return [None] * len(weights)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from dsv3.data.loader import Batch
-from dsv3.model.transformer import DeepSeekV3, Losses, targets
+from dsv3.model.micro_batch import targets
+from dsv3.model.transformer import DeepSeekV3, Losses
 from dsv3.ops.cross_entropy import IGNORE
 from dsv3.training.balance import mean_by_block
 from dsv3.training.device import to_device
