@@ -4,7 +4,7 @@ import multiprocessing
 import tempfile
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -20,44 +20,62 @@ def serve(rank: int, size: int, meeting: str, pipe: Connection) -> None:
         function, arguments = call
         try:
             pipe.send((True, function(*arguments)))
-        except BaseException:  # noqa: BLE001  # whatever it is, the test shall show it
+        except BaseException:  # whatever it is, the test shall show it
             pipe.send((False, traceback.format_exc()))
 
 
 class Ranks:
-    """`size` processes; a context manager that ends them."""
+    """`size` processes, started when they are needed; a context manager that ends them."""
 
     def __init__(self, size: int):
+        self.size = size
+        self.pipes: list[Connection] = []
+        self.processes: list[Any] = []
+
+    def start(self) -> None:
+        """New processes, that know nothing of earlier ones."""
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch", "torch.distributed", "dsv3.training.trainer"])
-        self.directory = tempfile.TemporaryDirectory()
-        meeting = str(Path(self.directory.name) / "meeting")
-        self.pipes, self.processes = [], []
-        for rank in range(size):
+        meeting = str(Path(tempfile.mkdtemp()) / "meeting")
+        for rank in range(self.size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=serve, args=(rank, size, meeting, theirs), daemon=True)
+            process = context.Process(target=serve, args=(rank, self.size, meeting, theirs), daemon=True)
             process.start()
             theirs.close()
             self.pipes.append(ours)
             self.processes.append(process)
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """What `function(*arguments)` returns on every rank; the first rank's traceback where one fails."""
+        """What `function(*arguments)` returns on every rank; where one fails, the tracebacks of all that do soon."""
+        if not self.processes:
+            self.start()
         for pipe in self.pipes:
             pipe.send((function, arguments))
-        answers = [pipe.recv() for pipe in self.pipes]
-        failed = [f"rank {rank}: {answer}" for rank, (good, answer) in enumerate(answers) if not good]
-        assert not failed, "\n".join(failed)
-        return [answer for _, answer in answers]
+        answers: dict[int, Any] = {}
+        failed: list[str] = []
+        while len(answers) < self.size:
+            ready = wait([p for i, p in enumerate(self.pipes) if i not in answers], timeout=5 if failed else 60)
+            if not ready:
+                failed = failed or [f"only ranks {sorted(answers)} answered in time"]
+                break
+            for pipe in ready:
+                rank = self.pipes.index(pipe)
+                good, answers[rank] = pipe.recv()
+                if not good:
+                    failed.append(f"rank {rank}: {answers[rank]}")
+        if failed:
+            self.end()
+            raise AssertionError("\n".join(failed))
+        return [answers[rank] for rank in range(self.size)]
+
+    def end(self) -> None:
+        """Ends the processes."""
+        for process in self.processes:
+            process.kill()
+        self.processes, self.pipes = [], []
 
     def __enter__(self) -> "Ranks":
         return self
 
     def __exit__(self, *_: object) -> None:
-        for pipe, process in zip(self.pipes, self.processes, strict=True):
-            if process.is_alive():
-                pipe.send(None)
-        for process in self.processes:
-            process.join(5)
-            process.kill()
-        self.directory.cleanup()
+        self.end()

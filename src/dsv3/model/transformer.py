@@ -101,18 +101,26 @@ class DeepSeekV3(nn.Module):
 
         Norm gains become 1 and routing biases 0. The values depend on the seed alone. With "fan_in" the projections
         that write to the residual stream are divided by sqrt(2 blocks), and the embedding and the head get 1 and
-        1 / sqrt(inputs).
+        1 / sqrt(inputs). Experts have the same values on whatever rank they are.
         """
         std = self.config.initializer_range if std is None else std
         generator = torch.Generator().manual_seed(seed)
+        held = {
+            each: module.held
+            for module in self.modules()
+            if isinstance(module, Experts)
+            for each in module.parameters()
+        }
         for name, parameter in self.named_parameters():
             if parameter.dim() == 1:
                 nn.init.ones_(parameter)
                 continue
             scale = std if std != "fan_in" else fan_in_std(name, parameter, len(self.layers))
-            values = torch.empty(parameter.shape).normal_(0.0, scale, generator=generator)
+            here = held.get(parameter, range(len(parameter)))
+            whole = self.config.n_routed_experts if parameter in held else len(parameter)
+            values = torch.empty(whole, *parameter.shape[1:]).normal_(0.0, scale, generator=generator)
             with torch.no_grad():
-                parameter.copy_(values)
+                parameter.copy_(values[here.start : here.stop])
         for block in self.blocks():
             if block.moe is not None:
                 block.moe.gate.e_score_correction_bias.zero_()

@@ -1,5 +1,6 @@
 """Ranks that act together, and what they do: the collective operations, each of which is nothing at all for one rank alone."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +24,8 @@ class Group:
     handle: dist.ProcessGroup | None = None
     """None where there is one rank alone."""
     activity: Activity = field(default_factory=Activity)
+    traffic: Counter[str] = field(default_factory=Counter)
+    """`sent`: bytes that `exchange` has sent to other ranks so far."""
 
     @property
     def size(self) -> int:
@@ -42,10 +45,11 @@ class Group:
             return rows
         # As bytes: gloo knows fewer dtypes than torch.
         flat = rows.contiguous().flatten(1).view(torch.uint8)
+        self.traffic["sent"] += (sum(sent) - sent[self.rank]) * flat.shape[1]
         out = flat.new_empty(sum(received), flat.shape[1])
         with self.activity.communicating(f"exchange over {self.name}"):
             dist.all_to_all_single(out, flat, list(received), list(sent), group=self.handle)
-        return out.view(rows.dtype).view(-1, *rows.shape[1:])
+        return out.view(rows.dtype).view(sum(received), *rows.shape[1:])
 
     def scatter_sum(self, parts: Tensor) -> Tensor:
         """[ranks, n] -> [n]: the sum over the ranks of what is this rank's row."""
