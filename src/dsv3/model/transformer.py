@@ -96,6 +96,15 @@ class DeepSeekV3(nn.Module):
         yield from self.layers
         yield from (module.block for module in self.mtp)
 
+    def held_experts(self) -> dict[nn.Parameter, range]:
+        """Every stack of experts, and which of all experts are on this rank."""
+        return {
+            parameter: module.held
+            for module in self.modules()
+            if isinstance(module, Experts)
+            for parameter in module.parameters()
+        }
+
     def initialize(self, std: float | Literal["fan_in"] | None = None, seed: int = 0) -> "DeepSeekV3":
         """Normal weights: one `std` for all (the report: 0.006; None: the config's `initializer_range`), or 1 / sqrt(inputs).
 
@@ -105,12 +114,7 @@ class DeepSeekV3(nn.Module):
         """
         std = self.config.initializer_range if std is None else std
         generator = torch.Generator().manual_seed(seed)
-        held = {
-            each: module.held
-            for module in self.modules()
-            if isinstance(module, Experts)
-            for each in module.parameters()
-        }
+        held = self.held_experts()
         for name, parameter in self.named_parameters():
             if parameter.dim() == 1:
                 nn.init.ones_(parameter)

@@ -13,7 +13,7 @@ once between them (so that they share a node, or few nodes); ranks at a distance
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import TypeVar
 
@@ -105,5 +105,5 @@ def make_mesh(parallel: ParallelSection, ranks_per_node: int) -> Mesh:
             "node", [each[start : start + width] for each in expert for start in range(0, parallel.expert, width)]
         ),
         rail=group("rail", [each[i::width] for each in expert for i in range(width)]),
-        saving=group("saving", [everyone], "gloo"),
+        saving=replace(group("saving", [everyone], "gloo"), activity=Activity(rank)),
     )
