@@ -47,8 +47,7 @@ def lose():
     if mesh.world.rank == 1:
         dist.destroy_process_group()
         return ""
+    time.sleep(0.5)
     with pytest.raises(RunError) as caught:
-        for _ in range(1000):
-            mesh.data.sum_(torch.ones(1))
-            time.sleep(0.01)
+        mesh.data.sum_(torch.ones(1))
     return str(caught.value)
