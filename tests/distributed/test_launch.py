@@ -46,7 +46,7 @@ def children(pid):
 
 
 def test_a_killed_rank_ends_the_job_and_its_checkpoint_goes_on(tmp_path):
-    """The last line before torchrun's own table is ours; the run goes on from the last checkpoint."""
+    """One message of ours before torchrun's own; the run goes on from the last checkpoint."""
     process = start(tmp_path, "training.tokens=1M", "training.checkpoint_every_steps=2")
     while process.poll() is None and len(steps(tmp_path)) < 5:
         time.sleep(0.02)
@@ -55,6 +55,10 @@ def test_a_killed_rank_ends_the_job_and_its_checkpoint_goes_on(tmp_path):
     assert process.returncode == 1
     assert "rank      : 1 (local_rank: 1)" in said
     assert "exitcode  : -9" in said
+    ours = [line for line in said.splitlines() if line.startswith("dsv3: ") and " -> " not in line]
+    assert len(ours) == 1
+    assert "the job ends" in ours[0] or "lost the others in 'step" in ours[0]
+    assert "1: step " in ours[0]
     done = len(steps(tmp_path))
     again = start(tmp_path, f"training.tokens={(done + 2) * 512}", "--resume")
     out, said = again.communicate(timeout=120)

@@ -7,6 +7,10 @@ from contextlib import contextmanager
 from dsv3.errors import RunError
 
 
+class LostError(RunError):
+    """An operation that needs all ranks failed: another one ended, or was too late."""
+
+
 class Activity:
     """The instruction under way on one rank."""
 
@@ -21,15 +25,15 @@ class Activity:
 
     @contextmanager
     def communicating(self, what: str) -> Iterator[None]:
-        """Around one collective operation; `RunError` naming rank and instruction where other ranks have gone."""
+        """Around one collective operation; `LostError` naming rank and instruction where other ranks have gone."""
         before, since = self.instruction, self.since
         self.begin(f"{before}: {what}")
         try:
             yield
         except RuntimeError as error:
-            raise RunError(
+            raise LostError(
                 f"rank {self.rank} lost the others in {self.instruction!r}, after {time.monotonic() - self.since:.0f} s: "
                 f"{str(error).splitlines()[0]}. Another rank ended or hangs; its own message says why. Start the job "
-                "again with --resume to go on from the last checkpoint"
+                "again with --resume to go on from the last checkpoint."
             ) from error
         self.instruction, self.since = before, since

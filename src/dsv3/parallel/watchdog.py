@@ -4,6 +4,10 @@ Notes go through the store that the ranks met by (TCP, at the first node), not t
 """
 
 import logging
+import os
+import select
+import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -16,7 +20,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 from dsv3.parallel.mesh import Mesh
 
 log = logging.getLogger(__name__)
-EVERY = 5.0
+EVERY = 1.0
 """Seconds between notes."""
 
 
@@ -28,30 +32,48 @@ def default_store() -> dist.Store:
 @contextmanager
 def watching(mesh: Mesh, timeout: timedelta, store: dist.Store) -> Iterator[None]:
     """Within it a thread of each rank notes its instruction; the first warns when a rank has been at one for half the timeout,
-    and names what each is at."""
-    ended = threading.Event()
-    limit = timeout.total_seconds() / 2
+    and names what each is at. So does one of those that `torchrun` ends because another has ended.
 
-    def watch() -> None:
-        warned = False
-        while not ended.wait(min(EVERY, limit / 2)):
-            activity = mesh.activity
-            seconds = time.monotonic() - activity.since
-            try:
-                store.set(f"at/{mesh.world.rank}", activity.instruction)
-                if mesh.first and not warned and seconds > limit:
-                    warned = True
-                    log.warning("no progress for %.0f s. %s", seconds, whereabouts(store, mesh.world.size))
-            except RuntimeError:
-                return  # the store is gone, and the job with it
-
-    thread = threading.Thread(target=watch, name="watchdog", daemon=True)
+    Signals reach the thread through a socket: the main thread may be in an operation that does not return.
+    """
+    written, read = socket.socketpair()
+    written.setblocking(False)
+    handler = signal.signal(signal.SIGTERM, lambda *_: None)
+    wakeup = signal.set_wakeup_fd(written.fileno(), warn_on_full_buffer=False)
+    thread = threading.Thread(
+        target=watch, args=(mesh, timeout.total_seconds() / 2, store, read), name="watchdog", daemon=True
+    )
     thread.start()
     try:
         yield
     finally:
-        ended.set()
+        signal.set_wakeup_fd(wakeup)
+        signal.signal(signal.SIGTERM, handler)
+        written.close()
         thread.join()
+        read.close()
+
+
+def watch(mesh: Mesh, limit: float, store: dist.Store, signals: socket.socket) -> None:
+    """Until the socket is closed, or the job is at its end."""
+    warned = False
+    while True:
+        ready, _, _ = select.select([signals], [], [], min(EVERY, limit / 2))
+        arrived = signals.recv(64) if ready else None
+        if arrived == b"":
+            return
+        try:
+            if arrived is not None and signal.SIGTERM in arrived:
+                if speaks(store):
+                    log.error("dsv3: the job ends, because a rank has ended. %s", whereabouts(store, mesh.world.size))
+                os._exit(128 + signal.SIGTERM)
+            seconds = time.monotonic() - mesh.activity.since
+            store.set(f"at/{mesh.world.rank}", mesh.activity.instruction)
+            if mesh.first and not warned and seconds > limit:
+                warned = True
+                log.warning("no progress for %.0f s. %s", seconds, whereabouts(store, mesh.world.size))
+        except RuntimeError:
+            return  # the store is gone, and the job with it
 
 
 def speaks(store: dist.Store) -> bool:
@@ -63,7 +85,7 @@ def speaks(store: dist.Store) -> bool:
 
 
 def whereabouts(store: dist.Store, ranks: int) -> str:
-    """What every rank is at, as far as it could say; ranks at the same instruction together."""
+    """What every rank is at, or was a second ago, as far as it could say; ranks at the same instruction together."""
     at: dict[str, list[str]] = {}
     for rank in range(ranks):
         instruction = store.get(f"at/{rank}").decode() if store.check([f"at/{rank}"]) else "unknown"
