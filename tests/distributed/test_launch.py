@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.distributed.ranks import Ranks
 from tests.distributed.refusals import hang, lose, other_recipes
 
@@ -45,6 +47,7 @@ def children(pid):
     return [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+@pytest.mark.prove
 def test_a_killed_rank_ends_the_job_and_its_checkpoint_goes_on(tmp_path):
     """One message of ours before torchrun's own; the run goes on from the last checkpoint."""
     process = start(tmp_path, "training.tokens=1M", "training.checkpoint_every_steps=2")

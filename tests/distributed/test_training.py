@@ -70,6 +70,7 @@ def test_two_ranks_train_as_one_process(
     assert_same(results, tmp_path, expected, directory, atol)
 
 
+@pytest.mark.prove
 def test_eight_ranks_with_experts_on_nodes_and_optimizer_state_in_shares(
     eight_ranks, shard_directory, tmp_path, serial
 ):
