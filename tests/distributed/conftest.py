@@ -3,6 +3,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.distributed.ranks import Ranks
+from tests.training.conftest import shard_directory as shard_directory
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ from torch import Tensor
 from dsv3.bench.limits import Rates, limits
 from dsv3.bench.measure import Progress
 from dsv3.model.config import ModelConfig
-from dsv3.model.feed_forward import Experts, Routing
+from dsv3.model.feed_forward import Routing
 from dsv3.model.transformer import DeepSeekV3
 from dsv3.ops.permute import permute, sort_by_expert, unpermute
 from dsv3.planning.flops import training_flops_per_token
@@ -51,6 +51,10 @@ class BalancedExchange:
 
     def __init__(self, experts: int):
         self.experts = experts
+
+    def held(self, experts: int) -> range:
+        """The first of them."""
+        return range(self.experts)
 
     def dispatch(self, x_TD: Tensor, routing: Routing, alignment: int = 0) -> tuple[Tensor, Tensor, Any]:
         """Choice k of every token goes to expert k modulo the number of experts."""
@@ -190,12 +194,8 @@ def network(dense: int, moe: int, mtp: bool) -> DeepSeekV3:
     """On the current GPU, with random weights; the router chooses among all 256 experts, four of which are here."""
     config = shape(dense, moe, mtp)
     here = config.n_routed_experts // EXPERT_RANKS
-    experts = config.replace(n_routed_experts=here, n_group=1, topk_group=1, num_experts_per_tok=here)
     with torch.device("meta"):
         model = DeepSeekV3(config, torch.bfloat16, BalancedExchange(here))
-        for block in model.blocks():
-            if block.moe is not None:
-                block.moe.experts = Experts(experts)
     model = model.to_empty(device="cuda")
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.006) if parameter.dim() > 1 else torch.nn.init.ones_(parameter)

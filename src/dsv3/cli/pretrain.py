@@ -8,7 +8,7 @@ import click
 
 from dsv3.cli.eval import print_scores
 from dsv3.cli.options import PATH, Quantity, several
-from dsv3.cli.run import Stages, overrides_argument, run_recipe
+from dsv3.cli.run import Stages, is_first_rank, overrides_argument, run_recipe
 from dsv3.cli.schedule import show_schedules
 from dsv3.errors import UserError
 
@@ -82,5 +82,6 @@ def train(
         )
     allowed = [name.strip() for name in allow.split(",") if name.strip()]
     run_recipe(stage, recipe, overrides, out, allow=allowed)
-    print_scores(json.loads((out / stage / "evaluations.jsonl").read_text().splitlines()[-1]))
-    click.echo(f"\nThe model is in {out / stage / 'checkpoints'}; {next_step}")
+    if is_first_rank():
+        print_scores(json.loads((out / stage / "evaluations.jsonl").read_text().splitlines()[-1]))
+        click.echo(f"\nThe model is in {out / stage / 'checkpoints'}; {next_step}")

@@ -1,16 +1,25 @@
 """What the commands that run a recipe share."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import click
 
 from dsv3.errors import UserError
 
+if TYPE_CHECKING:
+    from dsv3.recipe.schema import Recipe
+
 Stages = Literal["quickstart", "pretrain", "extend"]
 
 overrides_argument = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+
+
+def is_first_rank() -> bool:
+    """Whether this process speaks to the user: of those that `torchrun` starts, the first."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def recipe_beside(name: str) -> Path:
@@ -33,17 +42,45 @@ def run_recipe(
     from dsv3.recipe.schema import Recipe
 
     recipe = Recipe.load(recipe_path, overrides)
-    click.echo(f"dsv3: {recipe_path} -> {out}", err=True)
+    if is_first_rank():
+        click.echo(f"dsv3: {recipe_path} -> {out}", err=True)
+
+    from rich.console import Console
 
     from dsv3.cli.ui import Progress, panel
+    from dsv3.parallel.launch import launched
     from dsv3.stages.extend import extension_stages
     from dsv3.stages.pretrain import derived, pretraining_stages, with_user_data
     from dsv3.stages.quickstart import quickstart_stages
-    from dsv3.stages.runner import run_stages
+    from dsv3.stages.together import run_together
 
     recipe = with_user_data(recipe, list(data))
-    with Progress() as progress:
+    with launched(recipe) as mesh, Progress(None if mesh.first else Console(quiet=True)) as progress:
         panel(progress.console, str(recipe_path), derived(recipe))
+        if mesh.first and mesh.world.size > 1:
+            print_layout(recipe)
         make = {"quickstart": quickstart_stages, "pretrain": pretraining_stages, "extend": extension_stages}[stages]
-        made = make(recipe, out, progress, progress.note, allow)
-        run_stages(made, out, progress.note, replace=stages == "quickstart", allow=allow)
+        made = make(recipe, out, progress, progress.note, allow, mesh)
+        run_together(made, out, progress.note, mesh, replace_changed=stages == "quickstart", allow=allow)
+
+
+def few(ranks: Sequence[int]) -> str:
+    """Some numbers, the last of them included: 0, 2 ... 14."""
+    return ", ".join(map(str, ranks)) if len(ranks) <= 3 else f"{ranks[0]}, {ranks[1]} ... {ranks[-1]}"
+
+
+def print_layout(recipe: "Recipe") -> None:
+    """Who holds what, at the start of a job of many ranks."""
+    from dsv3.cli.ui import print_table
+    from dsv3.planning.layout import holdings
+    from dsv3.recipe.figures import human
+
+    head = ("ranks", "layers", "experts", "parameters", "weights", "gradients", "moments")
+    rows = [
+        (
+            few(each.ranks), each.layers, f"{each.experts.start}-{each.experts.stop - 1}", f"{each.parameters:,}",
+            *(f"{human(size)}B" for size in (each.weights, each.gradients, each.moments)),
+        )
+        for each in holdings(recipe)
+    ]  # fmt: skip
+    print_table(head, [rows])

@@ -133,6 +133,9 @@ class Gate(nn.Module):
 class Dispatcher(Protocol):
     """Carries tokens to their experts and back. The local one is below; `parallel/` hands in those across GPUs."""
 
+    def held(self, experts: int) -> range:
+        """Which of a block's experts are on this rank."""
+
     def dispatch(self, x_TD: Tensor, routing: Routing, alignment: int = 0) -> tuple[Tensor, Tensor, Any]:
         """(rows [R, D] sorted by this rank's experts, counts [E of this rank], a handle for `combine`).
 
@@ -154,6 +157,10 @@ class Few(Enum):
 
 class LocalDispatcher:
     """All experts are here: dispatch is a permutation."""
+
+    def held(self, experts: int) -> range:
+        """See `Dispatcher`."""
+        return range(experts)
 
     def dispatch(self, x_TD: Tensor, routing: Routing, alignment: int = 0) -> tuple[Tensor, Tensor, Any]:
         """See `Dispatcher`."""
@@ -198,14 +205,16 @@ def equal_groups(routing: Routing) -> int:
 
 
 class Experts(nn.Module):
-    """The routed experts, stacked: gate and up side by side in `gate_up_proj` [E, 2I, D], `down_proj` [E, D, I]."""
+    """The routed experts of this rank (`held`), stacked: gate and up side by side in `gate_up_proj` [E, 2I, D], `down_proj`
+    [E, D, I]."""
 
     gate_up_proj_scale_inv: Tensor | None
     down_proj_scale_inv: Tensor | None
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, held: range):
         super().__init__()
-        experts, hidden, inner = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        self.held = held
+        experts, hidden, inner = len(held), config.hidden_size, config.moe_intermediate_size
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * inner, hidden))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, inner))
         self.recomputation: Recomputation | None = None
@@ -260,7 +269,7 @@ class DeepSeekMoE(nn.Module):
     def __init__(self, config: ModelConfig, dispatcher: Dispatcher):
         super().__init__()
         self.gate = Gate(config)
-        self.experts = Experts(config)
+        self.experts = Experts(config, dispatcher.held(config.n_routed_experts))
         self.shared_experts = None
         if config.n_shared_experts:
             self.shared_experts = SwiGLU(config.hidden_size, config.n_shared_experts * config.moe_intermediate_size)

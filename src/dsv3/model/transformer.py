@@ -97,23 +97,35 @@ class DeepSeekV3(nn.Module):
         yield from self.layers
         yield from (module.block for module in self.mtp)
 
+    def held_experts(self) -> dict[nn.Parameter, range]:
+        """Every stack of experts, and which of all experts are on this rank."""
+        return {
+            parameter: module.held
+            for module in self.modules()
+            if isinstance(module, Experts)
+            for parameter in module.parameters()
+        }
+
     def initialize(self, std: float | Literal["fan_in"] | None = None, seed: int = 0) -> "DeepSeekV3":
         """Normal weights: one `std` for all (the report: 0.006; None: the config's `initializer_range`), or 1 / sqrt(inputs).
 
         Norm gains become 1 and routing biases 0. The values depend on the seed alone. With "fan_in" the projections
         that write to the residual stream are divided by sqrt(2 blocks), and the embedding and the head get 1 and
-        1 / sqrt(inputs).
+        1 / sqrt(inputs). Experts have the same values on whatever rank they are.
         """
         std = self.config.initializer_range if std is None else std
         generator = torch.Generator().manual_seed(seed)
+        held = self.held_experts()
         for name, parameter in self.named_parameters():
             if parameter.dim() == 1:
                 nn.init.ones_(parameter)
                 continue
             scale = std if std != "fan_in" else fan_in_std(name, parameter, len(self.layers))
-            values = torch.empty(parameter.shape).normal_(0.0, scale, generator=generator)
+            here = held.get(parameter, range(len(parameter)))
+            whole = self.config.n_routed_experts if parameter in held else len(parameter)
+            values = torch.empty(whole, *parameter.shape[1:]).normal_(0.0, scale, generator=generator)
             with torch.no_grad():
-                parameter.copy_(values)
+                parameter.copy_(values[here.start : here.stop])
         for block in self.blocks():
             if block.moe is not None:
                 block.moe.gate.e_score_correction_bias.zero_()

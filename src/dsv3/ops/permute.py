@@ -21,11 +21,13 @@ class Permutation:
     assignment_R: Tensor
     """int64 [R]: the assignment of each row; a row that is not real repeats assignment 0."""
     row_TK: Tensor
-    """int64 [T, K]: the row of each assignment."""
+    """int64 [T, K]: the row of each assignment; -1 for one that has none, in a partial permutation."""
     counts_E: Tensor
     """int64 [E]: rows of each expert, its padding included; groups follow one another from row 0."""
     real_R: Tensor | None = None
     """bool [R]: False at padding rows, and at those behind the last group; None where there are none."""
+    partial: bool = False
+    """Whether some assignments have no row."""
 
     @property
     def token_R(self) -> Tensor:
@@ -45,26 +47,47 @@ def sort_reference(expert_TK: Tensor, num_experts: int, equal_groups: int = 0, a
     """The definition, by a stable sort of numbers that are the experts'."""
     expert_A = expert_TK.flatten()
     counts = count_by_expert(expert_A, num_experts)
-    assignment_R = torch.argsort(expert_A, stable=True)
-    numbers = torch.arange(len(assignment_R), device=assignment_R.device)
     if equal_groups:
         capacity = -(-int(counts.max()) // equal_groups) * equal_groups
         padded, rows = torch.full_like(counts, capacity), num_experts * capacity
     elif aligned:
         padded, rows = (counts + aligned - 1) // aligned * aligned, aligned_rows(len(expert_A), num_experts, aligned)
     else:
-        row_A = torch.empty_like(assignment_R)
+        padded, rows = counts, None
+    assignment_R = torch.argsort(expert_A, stable=True)
+    return placed(assignment_R, expert_TK, counts, padded, rows)
+
+
+def sort_some(expert_TK: Tensor, num_experts: int, rows: int, aligned: int = 0) -> Permutation:
+    """As `sort_by_expert`, of the assignments whose expert is not -1: `rows` of them, which the caller must know."""
+    expert_A = expert_TK.flatten()
+    missing_A = expert_A < 0
+    counts = count_by_expert(expert_A.masked_fill(missing_A, num_experts), num_experts + 1)[:-1]
+    assignment_R = torch.argsort(expert_A.masked_fill(missing_A, num_experts), stable=True)[:rows]
+    if not aligned:
+        return placed(assignment_R, expert_TK, counts, counts, None, partial=True)
+    padded = (counts + aligned - 1) // aligned * aligned
+    return placed(assignment_R, expert_TK, counts, padded, aligned_rows(rows, num_experts, aligned), partial=True)
+
+
+def placed(
+    assignment_R: Tensor, expert_TK: Tensor, counts: Tensor, padded: Tensor, rows: int | None, partial: bool = False
+) -> Permutation:
+    """The permutation that these sorted assignments make, each expert's rows padded; `rows` None: nothing is."""
+    expert_A = expert_TK.flatten()
+    row_A = torch.full_like(expert_A, -1) if partial else torch.empty_like(expert_A)
+    numbers = torch.arange(len(assignment_R), device=assignment_R.device)
+    if rows is None:
         row_A[assignment_R] = numbers
-        return Permutation(assignment_R, row_A.view_as(expert_TK), counts)
+        return Permutation(assignment_R, row_A.view_as(expert_TK), counts, partial=partial)
     before_E = (padded.cumsum(0) - padded) - (counts.cumsum(0) - counts)
-    row_of_sorted = numbers + before_E[expert_A[assignment_R]]
-    row_A = torch.empty_like(assignment_R)
-    row_A[assignment_R] = row_of_sorted
+    row_R = numbers + before_E[expert_A[assignment_R]]
+    row_A[assignment_R] = row_R
     real_R = torch.zeros(rows, dtype=torch.bool, device=row_A.device)
-    real_R[row_A] = True
+    real_R[row_R] = True
     assignment_of_row = torch.zeros(rows, dtype=torch.int64, device=row_A.device)
-    assignment_of_row[row_A] = numbers
-    return Permutation(assignment_of_row, row_A.view_as(expert_TK), padded, real_R)
+    assignment_of_row[row_R] = assignment_R
+    return Permutation(assignment_of_row, row_A.view_as(expert_TK), padded, real_R, partial)
 
 
 def aligned_rows(assignments: int, num_experts: int, aligned: int) -> int:
@@ -94,7 +117,16 @@ def permute_reference(x_TD: Tensor, to: Permutation) -> Tensor:
 
 def unpermute_reference(rows_RD: Tensor, weight_TK: Tensor, to: Permutation) -> Tensor:
     """The definition, summed in FP32."""
-    return (rows_RD[to.row_TK].float() * weight_TK.unsqueeze(-1)).sum(1).to(rows_RD.dtype)
+    rows_TKD = torch.stack([row_of(rows_RD, to, k) for k in range(to.row_TK.shape[1])], dim=1)
+    return (rows_TKD.float() * weight_TK.unsqueeze(-1)).sum(1).to(rows_RD.dtype)
+
+
+def row_of(rows_RD: Tensor, to: Permutation, k: int) -> Tensor:
+    """[T, D]: the row of every token's k-th assignment; zeros where it has none."""
+    row_T = to.row_TK[:, k]
+    if not to.partial:
+        return rows_RD.index_select(0, row_T)
+    return rows_RD.index_select(0, row_T.clamp(min=0)).masked_fill((row_T < 0).unsqueeze(1), 0)
 
 
 class Gather(torch.autograd.Function):
@@ -107,10 +139,10 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None]:
-        row_TK: Tensor = ctx.to.row_TK
-        grad_TD = grad_RD.index_select(0, row_TK[:, 0])
-        for k in range(1, row_TK.shape[1]):
-            grad_TD += grad_RD.index_select(0, row_TK[:, k])
+        to: Permutation = ctx.to
+        grad_TD = row_of(grad_RD, to, 0)
+        for k in range(1, to.row_TK.shape[1]):
+            grad_TD += row_of(grad_RD, to, k)
         return grad_TD, None
 
 
@@ -122,9 +154,9 @@ class WeightedSum(torch.autograd.Function):
         ctx.save_for_backward(rows_RD, weight_TK)
         ctx.to = to
         weights = weight_TK.to(rows_RD.dtype)
-        y_TD = rows_RD.index_select(0, to.row_TK[:, 0]).mul_(weights[:, 0:1])
+        y_TD = row_of(rows_RD, to, 0).mul_(weights[:, 0:1])
         for k in range(1, weights.shape[1]):
-            y_TD.addcmul_(rows_RD.index_select(0, to.row_TK[:, k]), weights[:, k : k + 1])
+            y_TD.addcmul_(row_of(rows_RD, to, k), weights[:, k : k + 1])
         return y_TD
 
     @staticmethod
@@ -136,7 +168,10 @@ class WeightedSum(torch.autograd.Function):
         weight_R = weight_TK.flatten().index_select(0, to.assignment_R)
         if to.real_R is not None:
             weight_R = weight_R * to.real_R
-        return grad_RD.mul_(weight_R.unsqueeze(1).to(grad_RD.dtype)), grad_weight_R[to.row_TK], None
+        grad_weight_TK = grad_weight_R[to.row_TK]
+        if to.partial:
+            grad_weight_TK = grad_weight_TK.masked_fill(to.row_TK < 0, 0)
+        return grad_RD.mul_(weight_R.unsqueeze(1).to(grad_RD.dtype)), grad_weight_TK, None
 
 
 class Copied(torch.autograd.Function):

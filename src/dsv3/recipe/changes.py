@@ -15,7 +15,7 @@ from dsv3.recipe.schema import Recipe
 FREE = (
     "training.device", "training.cuda_graphs", "training.recompute", "training.max_skipped_steps", "training.checkpoint_every_steps",
     "training.keep_last", "training.keep_every_steps", "training.evaluate_every_steps", "training.load_every_steps",
-    "evaluation", "logging",
+    "evaluation", "logging", "parallel",
 )  # fmt: skip
 """Keys and sections that decide how a run is watched and where it computes."""
 TIMED = ("training.tokens", "schedule")

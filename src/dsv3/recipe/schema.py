@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from dsv3.recipe.network import ModelSection
+from dsv3.recipe.parallel import ParallelSection, check_experts
 from dsv3.recipe.quantity import Length, Quantity
 from dsv3.recipe.schedule import Schedules, round_down
 from dsv3.recipe.section import Section
@@ -257,6 +258,7 @@ class Recipe(Section):
     optimizer: OptimizerSection = OptimizerSection()
     schedule: ScheduleSection
     training: TrainingSection
+    parallel: ParallelSection = ParallelSection()
     extension: ExtensionSection | None = None
     """Where `dsv3 extend` goes on from; a recipe of a training from the beginning has no such section."""
     evaluation: EvaluationSection = EvaluationSection()
@@ -318,21 +320,29 @@ class Recipe(Section):
                 "tokenizer.path and extension.initial_from are both there: an extension keeps the tokenizer of its start; "
                 "leave tokenizer.path out"
             )
-        segments = as_segments(self.schedule.batch_size)
-        if (micro := self.training.micro_batch_size) is not None:
-            multiple = self.schedule.batch_size_multiple
-            for size in (round_down(value, multiple) for segment in segments for value in segment.values):
-                if size % micro:
-                    raise ValueError(
-                        f"schedule.batch_size = {size} is no multiple of training.micro_batch_size = {micro}: expected "
-                        f"a batch of {max(size // micro, 1) * micro} or {-(-size // micro) * micro} sequences, or another "
-                        "micro-batch"
-                    )
-            changing = any(segment.kind != "constant" for segment in segments)
-            if changing and multiple % micro:
-                raise ValueError(
-                    f"schedule.batch_size_multiple = {multiple}: expected a multiple of "
-                    f"training.micro_batch_size = {micro}, because the batch size changes while training"
-                )
+        check_experts(self.parallel, self.model.config().n_routed_experts)
+        self._check_batches()
         Schedules.resolve(self)
         return self
+
+    def _check_batches(self) -> None:
+        """`ValueError` where a batch is not whole micro-batches on every data-parallel rank."""
+        ranks, micro = self.parallel.data, self.training.micro_batch_size
+        unit = ranks * (micro or 1)
+        names = [f"parallel.data = {ranks}"] * (ranks > 1) + [f"training.micro_batch_size = {micro}"] * (
+            micro is not None
+        )
+        of = " x ".join(names)
+        segments, multiple = as_segments(self.schedule.batch_size), self.schedule.batch_size_multiple
+        for size in (round_down(value, multiple) for segment in segments for value in segment.values):
+            if size % unit:
+                raise ValueError(
+                    f"schedule.batch_size = {size} is no multiple of {of}: expected a batch of "
+                    f"{max(size // unit, 1) * unit} or {-(-size // unit) * unit} sequences, or another "
+                    f"{'micro-batch' if ranks == 1 else 'layout'}"
+                )
+        if any(segment.kind != "constant" for segment in segments) and multiple % unit:
+            raise ValueError(
+                f"schedule.batch_size_multiple = {multiple}: expected a multiple of {of}, because the batch size changes "
+                "while training"
+            )

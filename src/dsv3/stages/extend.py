@@ -10,6 +10,7 @@ from typing import Any
 
 from dsv3.errors import UserError
 from dsv3.model.config import ModelConfig
+from dsv3.parallel.mesh import Mesh
 from dsv3.recipe.differences import differences
 from dsv3.recipe.schema import ExtensionSection, Recipe
 from dsv3.stages.data import data_stages
@@ -38,9 +39,16 @@ class Start:
 
 
 def extension_stages(
-    recipe: Recipe, out: Path, progress: Progress, note: Callable[[str], None], allow: Sequence[str] = ()
+    recipe: Recipe,
+    out: Path,
+    progress: Progress,
+    note: Callable[[str], None],
+    allow: Sequence[str] = (),
+    mesh: Mesh | None = None,
 ) -> list[Stage]:
     """The stages up to an extended model in `out/extend`; `allow` as for `pretraining_stages`. Raises `UserError` as `find_start` does."""
+    if recipe.parallel.ranks > 1:
+        raise UserError("[extension] with more than one rank is not there yet: set parallel.data=1 parallel.pipeline=1")
     start = find_start(recipe)
     # To the stages before the training, the start's tokenizer is a finished one that a recipe names.
     content = recipe.to_dict()
@@ -48,7 +56,7 @@ def extension_stages(
     data = data_stages(Recipe.from_dict({**content, "extension": None}), out, progress, note)
     inputs = {**recipe.content(), "start": start.identity}
     load = partial(load_start, start=start)
-    return [*data, training_stage("extend", recipe, inputs, out, data, progress, note, allow, load)]
+    return [*data, training_stage("extend", recipe, inputs, out, data, progress, note, allow, load, mesh)]
 
 
 def extension_of(recipe: Recipe) -> ExtensionSection:

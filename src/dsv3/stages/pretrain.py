@@ -13,6 +13,7 @@ from dsv3.disk import replace_file
 from dsv3.errors import UserError
 from dsv3.evaluation.validation_loss import ValidationLoss
 from dsv3.model.device import pick_device
+from dsv3.parallel.mesh import Mesh
 from dsv3.planning.flops import training_flops_per_token
 from dsv3.planning.parameters import count_parameters
 from dsv3.recipe.changes import check_names
@@ -27,7 +28,12 @@ from dsv3.training.trainer import Progress, Trainer
 
 
 def pretraining_stages(
-    recipe: Recipe, out: Path, progress: Progress, note: Callable[[str], None], allow: Sequence[str] = ()
+    recipe: Recipe,
+    out: Path,
+    progress: Progress,
+    note: Callable[[str], None],
+    allow: Sequence[str] = (),
+    mesh: Mesh | None = None,
 ) -> list[Stage]:
     """The stages up to a trained model in `out/pretrain`; each is keyed by what it reads of the recipe.
 
@@ -41,17 +47,18 @@ def pretraining_stages(
             "out to train from the beginning"
         )
     data = data_stages(recipe, out, progress, note)
-    return [*data, training_stage("pretrain", recipe, recipe.content(), out, data, progress, note, allow)]
+    return [*data, training_stage("pretrain", recipe, recipe.content(), out, data, progress, note, allow, None, mesh)]
 
 
 def training_stage(
     name: str, recipe: Recipe, inputs: dict[str, Any], out: Path, data: Sequence[Stage], progress: Progress,
     note: Callable[[str], None], allow: Sequence[str], start: Callable[[Trainer], None] | None = None,
+    mesh: Mesh | None = None,
 ) -> Stage:  # fmt: skip
     """The training in `out/name`, over what the stages before it made; see `train` for `start`."""
     return Stage(
-        name, inputs, out / name, lambda: train(recipe, out, progress, note, name, start, allow),
-        tuple(stage.name for stage in data), lambda: refused_changes(out / name, recipe, allow),
+        name, inputs, out / name, lambda: train(recipe, out, progress, note, name, start, allow, mesh),
+        tuple(stage.name for stage in data), lambda: refused_changes(out / name, recipe, allow), together=True,
     )  # fmt: skip
 
 
@@ -64,17 +71,21 @@ def refused_changes(directory: Path, recipe: Recipe, allow: Sequence[str]) -> li
 def train(
     recipe: Recipe, out: Path, progress: Progress, note: Callable[[str], None],
     stage: str = "pretrain", start: Callable[[Trainer], None] | None = None, allow: Sequence[str] = (),
+    mesh: Mesh | None = None,
 ) -> Trainer:  # fmt: skip
     """Trains in `out/stage`, from the newest checkpoint where there is one, or else from where `start` sets the trainer.
 
-    Returns the trainer at its end.
+    Returns the trainer at its end. Every rank of `mesh` calls it.
     """
+    mesh = mesh or Mesh()
     tokenizer = Tokenizer.load(out / "tokenizer")
     shards = open_sets(recipe, out, "train")
     sets = [(source.name, shards[source.name], source.weight) for source in recipe.data.sources]
     row = recipe.data.sequence_length + 1
     laid_out = recipe.data.document_mask, recipe.data.packing
-    loader = Loader(sets, row, recipe.training.seed, tokenizer.pad_id, *laid_out)
+    loader = Loader(
+        sets, row, recipe.training.seed, tokenizer.pad_id, *laid_out, rank=mesh.data.rank, ranks=mesh.data.size
+    )
     files = {"tokenizer": out / "tokenizer"}
     scores = Scores(recipe, tokenizer)
     validation = ValidationLoss(
@@ -82,7 +93,7 @@ def train(
     )
     trainer = Trainer(
         recipe, loader, out / stage, files=files, progress=progress,
-        evaluate=lambda model: {**scores(model), "validation_loss": validation(model)},
+        evaluate=lambda model: {**scores(model), "validation_loss": validation(model)}, mesh=mesh,
     )  # fmt: skip
     if trainer.resume(allow):
         note(f"{stage}: continuing after step {trainer.step_count}")
@@ -90,7 +101,8 @@ def train(
             note(f"{stage}: {change}")
     elif start is not None:
         start(trainer)
-    write_run(recipe, out / stage, tokenizer, sets)
+    if mesh.first:
+        write_run(recipe, out / stage, tokenizer, sets)
     trainer.run()
     return trainer
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from dsv3.parallel.mesh import Mesh
 from dsv3.recipe.schema import Recipe
 from dsv3.stages.pretrain import pretraining_stages
 from dsv3.stages.report import write_report
@@ -11,9 +12,14 @@ from dsv3.training.trainer import Progress
 
 
 def quickstart_stages(
-    recipe: Recipe, out: Path, progress: Progress, note: Callable[[str], None], allow: Sequence[str] = ()
+    recipe: Recipe,
+    out: Path,
+    progress: Progress,
+    note: Callable[[str], None],
+    allow: Sequence[str] = (),
+    mesh: Mesh | None = None,
 ) -> list[Stage]:
     """From text to `out/report.html`; `allow` as for `pretraining_stages`."""
     page = out / "report.html"
     report = Stage("report", {}, page, lambda: write_report(out, page))
-    return [*pretraining_stages(recipe, out, progress, note, allow), report]
+    return [*pretraining_stages(recipe, out, progress, note, allow, mesh), report]

@@ -33,6 +33,8 @@ class Stage:
     refused: Callable[[], list[str] | None] = lambda: None
     """Asked when the output was made from other inputs: what keeps `run` from going on with it, a sentence each, none if
     nothing does; None where nothing of it can be gone on with."""
+    together: bool = False
+    """Whether all ranks of a job run it, and not the first alone."""
 
 
 def run_stages(

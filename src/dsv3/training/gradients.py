@@ -10,6 +10,7 @@ from dsv3.data.loader import Batch
 from dsv3.model.micro_batch import targets
 from dsv3.model.transformer import DeepSeekV3, Losses
 from dsv3.ops.cross_entropy import IGNORE
+from dsv3.parallel.group import Group
 from dsv3.training.balance import mean_by_block
 from dsv3.training.device import to_device
 
@@ -67,17 +68,21 @@ def batch_gradients(
     balance_alpha: float = 0.0,
     batch_wise: bool = False,
     run: Passes = passes,
+    data: Group | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Accumulates the batch's gradients in the parameters; waits for no GPU.
 
     Returns its losses (FP32 [2 + MTP depth]: the main one, the balance loss without alpha, MTP's) and its load (int64 [E]
-    by block). `batch_wise`: see `DeepSeekV3.loss`. `run` makes a micro-batch's passes.
+    by block). `batch_wise`: see `DeepSeekV3.loss`. `run` makes a micro-batch's passes. With the ranks of `data`, the batch is all
+    of theirs together: losses and load are its, and the sum of the ranks' gradients is its gradient.
     """
+    data = data or Group("data")
     rows, device = len(batch.tokens), model.lm_head.weight.device
     micro = micro_batch_size or rows
-    count = rows // micro
+    count = rows // micro * data.size
     segments = batch.segment_ids if document_mask else None
-    divisor = to_device((targets(batch.tokens, 1, batch.valid, segments) != IGNORE).sum().float() / count, device)
+    target_count = data.sum_((targets(batch.tokens, 1, batch.valid, segments) != IGNORE).sum())
+    divisor = to_device(target_count.float() / count, device)
     setting = Setting(mtp_weight, balance_alpha, batch_wise, 1 / count)
 
     def inputs(start: int) -> Inputs:
@@ -94,8 +99,9 @@ def batch_gradients(
         # The first micro-batch's gradient needs the loads of the last one: they are counted in a pass of their own.
         with torch.no_grad():
             frequency = mean_by_block([forward(model, inputs(start), setting).frequency for start in starts])
+            frequency = {name: data.sum_(each) / data.size for name, each in frequency.items()}
         found = [passes(model, inputs(start), setting, frequency) for start in starts]
     else:
         found = [run(model, inputs(start), setting) for start in starts]
-    load = {name: torch.stack([each[name] for _, each in found]).sum(0) for name in found[0][1]}
-    return torch.stack([figures for figures, _ in found]).mean(0), load
+    load = {name: data.sum_(torch.stack([each[name] for _, each in found]).sum(0)) for name in found[0][1]}
+    return data.sum_(torch.stack([figures for figures, _ in found]).mean(0)) / data.size, load

@@ -8,8 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from dsv3.model.transformer import DeepSeekV3
+from dsv3.parallel.mesh import Mesh
+from dsv3.parallel.zero import Shares
 from dsv3.recipe.schema import OptimizerSection
 from dsv3.training.adamw import AdamWInBF16
+from dsv3.weights.parts import Place
 
 NEWTON_SCHULZ = ((4.0848, -6.8946, 2.9270), (3.9505, -6.3029, 2.6377), (3.7418, -5.5913, 2.3037), (2.8769, -3.1427, 1.2046), (2.8366, -3.0525, 1.2012))  # fmt: skip
 """Coefficients of the five iterations that bring singular values to about 1 (You Jiacheng's schedule, as published for the
@@ -87,18 +90,27 @@ class Optimizer:
     """The optimizers of one model, stepped together; `learning_rate` is set before each step.
 
     Weight decay spares norm gains (one-dimensional parameters), and the embedding if the recipe says so. Muon, where the recipe
-    chooses it, takes the matrices of all blocks and of `eh_proj`; embedding, head, routers and gains stay with AdamW.
+    chooses it, takes the matrices of all blocks and of `eh_proj`; embedding, head, routers and gains stay with AdamW. Of several
+    data-parallel ranks each keeps AdamW's state of its share alone (`parallel.zero`), and Muon's whole.
     """
 
-    def __init__(self, model: DeepSeekV3, section: OptimizerSection, muon_dtype: torch.dtype = torch.float32):
-        self.section = section
+    def __init__(
+        self,
+        model: DeepSeekV3,
+        section: OptimizerSection,
+        muon_dtype: torch.dtype = torch.float32,
+        mesh: Mesh | None = None,
+    ):
+        self.section, self.mesh = section, mesh or Mesh()
+        hidden = {
+            each for name, each in model.named_parameters() if section.kind == "muon" and is_hidden_matrix(each, name)
+        }
         self.keep_gradients = False
         """Whether gradients are cleared by zeros, in the memory where they are."""
-        self.names = {parameter: name for name, parameter in model.named_parameters()}
-        muon: list[nn.Parameter] = []
-        rest: list[nn.Parameter] = []
-        for parameter, name in self.names.items():
-            (muon if section.kind == "muon" and is_hidden_matrix(parameter, name) else rest).append(parameter)
+        self.shares = Shares(model, self.mesh, hidden)
+        self.names = {share: name for name, share in self.shares.own.items() if share.numel()}
+        muon = [share for share in self.names if share in hidden]
+        rest = [share for share in self.names if share not in hidden]
         groups = [
             dict(params=[p for p in rest if self.decays(p)], weight_decay=section.weight_decay),
             dict(params=[p for p in rest if not self.decays(p)], weight_decay=0.0),
@@ -128,15 +140,19 @@ class Optimizer:
         return parameter.dim() > 1 or self.section.decay_norms
 
     def clip(self) -> dict[str, Tensor]:
-        """Shortens the gradient to the recipe's global norm where it is longer; the norms it had, FP32 scalars.
+        """Sums the gradient over the ranks, and shortens it to the recipe's global norm where it is longer; the norms it had,
+        FP32 scalars.
 
         One for each group of modules that has a gradient, and that of them all as "all".
         """
+        self.shares.reduce()
         gradients: dict[str, list[Tensor]] = defaultdict(list)
-        for parameter, name in self.names.items():
-            if parameter.grad is not None:
-                gradients[module_group(name, parameter.dim())].append(parameter.grad)
-        norms = {group: nn.utils.get_total_norm(each) for group, each in gradients.items()}
+        zero = torch.zeros((), device=next(iter(self.names)).device)
+        for name, share in self.shares.own.items():
+            if share.grad is not None:
+                group = gradients[module_group(name, share.dim())]
+                group.append(share.grad if share.numel() and self.shares.counts(name) else zero)
+        norms = self.shares.norms({group: nn.utils.get_total_norm(each) for group, each in gradients.items()})
         norms["all"] = torch.linalg.vector_norm(torch.stack(list(norms.values())))
         nn.utils.clip_grads_with_norm_(self.names, self.section.clip_norm, norms["all"])
         return norms
@@ -152,9 +168,19 @@ class Optimizer:
             for group in part.param_groups:
                 group["lr"] = learning_rate * scale
             part.step()
-            part.zero_grad(set_to_none=not self.keep_gradients)
         # Torch's fused AdamW does not; copies of weights in FP8 are made again when the version is another.
         torch.autograd.graph.increment_version(self.names)
+        self.shares.gather()
+        for part, _ in self.parts:
+            part.zero_grad(set_to_none=not self.keep_gradients)
+
+    def places(self) -> dict[str, Place]:
+        """Where each of `tensors` lies in the whole one."""
+        one = Place((), 0, self.mesh.data.rank == 0)
+        return {
+            name: self.shares.place(name.rpartition(".")[0]) if tensor.dim() else one
+            for name, tensor in self.tensors().items()
+        }
 
     def tensors(self) -> dict[str, Tensor]:
         """All state, by parameter name and the optimizer's own word: `layers.0....exp_avg`; a checkpoint is read into it."""

@@ -37,7 +37,8 @@ class Recorder:
         self.every = recipe.training.load_every_steps
         self.flops = training_flops_per_token(recipe.model.config(), self.length)
         """A token, as DeepSeek counts them: causal, without the MTP modules."""
-        self.peak = peak_flops(device_name(device))
+        peak = peak_flops(device_name(device))
+        self.peak = None if peak is None else peak * recipe.parallel.ranks
         self.before = 0.0
 
     def record(self, step: Step, values: dict[str, Tensor], health: Health, seconds: float) -> dict[str, Any]:

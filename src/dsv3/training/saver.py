@@ -17,8 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsv3.parallel.group import Group
 from dsv3.training.timing import timed
-from dsv3.weights.checkpoint import flatten, prune_checkpoints, save_checkpoint
+from dsv3.weights.checkpoint import flatten, prune_checkpoints, save_checkpoint, save_parts
+from dsv3.weights.parts import Place
 
 log = logging.getLogger(__name__)
 
@@ -26,11 +28,13 @@ log = logging.getLogger(__name__)
 class Saver:
     """One save at a time: a second one waits for the first. A context manager that leaves no save unfinished.
 
-    `keep_last` and `keep_every_steps` are the recipe's. The room for its copy of the tensors is made once.
+    `keep_last` and `keep_every_steps` are the recipe's. The room for its copy of the tensors is made once. The ranks of `group` save
+    together.
     """
 
-    def __init__(self, keep_last: int | None = None, keep_every_steps: int | None = None):
+    def __init__(self, keep_last: int | None = None, keep_every_steps: int | None = None, group: Group | None = None):
         self.keep_last, self.keep_every_steps = keep_last, keep_every_steps
+        self.group = group or Group("saving")
         self.copy: dict[str, Tensor] = {}
         self.worker = ThreadPoolExecutor(1, "checkpoint")
         self.pending: Future[None] | None = None
@@ -51,9 +55,14 @@ class Saver:
             }
 
     def save(
-        self, directory: Path, tensors: Mapping[str, Any], state: Mapping[str, Any], files: Mapping[str, Path | bytes]
+        self,
+        directory: Path,
+        tensors: Mapping[str, Any],
+        state: Mapping[str, Any],
+        files: Mapping[str, Path | bytes],
+        places: Mapping[str, Place] | None = None,
     ) -> None:
-        """As `save_checkpoint`, in a thread; raises what went wrong in the save before."""
+        """As `save_checkpoint`, or with `places` as `save_parts`, in a thread; raises what went wrong in the save before."""
         with timed(self.spent, "waiting"):
             self.finish()
         given = flatten(tensors)
@@ -73,8 +82,11 @@ class Saver:
                 copied.synchronize()
                 self.spent["copying"] = self.spent.get("copying", 0.0) + begun.elapsed_time(copied) / 1000
             with timed(self.spent, "writing"), timed(self.spent, "processor", time.thread_time):
-                save_checkpoint(directory, self.copy, state, files)
-                if self.keep_last is not None:
+                if places is None:
+                    save_checkpoint(directory, self.copy, state, files)
+                else:
+                    save_parts(directory, self.copy, places, state, files, self.group.rank, self.group.objects)
+                if self.keep_last is not None and self.group.rank == 0:
                     prune_checkpoints(directory.parent, self.keep_last, self.keep_every_steps)
 
         self.pending = self.worker.submit(work)

@@ -1,4 +1,4 @@
-"""The training loop on one device: batches in, weights out.
+"""The training loop on one device, or on one of many: batches in, weights out.
 
 A step: gradients of the batch's micro-batches, one optimizer step, the routing biases moved by the whole batch's loads,
 one line of figures. Everything that the next step depends on is in the checkpoint. The host never waits for the step under
@@ -9,6 +9,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from dsv3.data.loader import Batch, Loader
 from dsv3.errors import RunError
 from dsv3.model.device import pick_device
 from dsv3.model.transformer import DeepSeekV3
+from dsv3.parallel.dispatch import ExpertParallel
+from dsv3.parallel.mesh import Mesh
 from dsv3.recipe.schedule import Schedules
 from dsv3.recipe.schema import Recipe
 from dsv3.training.balance import routing_biases, update_biases
@@ -40,6 +43,7 @@ from dsv3.training.sinks import check_sinks, open_sinks
 from dsv3.training.timing import timed
 from dsv3.training.transfer import Transfer, moment
 from dsv3.weights.checkpoint import EMA, EMA_GROUP, MODEL_GROUP, latest_checkpoint, load_checkpoint
+from dsv3.weights.parts import Place
 
 log = logging.getLogger(__name__)
 Progress = Callable[..., None]
@@ -52,9 +56,10 @@ NAMED_DOCUMENTS = 50
 
 
 class Trainer:
-    """One model on one device, from a recipe and a loader to checkpoints in `directory/checkpoints`.
+    """One model, from a recipe and a loader to checkpoints in `directory/checkpoints`.
 
-    `files` (name -> path) are copied into each checkpoint, the tokenizer among them.
+    `files` (name -> path) are copied into each checkpoint, the tokenizer among them. Of the ranks of `mesh` each has a trainer and
+    a loader of its slice of the batches, and the first writes the records.
     """
 
     def __init__(
@@ -66,27 +71,35 @@ class Trainer:
         files: dict[str, Path],
         progress: Progress = lambda **_: None,
         evaluate: Evaluate | None = None,
+        mesh: Mesh | None = None,
     ):
         self.recipe, self.loader, self.directory, self.files = recipe, loader, directory, files
+        self.mesh = mesh or Mesh()
         self.progress, self.evaluate = progress, evaluate
         training = recipe.training
         check_sinks(recipe.logging)
         self.schedules = Schedules.resolve(recipe)
         self.device = pick_device(training.device)
         if self.device.type == "cuda":
+            if self.mesh.world.size > 1:
+                self.device = torch.device("cuda", torch.cuda.current_device())  # as `parallel.launch` has set it
             torch.cuda.set_device(self.device)
         dtype = COMPUTE_DTYPES[training.precision]
-        model = DeepSeekV3(recipe.model.config(), compute_dtype=dtype)
+        dispatcher = ExpertParallel(self.mesh, training.precision == "fp8") if self.mesh.expert.size > 1 else None
+        model = DeepSeekV3(recipe.model.config(), dtype, dispatcher)
         self.model = model.initialize(training.initialization, training.seed).to(self.device)
         self.model.recompute(training.recompute)
         if training.precision == "fp8":
             self.model.compute_in_fp8(scaling=training.fp8_scaling)
-        self.optimizer = Optimizer(self.model, recipe.optimizer, muon_dtype=dtype)
+        self.optimizer = Optimizer(self.model, recipe.optimizer, dtype, self.mesh)
         self.passes: Passes = passes
         if training.cuda_graphs and self.device.type == "cuda" and training.precision != "fp32":
-            self.passes, self.optimizer.keep_gradients = Replay(), True
+            if self.mesh.world.size == 1:
+                self.passes, self.optimizer.keep_gradients = Replay(), True
+            elif self.mesh.first:
+                log.warning("training.cuda_graphs: passes are not recorded on several ranks, whose hosts read sizes")
         self.average = None if training.ema_decay is None else Average(self.model, training.ema_decay)
-        self.saver = Saver(training.keep_last, training.keep_every_steps)
+        self.saver = Saver(training.keep_last, training.keep_every_steps, self.mesh.saving)
         self.health = Health()
         self.recorder = Recorder(recipe, self.device)
         self.step_count, self.token_count, self.row_count, self.seconds = 0, 0, 0, 0.0
@@ -110,9 +123,8 @@ class Trainer:
         fresh = self.step_count == 0
         if fresh and self.average is not None:
             self.average.restart()  # the weights may have come from elsewhere by now
-        sinks = open_sinks(self.recipe.logging, self.directory.resolve().parent.name, self.recipe.to_dict())
-        last_step, first = None if fresh else self.step_count, self.step_count + 1
-        with Metrics(self.directory, last_step, sinks) as metrics, self.saver, stopping_on_interrupt(self.request_stop):
+        first = self.step_count + 1
+        with self.metrics() as metrics, self.saver, stopping_on_interrupt(self.request_stop):
             if fresh:
                 self.run_evaluation(metrics)
             while self.token_count < training.tokens:
@@ -120,7 +132,7 @@ class Trainer:
                 self.step()
                 if self.step_count == first:
                     self.saver.prepare(self.tensors())
-                last, stop = self.token_count >= training.tokens, self.stop  # read once: Ctrl-C may come while we save
+                last, stop = self.token_count >= training.tokens, self.stopping()
                 score = last or due(self.step_count, training.evaluate_every_steps)
                 save = last or stop or due(self.step_count, training.checkpoint_every_steps)
                 self.record(metrics, 0 if score or save else self.delay)
@@ -133,12 +145,24 @@ class Trainer:
                     self.saver.finish()
                     raise Interrupted(f"stopped after step {self.step_count}; saved in {self.checkpoint_directory}")
 
+    def metrics(self) -> AbstractContextManager[Metrics | None]:
+        """Where the records of this run go; None on all ranks but the first."""
+        if not self.mesh.first:
+            return nullcontext()
+        sinks = open_sinks(self.recipe.logging, self.directory.resolve().parent.name, self.recipe.to_dict())
+        return Metrics(self.directory, self.step_count or None, sinks)
+
+    def stopping(self) -> bool:
+        """Whether to stop after this step: on all ranks if on one. Read once a step, as Ctrl-C may come while we save."""
+        return bool(self.mesh.world.sum_(torch.tensor(int(self.stop))))
+
     def request_stop(self) -> None:
         """Has the run stop after this step, as Ctrl-C does."""
         self.stop = True
 
     def step(self) -> None:
         """One optimizer step; what it measured joins `pending`."""
+        self.mesh.activity.begin(f"step {self.step_count + 1}")
         started, began = time.perf_counter(), moment(self.device)
         at = (self.step_count, self.token_count)
         size = self.schedules.batch_size.at(*at)
@@ -179,10 +203,10 @@ class Trainer:
         return batch_gradients(
             self.model, batch, training.micro_batch_size,
             document_mask=masked, mtp_weight=mtp_weight, balance_alpha=training.balance_alpha,
-            batch_wise=training.balance == "batch", run=run,
+            batch_wise=training.balance == "batch", run=run, data=self.mesh.data,
         )  # fmt: skip
 
-    def record(self, metrics: Metrics, delay: int) -> None:
+    def record(self, metrics: Metrics | None, delay: int) -> None:
         """Writes the figures of all steps but the `delay` newest; `RunError` where too many in a row were skipped."""
         while len(self.pending) > delay:
             step, started = self.pending.popleft(), time.perf_counter()
@@ -190,13 +214,15 @@ class Trainer:
             self.seconds += time.perf_counter() - started
             with timed(self.spent, "metrics"):
                 self.last = self.recorder.record(step, values, self.health, self.seconds)
-            with timed(self.spent, "logging"):
-                metrics.step(self.last)
+            if metrics is not None:
+                with timed(self.spent, "logging"):
+                    metrics.step(self.last)
             first = self.health.skipped_from
             if first is None:
                 continue
             why = self.named(step)
-            log.warning("step %d was skipped: loss or gradient is not finite. %s", step.number, why)
+            if self.mesh.first:
+                log.warning("step %d was skipped: loss or gradient is not finite. %s", step.number, why)
             if step.number - first >= self.recipe.training.max_skipped_steps:
                 raise RunError(self.not_finite(step, first, why))
 
@@ -205,6 +231,8 @@ class Trainer:
         figures = {key: self.last[key] for key in ("loss", "tokens_per_second") if self.last.get(key) is not None}
         if self.health.skipped:
             figures["skipped"] = self.health.skipped
+        if not self.mesh.first:
+            return
         with timed(self.spent, "logging"):
             self.progress(
                 stage=self.directory.name,
@@ -214,16 +242,28 @@ class Trainer:
                 **figures,
             )
 
-    def run_evaluation(self, metrics: Metrics) -> None:
-        """Calls the evaluation that was handed in, on the weights and on their average, and writes what it found."""
+    def run_evaluation(self, metrics: Metrics | None) -> None:
+        """Calls the evaluation that was handed in, on the weights and on their average, and writes what it found.
+
+        The first rank does; where experts are spread, all do the same, because each computes with its experts for all.
+        """
         if self.evaluate is None:
             return
+        self.mesh.activity.begin("evaluation")
+        if self.mesh.first or self.mesh.expert.size > 1:
+            self.evaluate_here(self.evaluate, metrics)
+        self.mesh.world.objects(None)
+
+    def evaluate_here(self, evaluate: Evaluate, metrics: Metrics | None) -> None:
+        """On this rank."""
         self.model.eval()
-        found = self.evaluate(self.model)
+        found = evaluate(self.model)
         if self.average is not None and self.step_count:
             with self.average.in_place():
-                found = {**found, "ema": self.evaluate(self.model)}
+                found = {**found, "ema": evaluate(self.model)}
         self.model.train()
+        if metrics is None:
+            return
         at = {"step": self.step_count, "tokens": self.token_count, "seconds": round(self.seconds, 3)}
         metrics.evaluation({**at, **found})
 
@@ -241,12 +281,23 @@ class Trainer:
             "recipe": self.recipe.to_dict(), "model": self.recipe.model.config().to_hf(),
         }  # fmt: skip
         with timed(self.spent, "checkpoints"):
-            self.saver.save(self.checkpoint_directory, self.tensors(), state, self.files)
+            self.saver.save(self.checkpoint_directory, self.tensors(), state, self.files, self.places())
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """All tensors of a checkpoint."""
         tensors = {MODEL_GROUP: self.model.state_dict(), "optimizer": self.optimizer.tensors()}
         return tensors if self.average is None else {**tensors, EMA_GROUP: self.average.tensors()}
+
+    def places(self) -> dict[str, Place] | None:
+        """Where each of `tensors` lies in what all ranks have together, by its name in a checkpoint; None for a rank alone."""
+        if self.mesh.world.size == 1:
+            return None
+        shares, weights = self.optimizer.shares, self.model.state_dict()
+        model = {name: shares.whole_place(name, each) for name, each in weights.items()}
+        groups = {MODEL_GROUP: model, "optimizer": self.optimizer.places()}
+        if self.average is not None:
+            groups[EMA_GROUP] = model
+        return {f"{group}.{name}": place for group, places in groups.items() for name, place in places.items()}
 
     def resume(self, allow: Sequence[str] = ()) -> bool:
         """Continues from the newest checkpoint of the run's directory; False where there is none.
@@ -254,7 +305,7 @@ class Trainer:
         `allow` names keys or sections of the recipe that may differ although they change the result. Raises `UserError` when
         the checkpoint holds another network, or was trained with another recipe than may go on.
         """
-        found = find_continuation(self.directory / "checkpoints", self.recipe, allow)
+        found = self.mesh.on_first(lambda: find_continuation(self.directory / "checkpoints", self.recipe, allow))
         if found is None:
             return False
         if found.refused:
@@ -263,7 +314,7 @@ class Trainer:
         averaged = Recipe.from_dict(state["recipe"]).training.ema_decay is not None
         if self.average is not None and not averaged:
             del tensors[EMA_GROUP]
-        load_checkpoint(found.directory, tensors, leave=[] if self.average is not None else [EMA])
+        load_checkpoint(found.directory, tensors, leave=[] if self.average is not None else [EMA], places=self.places())
         if self.average is not None and averaged:
             self.average.updates = state["updates of the average"]
         elif self.average is not None:
@@ -278,11 +329,15 @@ class Trainer:
     def named(self, step: Step) -> str:
         """Which tensor of a skipped step is the first that is not finite, and what the step was made of."""
         size = step.scheduled["batch_size"]
-        batch, last = self.loader.batch(step.first_row, size), step.first_row + size - 1
-        found = first_not_finite(self.model, lambda: self.gradients(batch, step.scheduled["mtp_weight"])[0])
+        batch, last = self.loader.rows(step.first_row, size), step.first_row + size - 1
+        found = None
+        if self.mesh.world.size > 1:
+            first = "A run of several ranks does not look for what was so first"
+        else:
+            first = "Computed again with the weights of now, all of it is finite"
+            found = first_not_finite(self.model, lambda: self.gradients(batch, step.scheduled["mtp_weight"])[0])
         if isinstance(self.passes, Replay):
             self.passes = Replay()  # what was recorded adds to gradients that are no more
-        first = "Computed again with the weights of now, all of it is finite"
         if found is not None:
             first = f"The first that is not is {found.what}"
         if found is not None and found.place is not None:

@@ -11,7 +11,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,15 @@ from torch import Tensor
 
 from dsv3.disk import replace_file, sha256, sync
 from dsv3.errors import RunError, UserError, nearest
-from dsv3.weights.tensor_directory import check_files, read_layout, read_tensors, write_tensors
+from dsv3.weights.parts import Place, all_regions, regions
+from dsv3.weights.tensor_directory import (
+    ChunkReader,
+    ChunkWriter,
+    check_files,
+    read_layout,
+    read_tensors,
+    write_tensors,
+)
 
 log = logging.getLogger(__name__)
 STATE = "state.json"
@@ -43,28 +51,88 @@ def save_checkpoint(
     directories to copy, by their name in the checkpoint. Raises `RunError` when it cannot be written; then whatever was
     there is there still.
     """
-    parent = directory.parent
-    partial = parent / PARTIAL
+    partial = directory.parent / PARTIAL
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        begin(partial)
         write_tensors(partial, flatten(tensors))
-        for name, content in files.items():
-            add_file(partial / name, content)
-        (partial / STATE).write_text(json.dumps(state, indent=1))
-        (partial / CHECKSUMS).write_text(json.dumps(checksums(partial), indent=1))
-        for path in [*partial.rglob("*"), partial]:
-            sync(path)
-        replace_directory(partial, directory)
-        replace_file(parent / LATEST, directory.name + "\n")
-        sync(parent)
+        commit(partial, directory, state, files)
     except (OSError, RunError) as error:
-        raise RunError(
-            f"could not save the checkpoint {directory} ({error}). Earlier checkpoints are untouched; "
-            "make room or choose another directory, then resume"
-        ) from error
+        raise not_saved(directory, error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def save_parts(
+    directory: Path, tensors: Mapping[str, Tensor], places: Mapping[str, Place], state: Mapping[str, Any],
+    files: Mapping[str, Path | bytes], rank: int, exchange: Callable[[Any], list[Any]],
+) -> None:  # fmt: skip
+    """`save_checkpoint` by several ranks that share a file system: each writes a file with what it holds of every tensor.
+
+    Every rank calls it, with the names of its own tensors; `exchange` gives each what all ranks passed to it, in their order. Where
+    one rank fails, all raise `RunError`.
+    """
+    partial = directory.parent / PARTIAL
+    own = all_regions(tensors, places)
+
+    def together(work: Callable[[], Any], wanted: bool = True) -> list[Any]:
+        """What `work` returned on every rank where it was wanted; raises what one of them failed with."""
+        result: Any = None
+        try:
+            result = work() if wanted else None
+        except (OSError, RunError) as error:
+            result = error
+        results = exchange(result)
+        for each in results:
+            if isinstance(each, OSError | RunError):
+                raise each
+        return results
+
+    try:
+        together(lambda: begin(partial), rank == 0)
+        layouts = exchange(
+            ({region.name: (values.dtype, places[region.name].shape) for region, values in own.items()}, list(own))
+        )
+        layout = {name: each for names, _ in layouts for name, each in names.items()}
+        writer = ChunkWriter(partial, layout, [boxes for _, boxes in layouts])
+        written = together(lambda: writer.write(rank, own.__getitem__), bool(own))
+
+        def finish() -> None:
+            writer.finish([each for each in written if each is not None])
+            commit(partial, directory, state, files)
+
+        together(finish, rank == 0)
+    except (OSError, RunError) as error:
+        raise not_saved(directory, error) from error
+    finally:
+        if rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def begin(partial: Path) -> None:
+    """An empty directory to write into."""
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+
+
+def commit(partial: Path, directory: Path, state: Mapping[str, Any], files: Mapping[str, Path | bytes]) -> None:
+    """Adds what is no tensor, brings all to the disk, and gives it its name."""
+    for name, content in files.items():
+        add_file(partial / name, content)
+    (partial / STATE).write_text(json.dumps(state, indent=1))
+    (partial / CHECKSUMS).write_text(json.dumps(checksums(partial), indent=1))
+    for path in [*partial.rglob("*"), partial]:
+        sync(path)
+    replace_directory(partial, directory)
+    replace_file(directory.parent / LATEST, directory.name + "\n")
+    sync(directory.parent)
+
+
+def not_saved(directory: Path, error: Exception) -> RunError:
+    """What to say of it."""
+    return RunError(
+        f"could not save the checkpoint {directory} ({error}). Earlier checkpoints are untouched; "
+        "make room or choose another directory, then resume"
+    )
 
 
 def checksums(directory: Path) -> dict[str, str]:
@@ -132,10 +200,12 @@ def prune_checkpoints(parent: Path, keep_last: int, keep_every_steps: int | None
     return old
 
 
-def load_checkpoint(directory: Path, tensors: Mapping[str, Any], leave: Sequence[str] = ()) -> dict[str, Any]:
+def load_checkpoint(
+    directory: Path, tensors: Mapping[str, Any], leave: Sequence[str] = (), places: Mapping[str, Place] | None = None
+) -> dict[str, Any]:
     """Fills the given tensors (as for `save_checkpoint`) in place and returns the state.
 
-    Tensors whose names begin with one of `leave` may be there and are not read. Raises `UserError` when the checkpoint is
+    Those that `places` names are parts of what the checkpoint holds, however that was divided when it was written. Tensors whose names begin with one of `leave` may be there and are not read. Raises `UserError` when the checkpoint is
     incomplete, or its other tensors have other names, shapes or dtypes than those given; then nothing was loaded.
     """
     state = read_state(directory)
@@ -147,9 +217,10 @@ def load_checkpoint(directory: Path, tensors: Mapping[str, Any], leave: Sequence
                 f"{directory} has no tensor {name}: it is a checkpoint of another config. {nearest(name, found)}"
             )
         dtype, shape = found[name]
-        if (dtype, shape) != (tensor.dtype, tensor.shape):
+        expected = tuple(tensor.shape) if places is None else places[name].shape
+        if (dtype, shape) != (tensor.dtype, expected):
             raise UserError(
-                f"{directory}: {name} is {dtype} {list(shape)}, expected {tensor.dtype} {list(tensor.shape)}: "
+                f"{directory}: {name} is {dtype} {list(shape)}, expected {tensor.dtype} {list(expected)}: "
                 "it is a checkpoint of another config"
             )
     unexpected = [name for name in found if name not in wanted and not name.startswith(tuple(leave))]
@@ -158,7 +229,13 @@ def load_checkpoint(directory: Path, tensors: Mapping[str, Any], leave: Sequence
             f"{directory} holds {len(unexpected)} tensors that this run has no place for ({', '.join(unexpected[:3])}): "
             "it is a checkpoint of another config"
         )
-    read_tensors(directory, wanted)
+    if places is None:
+        read_tensors(directory, wanted)
+        return state
+    reader = ChunkReader(directory)
+    for name, tensor in wanted.items():
+        for region, values in regions(name, tensor, places[name]):
+            values.copy_(reader.read(region))
     return state
 
 

@@ -1,4 +1,5 @@
-"""Rows of tokens to rows of experts and back. Every row is read once and written once, in whole lines of memory.
+"""Rows of tokens to rows of experts and back. Every row is read once and written once, in whole lines of memory; assignments
+without a row (-1) are passed over.
 
 Legend: as in `dsv3.ops.permute`.
 """
@@ -44,7 +45,7 @@ def copy_kernel(
         values = tl.load(x + token.to(tl.int64) * columns + column, mask=inside)
         for k in tl.static_range(K):
             to = tl.load(row + token.to(tl.int64) * K + k)
-            tl.store(out + to * columns + column, values, mask=inside)
+            tl.store(out + to * columns + column, values, mask=inside & (to >= 0))
     elif PADDED:
         clear_padding(out, real, (token - tokens) * ROWS, rows, columns, COLUMNS, ROWS)
 
@@ -56,8 +57,8 @@ def sum_kernel(rows, weight, row, out, columns, K: tl.constexpr, COLUMNS: tl.con
     inside = column < columns
     total = tl.zeros([COLUMNS], tl.float32)
     for k in tl.static_range(K):
-        start = tl.load(row + token * K + k) * columns
-        values = tl.load(rows + start + column, mask=inside).to(tl.float32)
+        at = tl.load(row + token * K + k)
+        values = tl.load(rows + at * columns + column, mask=inside & (at >= 0), other=0).to(tl.float32)
         if WEIGHTED:
             values *= tl.load(weight + token * K + k).to(tl.float32)
         total += values
@@ -73,13 +74,13 @@ def products_kernel(
     if token < tokens:
         k = tl.arange(0, K_BLOCK)
         assignment = token.to(tl.int64) * K + k
-        start = tl.load(row + assignment, mask=k < K, other=0)[:, None] * columns
+        number = tl.load(row + assignment, mask=k < K, other=-1)[:, None]
         factor = tl.load(weight + assignment, mask=k < K, other=0).to(tl.float32)
         inner = tl.zeros([K_BLOCK], tl.float32)
         for begin in range(0, columns, COLUMNS):
             column = begin + tl.arange(0, COLUMNS)
-            inside = (k < K)[:, None] & (column < columns)[None, :]
-            at = start + column[None, :]
+            inside = (number >= 0) & (column < columns)[None, :]
+            at = number * columns + column[None, :]
             # Rows before the gradient: all of them are on their way before the first is needed.
             values = tl.load(rows + at, mask=inside, other=0).to(tl.float32)
             own = tl.load(grad + token.to(tl.int64) * columns + column, mask=column < columns, other=0).to(tl.float32)

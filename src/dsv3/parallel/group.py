@@ -1,0 +1,82 @@
+"""Ranks that act together, and what they do: the collective operations, each of which is nothing at all for one rank alone."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dsv3.parallel.activity import Activity
+
+
+@dataclass(frozen=True)
+class Group:
+    """Some ranks of a job, in order. Every one of them must call the same operations in the same order."""
+
+    name: str
+    ranks: tuple[int, ...] = (0,)
+    """Their numbers in the whole job."""
+    rank: int = 0
+    """This process's place among them, from 0."""
+    handle: dist.ProcessGroup | None = None
+    """None where there is one rank alone."""
+    activity: Activity = field(default_factory=Activity)
+    traffic: Counter[str] = field(default_factory=Counter)
+    """`sent`: bytes that `exchange` has sent to other ranks so far."""
+
+    @property
+    def size(self) -> int:
+        """How many they are."""
+        return len(self.ranks)
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """The sum over the ranks, in place."""
+        if self.handle is not None:
+            with self.activity.communicating(f"sum over {self.name}"):
+                dist.all_reduce(tensor, group=self.handle)
+        return tensor
+
+    def exchange(self, rows: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+        """[S, ...] -> [sum(received), ...]: `sent[i]` rows, in order, go to rank i, and `received[i]` come from it."""
+        if self.handle is None:
+            return rows
+        # As bytes: gloo knows fewer dtypes than torch.
+        flat = rows.contiguous().flatten(1).view(torch.uint8)
+        self.traffic["sent"] += (sum(sent) - sent[self.rank]) * flat.shape[1]
+        out = flat.new_empty(sum(received), flat.shape[1])
+        with self.activity.communicating(f"exchange over {self.name}"):
+            dist.all_to_all_single(out, flat, list(received), list(sent), group=self.handle)
+        return out.view(rows.dtype).view(sum(received), *rows.shape[1:])
+
+    def scatter_sum(self, parts: Tensor) -> Tensor:
+        """[ranks, n] -> [n]: the sum over the ranks of what is this rank's row."""
+        if self.handle is None:
+            return parts[0]
+        out = torch.empty_like(parts[0])
+        # The name is another from torch 2.13 on.
+        scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+        with self.activity.communicating(f"scattered sum over {self.name}"):
+            scatter(out, parts.flatten(), group=self.handle)
+        return out
+
+    def gather(self, part: Tensor) -> Tensor:
+        """[n] -> [ranks, n]: every rank's part."""
+        if self.handle is None:
+            return part.unsqueeze(0)
+        out = part.new_empty(self.size, *part.shape)
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        with self.activity.communicating(f"gathering over {self.name}"):
+            gather(out.flatten(), part, group=self.handle)
+        return out
+
+    def objects(self, own: Any) -> list[Any]:
+        """What every rank has, in order: anything that can be pickled."""
+        if self.handle is None:
+            return [own]
+        found: list[Any] = [None] * self.size
+        with self.activity.communicating(f"talking over {self.name}"):
+            dist.all_gather_object(found, own, group=self.handle)
+        return found

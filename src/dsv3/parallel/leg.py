@@ -1,0 +1,104 @@
+"""One leg of the way from tokens to their experts: every token once to each rank of a group that has experts of its own.
+
+Legend: T tokens here, D hidden, K experts per token, S rows sent, A rows that arrived, G ranks of the group.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsv3.ops.permute import Permutation, count_by_expert, permute, sort_some, unpermute
+from dsv3.ops.tiles import TILE, Tiles, dequantize_rows, empty_scale, quantize_rows
+from dsv3.parallel.group import Group
+
+
+@dataclass(frozen=True)
+class Leg:
+    """The plan of one leg for one pass; made once, used there, back, and in backward."""
+
+    group: Group
+    to: Permutation
+    """Where each token's row lies among those sent: ranks take the place of experts. Of a token's experts on one rank, the
+    first alone has a row."""
+    sent: list[int]
+    """Rows to each rank."""
+    received: list[int]
+    """Rows from each rank."""
+    expert_AK: Tensor
+    """int64: the experts of each row that arrived, counted from this rank's first; -1 for those elsewhere."""
+    assignments: int
+    """How many of these are not -1."""
+
+    def carry(self, x_TD: Tensor, fp8: bool = False) -> Tensor:
+        """[T, D] -> [A, D], ordered by the rank they came from. `fp8`: with 8 bits an element, and scales that are powers of
+        two. The backward pass is `bring_back` in x's dtype."""
+        rows: Tensor = Exchange.apply(permute(x_TD, self.to), self.group, self.sent, self.received, fp8, False)
+        return rows
+
+    def bring_back(self, y_AD: Tensor, fp8: bool = False) -> Tensor:
+        """[A, D] -> [T, D]: the sum of what became of each token's rows. Backward is `carry`, in FP8 if `fp8`."""
+        rows_SD = Exchange.apply(y_AD, self.group, self.received, self.sent, False, fp8)
+        ones = torch.ones(self.to.row_TK.shape, device=y_AD.device)
+        return unpermute(rows_SD, ones, self.to)
+
+
+def plan_leg(expert_TK: Tensor, span: int, group: Group) -> Leg:
+    """The leg of tokens to the ranks of `group`, each of which has `span` experts: expert e (-1: none) is with rank e // span.
+
+    Waits for the device, to learn how many rows go where; all ranks of the group must call it together.
+    """
+    rank_TK = expert_TK.div(span, rounding_mode="floor")
+    same_TKK = rank_TK.unsqueeze(2) == rank_TK.unsqueeze(1)
+    first_TK = rank_TK.masked_fill(same_TKK.tril(-1).any(2), -1)
+    rows, assignments = (count_of(each, group.size) for each in (first_TK, rank_TK))
+    counts = torch.stack([rows, assignments], dim=1)
+    arriving = group.exchange(counts, [1] * group.size, [1] * group.size)
+    sent, received, assigned = torch.stack([counts[:, 0], arriving[:, 0], arriving[:, 1]]).tolist()
+    to = sort_some(first_TK, group.size, sum(sent))
+    expert_AK = group.exchange(expert_TK.index_select(0, to.token_R).int(), sent, received).long()
+    expert_AK = expert_AK - group.rank * span
+    here = (expert_AK >= 0) & (expert_AK < span)
+    return Leg(group, to, sent, received, expert_AK.masked_fill(~here, -1), sum(assigned))
+
+
+def count_of(rank_TK: Tensor, ranks: int) -> Tensor:
+    """int64 [G]: how many there are of each rank's number, without those that are -1."""
+    return count_by_expert(rank_TK.flatten() + 1, ranks + 1)[1:]
+
+
+class Exchange(torch.autograd.Function):
+    """`Group.exchange` of rows [S, D], forward or backward in FP8."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, group: Group, sent: list[int], received: list[int], fp8: bool, backward_fp8: bool
+    ) -> Tensor:
+        """[A, D]."""
+        ctx.group, ctx.sent, ctx.received, ctx.backward_fp8 = group, sent, received, backward_fp8
+        return payload(rows, group, sent, received, fp8)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """The same way back."""
+        return payload(grad, ctx.group, ctx.received, ctx.sent, ctx.backward_fp8), None, None, None, None, None
+
+
+def payload(rows: Tensor, group: Group, sent: list[int], received: list[int], fp8: bool) -> Tensor:
+    """The rows that arrive, in the dtype of those sent. What is in FP8 on the way can be quantised there again, with scales that
+    are powers of two, and nothing is lost."""
+    if not fp8 or group.size == 1:
+        return group.exchange(rows, sent, received)
+    tiles = quantize_rows(rows, True)
+    values = group.exchange(tiles.values, sent, received)
+    scale = empty_scale(len(values), values.shape[1], values.device)
+    scale.copy_(group.exchange(tiles.scale, sent, received))
+    return dequantize_rows(Tiles(values, scale), rows.dtype)
+
+
+def wire_bytes(hidden: int, chosen: int, element: int, fp8: bool) -> tuple[int, int]:
+    """(bytes of one row in `carry`, with its experts and their weights; bytes in `bring_back`) of the forward pass, for elements
+    of so many bytes. The backward pass has the same the other way round, but for the experts, which stay known."""
+    carried = hidden + 4 * -(-hidden // TILE) if fp8 else hidden * element
+    return carried + 8 * chosen, hidden * element

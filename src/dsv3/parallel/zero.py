@@ -1,0 +1,149 @@
+"""ZeRO-1 (Rajbhandari et al. 2020): every data-parallel rank updates its share of each parameter, and passes on what came of it.
+
+A share is some rows of the parameter: of a matrix, of a stack of experts laid out as one, or elements of a gain. It is a view:
+weights lie on every rank once, whole; gradients are summed in FP32 to the rank whose share they are of, optimizer state
+exists for the share alone, and updated shares are gathered into the whole. Experts are shared among the ranks that hold the
+same ones, everything else among all data-parallel ranks.
+"""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dsv3.model.transformer import DeepSeekV3
+from dsv3.parallel.group import Group
+from dsv3.parallel.mesh import Mesh
+from dsv3.weights.parts import Place
+
+BUCKET = 2**26
+"""Elements that are sent at once, at most: what is copied together on the way takes four bytes each."""
+
+
+class Shares:
+    """This rank's share of every parameter of a model; of a rank alone, the parameters themselves."""
+
+    def __init__(self, model: DeepSeekV3, mesh: Mesh, whole: Collection[nn.Parameter] = ()):
+        """Parameters among `whole` are updated by every rank, for update rules that need all of a matrix."""
+        self.parameters = dict(model.named_parameters())
+        self.held, self.experts = model.held_experts(), model.config.n_routed_experts
+        self.whole = set(whole)
+        self.mesh = mesh
+        self.own = {name: self.share(parameter) for name, parameter in self.parameters.items()}
+        """By the parameter's name: [rows of this rank, columns], or [elements]; none has gradients but by `reduce`."""
+
+    def group(self, parameter: nn.Parameter) -> Group:
+        """The ranks that have the same parameter."""
+        return self.mesh.expert_data if parameter in self.held else self.mesh.data
+
+    def divided(self, parameter: nn.Parameter) -> bool:
+        """Whether each of these ranks has a share of its own."""
+        return parameter not in self.whole and self.group(parameter).size > 1
+
+    def share(self, parameter: nn.Parameter) -> nn.Parameter:
+        """A view of this rank's rows."""
+        if not self.divided(parameter):
+            return parameter
+        rows, each = as_rows(parameter.detach()), share_of(parameter, self.group(parameter).size)
+        start = self.group(parameter).rank * each
+        return nn.Parameter(rows[start : start + each])
+
+    def whole_place(self, name: str, tensor: Tensor) -> Place:
+        """Where a parameter or buffer of this rank lies in the whole one, and whether this rank writes it into a checkpoint."""
+        parameter = self.parameters.get(name)
+        held = None if parameter is None else self.held.get(parameter)
+        if parameter is None or held is None:
+            return Place(tuple(tensor.shape), 0, self.mesh.data.rank == 0)
+        return Place((self.experts, *tensor.shape[1:]), held.start * tensor.shape[1], self.mesh.expert_data.rank == 0)
+
+    def place(self, name: str) -> Place:
+        """The same of this rank's share."""
+        parameter = self.parameters[name]
+        place, group = self.whole_place(name, parameter), self.group(parameter)
+        if not self.divided(parameter):
+            return place
+        return place._replace(first=place.first + group.rank * share_of(parameter, group.size), written=True)
+
+    def reduce(self) -> None:
+        """Sums the parameters' gradients over the ranks into those of the shares, and frees them."""
+        for group, names in self.buckets():
+            gradients = [as_rows(self.parameters[name].grad) for name in names]
+            mine = group.scatter_sum(torch.cat([divide(each, group.size) for each in gradients], dim=1))
+            for name, part in zip(names, mine.split(self.widths(names, group)), strict=True):
+                share = self.own[name]
+                share.grad = part[: share.numel()].view_as(share)
+                self.parameters[name].grad = None
+        for parameter in self.parameters.values():
+            if parameter.grad is not None:
+                self.group(parameter).sum_(parameter.grad)
+
+    def gather(self) -> None:
+        """Brings every share that has been updated to all ranks, and frees its gradient."""
+        with torch.no_grad():
+            for group, names in self.buckets(of_shares=True):
+                padded = []
+                for name, width in zip(names, self.widths(names, group), strict=True):
+                    flat = self.own[name].detach().flatten()
+                    padded.append(nn.functional.pad(flat, (0, width - len(flat))))
+                everyone = group.gather(torch.cat(padded))
+                for name, parts in zip(names, everyone.split(self.widths(names, group), dim=1), strict=True):
+                    parameter = self.parameters[name]
+                    parameter.copy_(parts.flatten()[: parameter.numel()].view_as(parameter))
+        for name, parameter in self.parameters.items():
+            if self.divided(parameter):
+                self.own[name].grad = None
+
+    def widths(self, names: Sequence[str], group: Group) -> list[int]:
+        """Elements of one rank's share of each, its padding included."""
+        return [share_of(self.parameters[name], group.size) * columns(self.parameters[name]) for name in names]
+
+    def buckets(self, of_shares: bool = False) -> Iterator[tuple[Group, list[str]]]:
+        """The parameters, or shares, with a gradient that are divided, so many at a time as `BUCKET` allows."""
+        tensors: Mapping[str, Tensor] = self.own if of_shares else self.parameters
+        for group in (self.mesh.data, self.mesh.expert_data):
+            bucket, size = list[str](), 0
+            for name, parameter in self.parameters.items():
+                if self.group(parameter) is not group or not self.divided(parameter) or tensors[name].grad is None:
+                    continue
+                if bucket and size + parameter.numel() > BUCKET:
+                    yield group, bucket
+                    bucket, size = [], 0
+                bucket.append(name)
+                size += parameter.numel()
+            if bucket:
+                yield group, bucket
+
+    def norms(self, norms: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Norms of all gradients from those of the shares of this rank, by name; every element counts once."""
+        if self.mesh.data.size == 1:
+            return norms
+        squares = self.mesh.data.sum_(torch.stack(list(norms.values())).square())
+        return dict(zip(norms, squares.sqrt(), strict=True))
+
+    def counts(self, name: str) -> bool:
+        """Whether this rank's gradient of a parameter is part of the norm: that of one rank, where all have the same."""
+        parameter = self.parameters[name]
+        return self.divided(parameter) or self.group(parameter).rank == 0
+
+
+def as_rows(tensor: Tensor | None) -> Tensor:
+    """[..., columns] as a matrix; a vector as it is."""
+    assert tensor is not None
+    return tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() > 1 else tensor
+
+
+def columns(tensor: Tensor) -> int:
+    """Elements of a row."""
+    return tensor.shape[-1] if tensor.dim() > 1 else 1
+
+
+def share_of(tensor: Tensor, ranks: int) -> int:
+    """Rows of every rank but the last ones, which may have fewer or none."""
+    return -(-(tensor.numel() // columns(tensor)) // ranks)
+
+
+def divide(rows: Tensor, ranks: int) -> Tensor:
+    """[rows, columns] -> [ranks, n], padded with zeros."""
+    flat = rows.flatten()
+    width = share_of(rows, ranks) * columns(rows)
+    return nn.functional.pad(flat, (0, ranks * width - len(flat))).view(ranks, width)

@@ -1,0 +1,65 @@
+"""How one model is spread over GPUs, and which layouts are legal: arithmetic on the recipe, before anything is started."""
+
+from typing import Literal
+
+from dsv3.errors import UserError
+from dsv3.recipe.quantity import Length
+from dsv3.recipe.section import Section
+
+ScheduleName = Literal["one_f_one_b", "zero_bubble", "dual_pipe", "dual_pipe_v"]
+
+
+class ParallelSection(Section):
+    """`[parallel]`: the processes that `torchrun` starts, one a GPU, as pipeline x data (report, section 3.2: 16 x 128). The
+    result is the same for every layout, up to the order of sums."""
+
+    data: Length = 1
+    """Ranks that share each batch, and the optimizer's state."""
+    pipeline: Length = 1
+    """Stages that the layers are divided into (report: 16)."""
+    expert: Length = 1
+    """Ranks, among those of `data`, that the routed experts are divided over (report: 64); a divisor of `data`."""
+    schedule: ScheduleName = "dual_pipe_v"
+    """In which order a pipeline's stages compute; without a pipeline it says nothing. The report: `dual_pipe`."""
+
+    @property
+    def ranks(self) -> int:
+        """Processes in all."""
+        return self.pipeline * self.data
+
+
+def check_experts(parallel: ParallelSection, experts: int) -> None:
+    """`ValueError` where the experts cannot be divided as asked, naming the numbers of ranks that they can."""
+    if parallel.data % parallel.expert or experts % parallel.expert:
+        legal = [ranks for ranks in divisors(parallel.data) if experts % ranks == 0]
+        raise ValueError(
+            f"parallel.expert = {parallel.expert}: expected a divisor of parallel.data = {parallel.data} and of "
+            f"model.n_routed_experts = {experts}, such as {neighbours(parallel.expert, legal)}"
+        )
+
+
+def check_world(parallel: ParallelSection, ranks: int) -> None:
+    """`UserError` where `torchrun` started another number of processes than the recipe is for."""
+    if ranks == parallel.ranks:
+        return
+    found = f"parallel.pipeline x parallel.data = {parallel.pipeline} x {parallel.data} = {parallel.ranks} processes"
+    start = f"start it with torchrun --nproc-per-node {parallel.ranks} -m dsv3 ..."
+    if parallel.ranks == 1:
+        start = "start it without torchrun"
+    if ranks == 1:
+        raise UserError(f"the recipe is for {found}, and this is one: {start}, or set both to 1")
+    legal = [each for each in divisors(ranks) if each >= parallel.expert and each % parallel.expert == 0]
+    fitting = [f"parallel.data={data} parallel.pipeline={ranks // data}" for data in reversed(legal)]
+    others = f", or set {' or '.join(fitting[:3])}" if fitting else ""
+    raise UserError(f"the recipe is for {found}, and torchrun started {ranks}: {start}{others}")
+
+
+def divisors(number: int) -> list[int]:
+    """In ascending order."""
+    return [each for each in range(1, number + 1) if number % each == 0]
+
+
+def neighbours(value: int, legal: list[int]) -> str:
+    """The legal numbers next to one that is not, as a sentence has them."""
+    below, above = [each for each in legal if each < value], [each for each in legal if each > value]
+    return " or ".join(str(each) for each in (*below[-1:], *above[:1]))

@@ -1,0 +1,55 @@
+"""Stages of a job of many ranks: the first runs them as ever, and the others join it in those that are for all."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from dsv3.errors import RunError, UserError
+from dsv3.parallel.mesh import Mesh
+from dsv3.stages.runner import Stage, run_stages
+
+
+def run_together(
+    stages: Sequence[Stage],
+    directory: Path,
+    say: Callable[[str], None],
+    mesh: Mesh,
+    *,
+    replace_changed: bool,
+    allow: Sequence[str],
+) -> None:
+    """`run_stages`, on every rank of the mesh: a stage that is `together` runs on all, any other on the first. What the first
+    is refused, or fails with, all raise."""
+    if not mesh.first:
+        follow(stages, mesh)
+        return
+    apart = True
+
+    def joined(stage: Stage) -> Stage:
+        def run() -> None:
+            nonlocal apart
+            mesh.world.objects(stage.name)
+            apart = False
+            stage.run()
+            apart = True
+
+        return replace(stage, run=run) if stage.together else stage
+
+    try:
+        run_stages([joined(stage) for stage in stages], directory, say, replace=replace_changed, allow=allow)
+    except (UserError, RunError, OSError) as error:
+        if apart:  # else the others are in the stage as well, and have failed with it or wait in vain
+            mesh.world.objects(error)
+        raise
+    mesh.world.objects(None)
+
+
+def follow(stages: Sequence[Stage], mesh: Mesh) -> None:
+    """Runs the stages that the first rank names, until it says that there are no more, or why."""
+    by_name = {stage.name: stage for stage in stages}
+    mesh.activity.begin("waiting for rank 0")
+    while (said := mesh.world.objects(None)[0]) is not None:
+        if not isinstance(said, str):
+            raise said
+        by_name[said].run()
+        mesh.activity.begin("waiting for rank 0")

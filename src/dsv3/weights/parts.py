@@ -1,0 +1,46 @@
+"""Tensors of which a rank holds some rows: experts that are spread over ranks, and shares of the optimizer's state."""
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from torch import Tensor
+
+from dsv3.weights.chunks import Region
+
+
+class Place(NamedTuple):
+    """Where a tensor lies in the whole one that a checkpoint holds. Rows are counted through all dimensions but the last."""
+
+    shape: tuple[int, ...]
+    """Of the whole."""
+    first: int = 0
+    """The whole one's row that is this one's first."""
+    written: bool = True
+    """Whether this rank is the one that writes it: others may hold the same."""
+
+
+def regions(name: str, tensor: Tensor, place: Place) -> Iterator[tuple[Region, Tensor]]:
+    """The boxes that the rows make in the whole tensor, each within one matrix of a stack, and views of their values."""
+    if len(place.shape) < 2:
+        if tensor.numel():
+            yield Region(name, (place.first,) * len(place.shape), tuple(tensor.shape)), tensor
+        return
+    values, matrix = tensor.reshape(-1, tensor.shape[-1]), place.shape[-2]
+    row, end = place.first, place.first + len(values)
+    while row < end:
+        number, inside = divmod(row, matrix)
+        count = min(matrix - inside, end - row)
+        stack = () if len(place.shape) == 2 else (number,)
+        box = Region(name, (*stack, inside, 0), (*(1 for _ in stack), count, place.shape[-1]))
+        yield box, values[row - place.first :][:count].view(box.size)
+        row += count
+
+
+def all_regions(tensors: Mapping[str, Tensor], places: Mapping[str, Place]) -> dict[Region, Tensor]:
+    """What this rank writes of the tensors that have a place, with its values."""
+    return {
+        region: values
+        for name, place in places.items()
+        if place.written
+        for region, values in regions(name, tensors[name], place)
+    }

@@ -1,0 +1,90 @@
+"""One MoE layer on ranks: what each computes, against all of it in one process."""
+
+import torch
+
+from dsv3.model.config import ModelConfig
+from dsv3.model.feed_forward import DeepSeekMoE, LocalDispatcher, Routing
+from dsv3.parallel.dispatch import ExpertParallel
+from dsv3.parallel.mesh import make_mesh
+
+CONFIG = ModelConfig.preset(
+    "debug", hidden_size=160, moe_intermediate_size=48, n_routed_experts=16, n_group=4, topk_group=2, num_experts_per_tok=4,
+    n_shared_experts=0,
+)  # fmt: skip
+TOKENS = 24
+
+
+def layer(dispatcher, dtype):
+    """The layer with the same weights wherever it is, its experts those of the dispatcher."""
+    moe = DeepSeekMoE(CONFIG, dispatcher)
+    generator, held = torch.Generator().manual_seed(1), moe.experts.held
+    with torch.no_grad():
+        moe.gate.weight.normal_(generator=generator)
+        for weight in moe.experts.parameters():
+            whole = torch.empty(CONFIG.n_routed_experts, *weight.shape[1:]).normal_(0, 0.1, generator=generator)
+            weight.copy_(whole[held.start : held.stop])
+    return moe.to(dtype)
+
+
+def through(moe, x, routing):
+    rows, counts, handle = moe.dispatcher.dispatch(x, routing)
+    return moe.dispatcher.combine(moe.experts(rows, counts), routing, handle)
+
+
+def tokens_of(rank, tokens):
+    generator = torch.Generator().manual_seed(100 + rank)
+    return (torch.randn(tokens, CONFIG.hidden_size, generator=generator) for _ in range(2))
+
+
+def choices(kind, x, moe):
+    """The router's, or what no router would do."""
+    if kind == "router":
+        return moe.gate(x, 1, 0.0)
+    expert = torch.arange(CONFIG.num_experts_per_tok).expand(
+        len(x), -1
+    )  # the first ranks get all, the last ones nothing
+    weight = torch.rand(len(x), CONFIG.num_experts_per_tok, generator=torch.Generator().manual_seed(7))
+    return Routing(expert.contiguous(), weight.requires_grad_(), CONFIG.n_routed_experts, None, None)
+
+
+def check(section, ranks_per_node, kind="router", empty=None, dtype=torch.float32, fp8=False):
+    """(deviation of outputs and of every gradient from the serial run's, wire bytes by group, routing of this rank)."""
+    mesh = make_mesh(section, ranks_per_node)
+    rank, ranks = mesh.expert.rank, mesh.expert.size
+    dispatcher = ExpertParallel(mesh, fp8)
+    results = []
+    for moe, mine in ((layer(dispatcher, dtype), [rank]), (layer(LocalDispatcher(), dtype), range(ranks))):
+        outputs, inputs, weights, expert = [], [], [], None
+        for each in mine:
+            x, grad = tokens_of(each, 0 if each == empty else TOKENS)
+            x = x.to(dtype).requires_grad_()
+            routing = choices(kind, x, moe)
+            if kind != "router":
+                weights.append(routing.weight)
+            y = through(moe, x, routing)
+            forward_bytes = {name: getattr(mesh, name).traffic["sent"] for name in ("rail", "node")}
+            (y * grad).sum().backward()
+            if each == rank:
+                outputs, inputs, expert = y.detach(), x.grad, routing.expert
+                chosen = [weights[-1].grad] if weights else []
+        gate = [] if moe.gate.weight.grad is None else [mesh_sum(mesh, moe, mine)]
+        held = dispatcher.held(CONFIG.n_routed_experts)
+        slices = slice(0, len(held)) if moe.dispatcher is dispatcher else slice(held.start, held.stop)
+        gradients = [each.grad[slices] for each in moe.experts.parameters()]
+        if moe.dispatcher is dispatcher:
+            traffic = forward_bytes
+        results.append([outputs, inputs, *chosen, *gate, *gradients])
+    return [deviation(a, b) for a, b in zip(*results, strict=True)], traffic, expert
+
+
+def mesh_sum(mesh, moe, mine):
+    """The router's gradient from all tokens."""
+    grad = moe.gate.weight.grad.float()
+    return mesh.expert.sum_(grad) if len(mine) == 1 else grad
+
+
+def deviation(a, b):
+    """Relative, of the largest element."""
+    if not b.numel():
+        return float(a.shape != b.shape)
+    return float((a - b).abs().max() / b.abs().max().clamp(min=1e-6))

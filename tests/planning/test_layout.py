@@ -1,0 +1,36 @@
+import pytest
+
+from dsv3.model.transformer import DeepSeekV3
+from dsv3.parallel.dispatch import ExpertParallel
+from dsv3.parallel.group import Group
+from dsv3.parallel.mesh import Mesh
+from dsv3.planning.layout import holdings
+from dsv3.recipe.schema import Recipe
+from dsv3.training.optimizer import Optimizer
+
+CONTENT = {
+    "model": {"preset": "debug"},
+    "data": {"sources": [{"name": "text", "uri": "builtin:stdlib"}], "sequence_length": 32},
+    "schedule": {"learning_rate": 1e-3, "batch_size": 8},
+    "training": {"tokens": 1000},
+}
+
+
+@pytest.mark.parametrize(("data", "expert"), [(1, 1), (4, 2), (8, 8)])
+def test_the_table_is_what_a_rank_holds(data, expert):
+    recipe = Recipe.from_dict(CONTENT, [f"parallel.data={data}", f"parallel.expert={expert}", "optimizer.moments=bf16"])
+    expected = holdings(recipe)
+    assert sorted(rank for each in expected for rank in each.ranks) == list(range(data))
+    for rank, holding in ((rank, each) for each in expected for rank in each.ranks):
+        mesh = Mesh(
+            data=Group("data", tuple(range(data)), rank),
+            expert=Group("expert", tuple(range(expert)), rank % expert),
+            expert_data=Group("expert_data", tuple(range(data // expert)), rank // expert),
+        )
+        model = DeepSeekV3(recipe.model.config(), None, ExpertParallel(mesh))
+        assert sum(each.numel() for each in model.parameters()) == holding.parameters
+        assert {tuple(held) for held in model.held_experts().values()} == {tuple(holding.experts)}
+        moments = sum(
+            each.nbytes for each in Optimizer(model, recipe.optimizer, mesh=mesh).tensors().values() if each.dim()
+        )
+        assert moments == pytest.approx(holding.moments, rel=0.05)
