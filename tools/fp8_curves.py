@@ -101,7 +101,14 @@ def record(named: dict[str, Run], curves: dict[str, np.ndarray], errors: dict[st
         for name, each in late.items()
     }
     last = {name: run.evaluations[-1] if run.evaluations else None for name, run in named.items()}
-    return {**kept, "command": sys.argv, "every": EVERY, "losses": points, "differences": differences, "evaluations": last}
+    return {
+        **kept,
+        "command": sys.argv,
+        "every": EVERY,
+        "losses": points,
+        "differences": differences,
+        "evaluations": last,
+    }
 
 
 def draw(curves: dict[str, np.ndarray], errors: dict[str, np.ndarray]) -> Figure:
