@@ -6,10 +6,12 @@ import torch
 from dsv3.ops.permute import (
     Copied,
     Summed,
+    WeightedSum,
     aligned_rows,
     counting_sort,
     permute_reference,
     sort_reference,
+    sort_some,
     unpermute_reference,
 )
 
@@ -61,10 +63,27 @@ def gradients(out, grad, *leaves):
     return out.detach(), *torch.autograd.grad(out, leaves, grad)
 
 
+def sorted_rows(tokens, k, experts, aligned, partial):
+    """Of all assignments, or of those that are left when every third has no row."""
+    expert = routed(tokens, k, experts)
+    if not partial:
+        return sort_reference(expert, experts, aligned=aligned)
+    expert.view(-1)[::3] = -1
+    return sort_some(expert, experts, int((expert >= 0).sum()), aligned)
+
+
+def test_assignments_without_an_expert_have_no_row():
+    to = sort_some(torch.tensor([[2, -1], [0, 2], [-1, -1]]), 3, 3)
+    assert to.assignment_R.tolist() == [2, 0, 3]
+    assert to.row_TK.tolist() == [[1, -1], [0, 2], [-1, -1]]
+    assert to.counts_E.tolist() == [1, 0, 2]
+
+
+@pytest.mark.parametrize("partial", [False, True])
 @pytest.mark.parametrize("aligned", [0, 8])
-@pytest.mark.parametrize(("tokens", "k", "experts", "columns"), SIZES)
-def test_permute(tokens, k, experts, columns, aligned):
-    to = sort_reference(routed(tokens, k, experts), experts, aligned=aligned)
+@pytest.mark.parametrize(("tokens", "k", "experts", "columns"), SIZES[1:])
+def test_permute(tokens, k, experts, columns, aligned, partial):
+    to = sorted_rows(tokens, k, experts, aligned, partial)
     real = torch.ones(len(to.assignment_R), dtype=torch.bool) if to.real_R is None else to.real_R
     x = torch.randn(tokens, columns, requires_grad=True)
     grad = torch.randn(len(real), columns)
@@ -75,19 +94,21 @@ def test_permute(tokens, k, experts, columns, aligned):
     torch.testing.assert_close(found_grad, expected_grad)
 
 
+@pytest.mark.parametrize("partial", [False, True])
 @pytest.mark.parametrize("aligned", [0, 8])
-@pytest.mark.parametrize(("tokens", "k", "experts", "columns"), SIZES)
-def test_unpermute(tokens, k, experts, columns, aligned):
-    to = sort_reference(routed(tokens, k, experts), experts, aligned=aligned)
+@pytest.mark.parametrize(("tokens", "k", "experts", "columns"), SIZES[1:])
+def test_unpermute(tokens, k, experts, columns, aligned, partial):
+    to = sorted_rows(tokens, k, experts, aligned, partial)
     rows = torch.randn(len(to.assignment_R), columns)
     if to.real_R is not None:
         rows[~to.real_R] = torch.nan
     rows.requires_grad_()
     weight, grad = torch.rand(tokens, k, requires_grad=True), torch.randn(tokens, columns)
     expected = gradients(unpermute_reference(rows, weight, to), grad, rows, weight)
-    for found, wanted in zip(gradients(Summed.apply(rows, weight, to), grad, rows, weight), expected, strict=True):
-        assert found.dtype == wanted.dtype
-        torch.testing.assert_close(found, wanted)
+    for form in (Summed, WeightedSum):
+        for found, wanted in zip(gradients(form.apply(rows, weight, to), grad, rows, weight), expected, strict=True):
+            assert found.dtype == wanted.dtype
+            torch.testing.assert_close(found, wanted, equal_nan=form is WeightedSum)
 
 
 def test_tensors_with_strides():
