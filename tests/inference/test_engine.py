@@ -10,6 +10,7 @@ from dsv3.inference.engine import Engine, EngineConfig
 from dsv3.inference.params import SamplingParams
 from dsv3.inference.plan import Plan
 from tests.inference.continuing import GREEDY, assert_greedy, continued, drive, random_prompts, tokens_of
+from tests.inference.test_blocks import keys_of
 
 PROMPTS = [*random_prompts(5, 150), *([k] * 60 for k in (5, 6, 7))]
 """The last need a second block soon after they were admitted with one."""
@@ -102,6 +103,37 @@ def test_a_conversation_goes_on_from_what_was_generated(drafting_model):
     deltas = drive(engine, [prompt + answer + [5]], GREEDY)[0, 0]
     assert deltas[0].num_cached_tokens == 128
     assert [tokens_of(deltas)] == continued(drafting_model, [prompt + answer + [5]], GREEDY)[0]
+
+
+def test_weights_changed_in_place_are_used_and_old_prefixes_forgotten(make_model):
+    model, prompt = make_model("debug", max_position_embeddings=512), list(range(130))
+    engine = Engine(model, None, EngineConfig(num_blocks=64))
+    before = tokens_of(drive(engine, [prompt], GREEDY)[0, 0])
+    with torch.no_grad():
+        model.layers[0].self_attn.o_proj.weight.mul_(-1)
+    engine.weights_changed()
+    deltas = drive(engine, [prompt], GREEDY)[0, 0]
+    assert deltas[0].num_cached_tokens == 0
+    assert tokens_of(deltas) != before
+    assert_greedy(model, [prompt], [tokens_of(deltas)])
+
+
+def test_blocks_carried_to_another_cache_go_on_there(drafting_model):
+    """Layer by layer, as a machine that prefills would send them to one that decodes."""
+    prompt = list(range(130))
+    first, second = (Engine(drafting_model, None, EngineConfig(num_blocks=n)) for n in (20, 30))
+    expected = tokens_of(drive(first, [prompt], GREEDY)[0, 0])
+    theirs = [first.scheduler.pool.known[key] for key in keys_of(prompt, 64)]
+    pool = second.scheduler.pool
+    pool.release([pool.take() for _ in range(4)][::-1])
+    ours = [pool.take() for _ in theirs]
+    for layer in second.runner.cache.held:
+        second.runner.cache.write(layer, ours, first.runner.cache.read(layer, theirs))
+    for k, (number, key) in enumerate(zip(ours, keys_of(prompt, 64), strict=True)):
+        pool.remember(number, key, prompt[64 * k : 64 * (k + 1)])
+    deltas = drive(second, [prompt], GREEDY)[0, 0]
+    assert deltas[0].num_cached_tokens == 128
+    assert tokens_of(deltas) == expected
 
 
 def test_plans_travel_as_json(drafting_model):

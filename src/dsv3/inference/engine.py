@@ -189,6 +189,15 @@ class Engine:
             self.running.pop(running.request.number, None)
             self.scheduler.remove(running.request)
 
+    def weights_changed(self) -> None:
+        """To be called when the model's weights were changed in place: nothing computed with the old ones is used any more.
+
+        Requests that are running keep what they have read.
+        """
+        self.runner.passes.recorded.clear()  # recordings hold weights in layouts of their own
+        for number in list(self.scheduler.pool.known.values()):
+            self.scheduler.pool.forget(number)
+
     @property
     def has_work(self) -> bool:
         """Whether `step` has something to do."""

@@ -42,7 +42,8 @@ def reference(
 def gathered(q_BTHL: Tensor, pages: Tensor, table_BM: Tensor, lengths_B: Tensor, latent: int, scale: float) -> Attended:
     """All sequences at once, over as many pages as the table has; nothing here looks into a tensor."""
     _, tokens, heads, _ = q_BTHL.shape
-    entries_BSL = pages[table_BM.clamp(0, len(pages) - 1)].flatten(1, 2)
+    entries_BSL = pages.index_select(0, table_BM.clamp(0, len(pages) - 1).flatten())
+    entries_BSL = entries_BSL.view(len(table_BM), -1, pages.shape[2])
     slot_S = torch.arange(entries_BSL.shape[1], device=pages.device)
     entries_BSL.masked_fill_(
         (slot_S >= lengths_B.unsqueeze(1)).unsqueeze(2), 0.0
@@ -50,10 +51,14 @@ def gathered(q_BTHL: Tensor, pages: Tensor, table_BM: Tensor, lengths_B: Tensor,
     end_BT = lengths_B.unsqueeze(1) - torch.arange(tokens - 1, -1, -1, device=pages.device)
     hidden_BTS = slot_S >= end_BT.unsqueeze(2)
     scores_BTHS = torch.bmm(q_BTHL.flatten(1, 2), entries_BSL.mT).unflatten(1, (tokens, heads)).float() * scale
-    scores_BTHS = scores_BTHS.masked_fill(hidden_BTS.unsqueeze(2), float("-inf"))
-    lse = scores_BTHS.logsumexp(-1)
-    weights = (scores_BTHS - lse.clamp_min(torch.finfo(lse.dtype).min).unsqueeze(-1)).exp().to(entries_BSL.dtype)
-    return torch.bmm(weights.flatten(1, 2), entries_BSL[..., :latent]).unflatten(1, (tokens, heads)), lse
+    # Not -inf, which would make weights of a query that sees nothing no numbers.
+    scores_BTHS = scores_BTHS.masked_fill_(hidden_BTS.unsqueeze(2), torch.finfo(torch.float32).min)
+    weights = scores_BTHS.softmax(-1)
+    # The largest weight is exp(the largest score - lse).
+    blind_BT1 = (end_BT <= 0).unsqueeze(2)
+    lse = (scores_BTHS.amax(-1) - weights.amax(-1).log()).masked_fill_(blind_BT1, float("-inf"))
+    mixed = torch.bmm(weights.to(entries_BSL.dtype).flatten(1, 2), entries_BSL[..., :latent])
+    return mixed.unflatten(1, (tokens, heads)).masked_fill_(blind_BT1.unsqueeze(3), 0.0), lse
 
 
 def gathered_serves(q_BTHL: Tensor, pages: Tensor, *rest: Any) -> str | None:
