@@ -1,4 +1,4 @@
-"""One decoding pass on the CPU, recorded and replayed: what a CUDA graph is to a GPU.
+"""A pass that comes again and again, on the CPU: recorded once and replayed; what a CUDA graph is to a GPU.
 
 In a small model's pass over one token a sequence, most of the time goes into the Python between the operations and into
 views. A recording is made by running the model itself, so that nothing is defined twice: the list of operations that it
@@ -6,7 +6,7 @@ ran, with the tensors that they read and wrote. To replay it is to run them agai
 weights alone is not run again, and views need not be. The pass in Python is the reference twin.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import BuiltinFunctionType, MethodDescriptorType
 from typing import Any
@@ -16,55 +16,43 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from dsv3.errors import RunError
-from dsv3.inference.cache import LatentCache
 from dsv3.model.feed_forward import LocalDispatcher, every_expert
 from dsv3.model.transformer import DeepSeekV3
 
-SPAN = 256
-"""Positions that a recording has room for beyond those held; the ones not yet filled are hidden."""
-FEWEST_PASSES = 16
-"""A recording takes about as long as four passes, and saves half of each or more."""
 MOST_PARAMETERS = 2**24
 """In larger models the products take most of the time, and a recording would hold copies of their weights."""
+Function = Callable[..., tuple[Tensor, ...]]
 
 
-def pays(model: DeepSeekV3, batch: int, passes: int) -> bool:
-    """Whether to record the pass of so many sequences when at most so many passes are to come.
+def pays(model: DeepSeekV3, rows: int) -> bool:
+    """Whether to record passes of so many rows.
 
     What Python decides by looking into tensors cannot be recorded: which experts have rows, unless all get all tokens.
     """
     config = model.config
-    if model.lm_head.weight.device.type != "cpu" or passes < FEWEST_PASSES:
+    if not every_expert(rows, config.hidden_size, config.n_routed_experts, config.num_experts_per_tok):
         return False
-    if not every_expert(batch, config.hidden_size, config.n_routed_experts, config.num_experts_per_tok):
-        return False
-    if not all(block.moe is None or type(block.moe.dispatcher) is LocalDispatcher for block in model.layers):
+    if not all(block.moe is None or type(block.moe.dispatcher) is LocalDispatcher for block in model.blocks()):
         return False
     return sum(parameter.numel() for parameter in model.parameters()) <= MOST_PARAMETERS
 
 
 class Recording:
-    """The pass of one batch: `recording(tokens [B], positions [B]) -> logits [B, V]`, which the next call overwrites.
+    """`recording(*inputs)` is `function(*inputs)` for inputs of these shapes; the next call overwrites what it gives."""
 
-    It holds as long as the batch keeps its sequences and no position reaches `end`.
-    """
-
-    def __init__(self, model: DeepSeekV3, cache: LatentCache, tokens_B: Tensor, position_B: Tensor, end: int):
-        self.end = min(end + SPAN, cache.length)
-        self.tokens_BT, self.position_BT = tokens_B.unsqueeze(1).clone(), position_B.unsqueeze(1).clone()
+    def __init__(self, function: Function, inputs: Sequence[Tensor]):
+        self.inputs = [each.clone() for each in inputs]
         with Recorder() as recorder:
-            positions = cache.begin(self.position_BT, self.end, filled=False)
-            hidden = model(self.tokens_BT, positions=positions, cache=cache).hidden
-            self.logits_BV = model.head(hidden[:, 0])
-        self.program = program(recorder.calls, [self.tokens_BT, self.position_BT, *cache.values.values()])
+            self.outputs = function(*self.inputs)
+        self.program = program(recorder.calls, self.inputs)
 
-    def __call__(self, tokens_B: Tensor, position_B: Tensor) -> Tensor:
-        """The logits after these tokens at these positions, in the model's compute dtype."""
-        self.tokens_BT[:, 0] = tokens_B
-        self.position_BT[:, 0] = position_B
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """The function's result, which the next call overwrites."""
+        for own, given in zip(self.inputs, inputs, strict=True):
+            own.copy_(given)
         for function, args, kwargs in self.program:
             function(*args, **kwargs)
-        return self.logits_BV
+        return self.outputs
 
 
 @dataclass(frozen=True)

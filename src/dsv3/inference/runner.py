@@ -1,0 +1,141 @@
+"""Runs plans: a plan goes in, what it found comes out. All that it keeps is the model and the cache.
+
+Legend: F tokens of the pass, D hidden, N rows of logits, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dsv3.inference.batch import Batch, lay_out
+from dsv3.inference.cache import PagedCache
+from dsv3.inference.passes import Passes
+from dsv3.inference.plan import Found, Plan, Work
+from dsv3.inference.sampler import Place, choose, logprobs
+from dsv3.model.transformer import DeepSeekV3
+
+
+class Runner:
+    """One model over one cache."""
+
+    def __init__(self, model: DeepSeekV3, cache: PagedCache, graphs: bool = False):
+        self.model, self.cache, self.device = model, cache, model.lm_head.weight.device
+        self.passes = Passes(model, cache, graphs)
+
+    @torch.inference_mode()
+    def run(self, plan: Plan) -> list[Found]:
+        """What each work of the plan found, in an order of its own."""
+        batch = lay_out(plan.works, self.model.config, self.device)
+        rows, places = list[int](), list[Place]()
+        for work, first in zip(batch.works, batch.first, strict=True):
+            if work.choice is not None:
+                end, drafts = first + len(work.tokens), drafts_of(work)
+                rows += range(end - 1 - len(drafts), end)
+                places += [(work.choice, k, drafts) for k in range(len(drafts) + 1)]
+        hidden_FD, logits_NV, experts = self.passes.main(batch, self.numbers(rows))
+        found = self.chosen(batch, logits_NV, choose(logits_NV, places) if rows else [], experts)
+        self.score(batch, hidden_FD, found)
+        if plan.drafts and self.model.mtp:
+            self.draft(batch, hidden_FD, found, plan.drafts)
+        return found
+
+    def numbers(self, values: Sequence[int]) -> Tensor:
+        """int64, on the device."""
+        return torch.tensor(values, dtype=torch.int64, device=self.device)
+
+    def chosen(
+        self, batch: Batch, logits_NV: Tensor, tokens: Sequence[int | None], experts: Sequence[Tensor]
+    ) -> list[Found]:
+        """Takes chosen tokens as far as drafts were right."""
+        found, row = [], 0
+        for work, first in zip(batch.works, batch.first, strict=True):
+            each = Found(work.sequence)
+            found.append(each)
+            if work.choice is None:
+                continue
+            count = work.choice.drafts + 1
+            accept(each, work, tokens[row : row + count])
+            if work.choice.logprobs is not None:
+                own = logits_NV[row : row + len(each.tokens)]
+                each.logprobs = logprobs(own, each.tokens, [work.choice.logprobs] * len(each.tokens))
+            if work.routing:
+                start = first + len(work.tokens) - count
+                by_block = [one[start : start + len(each.tokens)].tolist() for one in experts]
+                each.routing = [list(of_token) for of_token in zip(*by_block, strict=True)]
+            row += count
+        return found
+
+    def score(self, batch: Batch, hidden_FD: Tensor, found: Sequence[Found]) -> None:
+        """The logarithms of prompts' tokens, where asked for."""
+        for work, first, each in zip(batch.works, batch.first, found, strict=True):
+            if work.scored is not None:
+                targets = [*work.tokens[1:], *work.following[:1]]
+                logits_NV = self.model.head(hidden_FD[first : first + len(targets)])
+                each.scores = logprobs(logits_NV, targets, [work.scored] * len(targets))
+
+    def draft(self, batch: Batch, hidden_FD: Tensor, found: Sequence[Found], count: int) -> None:
+        """Guesses `count` tokens behind each that was chosen.
+
+        MTP module k reads the tokens of the pass with those k + 1 further on, so that its part of the cache covers what the
+        main model's does; tokens that are not known yet are the drafts so far. From the last module on, the last is taken
+        again, one position further each time, for the sequences alone that go on.
+        """
+        modules = list(self.model.mtp)[:count]
+        going = [k for k, each in enumerate(found) if each.tokens]
+        rows = [batch.first[k] + kept(batch.works[k], found[k]) - 1 for k in going]
+        row_N = self.numbers(rows)
+        for module in modules:
+            following = [further(work, each, module.depth + 1) for work, each in zip(batch.works, found, strict=True)]
+            tokens = [token for each in following for token in each]
+            tokens += [0] * (len(batch.token_F) - len(tokens))
+            hidden_FD, guess_N = self.passes.draft(module, batch, hidden_FD, self.numbers(tokens), row_N)
+            for k, token in zip(going, guess_N.tolist(), strict=True):
+                found[k].drafts.append(token)
+        if not going or count <= len(modules):
+            return
+        hidden_ND = hidden_FD[row_N]
+        starts = [batch.works[k].start + kept(batch.works[k], found[k]) - 1 for k in going]
+        for step in range(1, count - len(modules) + 1):
+            single = [
+                replace(batch.works[k], tokens=[found[k].drafts[-1]], start=start + step, choice=None)
+                for k, start in zip(going, starts, strict=True)
+            ]
+            again = lay_out(single, self.model.config, self.device)
+            padded = F.pad(hidden_ND, (0, 0, 0, len(again.token_F) - len(hidden_ND)))
+            first_N = self.numbers(range(len(going)))
+            out_FD, guess_N = self.passes.draft(modules[-1], again, padded, again.token_F, first_N)
+            for k, token in zip(going, guess_N.tolist(), strict=True):
+                found[k].drafts.append(token)
+            hidden_ND = out_FD[: len(going)].clone()
+
+
+def drafts_of(work: Work) -> list[int]:
+    """The guesses among its tokens."""
+    return [] if work.choice is None else work.tokens[len(work.tokens) - work.choice.drafts :]
+
+
+def accept(found: Found, work: Work, tokens: Sequence[int | None]) -> None:
+    """Takes tokens as long as the draft before them was right."""
+    for token, draft in zip(tokens, [*drafts_of(work), None], strict=True):
+        if token is None:
+            found.failed = True
+            return
+        found.tokens.append(token)
+        if token != draft:
+            return
+
+
+def kept(work: Work, found: Found) -> int:
+    """How many of the tokens of a work were right."""
+    return len(work.tokens) if work.choice is None else len(work.tokens) - work.choice.drafts - 1 + len(found.tokens)
+
+
+def further(work: Work, found: Found, distance: int) -> list[int]:
+    """Behind each token of a work, the one so far further on, where it is known or guessed; else 0."""
+    sure = kept(work, found)
+    tokens = [*work.tokens[:sure], *(found.tokens[-1:] or work.following), *found.drafts]
+    tokens = tokens[distance : distance + len(work.tokens)]
+    return tokens + [0] * (len(work.tokens) - len(tokens))
