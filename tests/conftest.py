@@ -3,6 +3,9 @@ import os
 import pytest
 import torch
 
+from dsv3.model.attention import Absorbed, Expanded
+from dsv3.ops.latent_pages import PAGE
+
 # Where there is no GPU, Triton interprets kernels; it looks when a kernel's file is imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -18,27 +21,37 @@ def one_thread():
 
 
 class GrowingCache:
-    """A latent cache that keeps what it is given in dicts: the few-line twin of the engine's."""
+    """A latent cache that keeps what it is given in dicts: the few-line twin of the engine's. The first pass is expanded."""
 
     def __init__(self):
-        self.held, self.position, self.seen = {}, torch.empty(1, 0, dtype=torch.long), 0
+        self.held, self.length = {}, 0
 
     def begin(self, positions):
         """Announces the positions [B or 1, T] of the next pass, and returns them."""
-        self.seen, self.query = self.position.shape[1], positions
-        self.position = torch.cat((self.position.expand(len(positions), -1), positions), dim=1)
+        self.before, self.length = self.length, self.length + positions.shape[1]
+        self.batch = None
         return positions
+
+    @property
+    def parts(self):
+        if not self.before:
+            rows = self.batch * self.length
+            segments = torch.arange(self.batch).repeat_interleave(self.length).unsqueeze(0)
+            return [Expanded(slice(0, rows), segments)]
+        pages = -(-self.length // PAGE)
+        table = torch.arange(self.batch * pages, dtype=torch.int32).view(self.batch, pages)
+        return [Absorbed(slice(None), table, torch.full((self.batch,), self.length, dtype=torch.int32))]
 
     def store(self, block, latent, key):
         new = torch.cat((latent, key), dim=-1)
-        self.held[block] = torch.cat((self.held[block], new), dim=1) if block in self.held else new
+        self.batch = len(new) // (self.length - self.before)
+        new = new.unflatten(0, (self.batch, -1))
+        self.held[block] = torch.cat((self.held[block], new), dim=1) if self.before else new
 
-    def read(self, block):
-        if self.seen == 0:
-            return None
+    def pages(self, block):
         held = self.held[block]
-        hidden = self.position.unsqueeze(1) > self.query.unsqueeze(2)
-        return held, torch.zeros(hidden.shape).masked_fill(hidden, float("-inf")).expand(len(held), -1, -1)
+        padded = torch.nn.functional.pad(held, (0, 0, 0, -held.shape[1] % PAGE))
+        return padded.unflatten(1, (-1, PAGE)).flatten(0, 1)
 
 
 @pytest.fixture

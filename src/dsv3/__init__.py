@@ -7,14 +7,14 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from dsv3.inference.llm import LLM
-    from dsv3.inference.sampling import SamplingParams
+    from dsv3.inference.params import SamplingParams
     from dsv3.model.config import ModelConfig
     from dsv3.model.transformer import DeepSeekV3
     from dsv3.weights.huggingface import from_pretrained, save_pretrained
 
 HOMES = {
     "LLM": "dsv3.inference.llm",
-    "SamplingParams": "dsv3.inference.sampling",
+    "SamplingParams": "dsv3.inference.params",
     "ModelConfig": "dsv3.model.config",
     "DeepSeekV3": "dsv3.model.transformer",
     "from_pretrained": "dsv3.weights.huggingface",

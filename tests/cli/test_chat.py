@@ -4,7 +4,7 @@ import pytest
 
 from dsv3.cli import main
 from dsv3.inference.llm import LLM
-from dsv3.inference.sampling import SamplingParams
+from dsv3.inference.params import SamplingParams
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ GREEDY = ["--temperature", "0", "--max-tokens", "8"]
 
 def continued(checkpoint, prompts, ema=False):
     params = SamplingParams(temperature=0, max_tokens=8)
-    return [each.text for each in LLM(checkpoint, ema=ema).generate(prompts, params)]
+    return [each.outputs[0].text for each in LLM(checkpoint, ema=ema).generate(prompts, params)]
 
 
 def test_every_line_is_continued_alone(chat, checkpoint):
@@ -64,7 +64,7 @@ def test_a_line_that_is_too_long_does_not_end_the_chat(chat, checkpoint):
     [expected] = continued(checkpoint, ["def"])
     code, out, err = chat("x" * 300 + "\ndef\n/exit\n", *GREEDY)
     assert (code, out) == (0, f"> \n> {expected}\n> ")
-    assert "more than the model's max_position_embeddings = 128" in err
+    assert "are more than the 128 tokens that this engine continues" in err
 
 
 def test_ctrl_c_stops_an_answer_and_not_the_chat(chat, monkeypatch):

@@ -25,7 +25,7 @@ def test_a_run_becomes_a_directory_and_a_checkpoint_again(checkpoint, tmp_path, 
 
     prompts, params = ["def add(first", "x"], dsv3.SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
     texts = [
-        [each.token_ids for each in dsv3.LLM(path, device="cpu").generate(prompts, params)]
+        [each.outputs[0].token_ids for each in dsv3.LLM(path, device="cpu").generate(prompts, params)]
         for path in (checkpoint, tmp_path / "hf", tmp_path / "again")
     ]
     assert texts[0] == texts[1] == texts[2]

@@ -4,7 +4,7 @@ from dsv3.cli import main
 from dsv3.cli.generate import unescape
 from dsv3.data.fim import fim_prompt
 from dsv3.inference.llm import LLM
-from dsv3.inference.sampling import SamplingParams
+from dsv3.inference.params import SamplingParams
 
 
 def generate(capsys, *arguments):
@@ -18,16 +18,18 @@ def test_the_prompt_and_its_continuation(checkpoint, capsys):
     arguments = [checkpoint, "--prompt", r"def add(\n\t", "--temperature", 0, "--max-tokens", 12]
     params = SamplingParams(temperature=0, max_tokens=12)
     [expected] = LLM(checkpoint).generate(["def add(\n\t"], params)
-    assert generate(capsys, *arguments) == (0, f"def add(\n\t{expected.text}\n", "")
+    assert generate(capsys, *arguments) == (0, f"def add(\n\t{expected.outputs[0].text}\n", "")
     [newest] = checkpoint.glob("pretrain/checkpoints/step-*")
-    assert generate(capsys, newest, *arguments[1:])[1] == f"def add(\n\t{expected.text}\n"
+    assert generate(capsys, newest, *arguments[1:])[1] == f"def add(\n\t{expected.outputs[0].text}\n"
     [average] = LLM(checkpoint, ema=True).generate(["def add(\n\t"], params)
     assert (
-        generate(capsys, *arguments, "--ema")[1] == f"def add(\n\t{average.text}\n" != f"def add(\n\t{expected.text}\n"
+        generate(capsys, *arguments, "--ema")[1]
+        == f"def add(\n\t{average.outputs[0].text}\n"
+        != f"def add(\n\t{expected.outputs[0].text}\n"
     )
-    stop = expected.text[3]
+    stop = expected.outputs[0].text[3]
     shown = generate(capsys, *arguments, "--stop", stop)[1]
-    assert shown == f"def add(\n\t{expected.text[: expected.text.index(stop)]}\n"
+    assert shown == f"def add(\n\t{expected.outputs[0].text[: expected.outputs[0].text.index(stop)]}\n"
 
 
 def test_it_is_shown_piece_by_piece(checkpoint, capsys, monkeypatch):
@@ -50,7 +52,7 @@ def test_a_suffix_makes_it_fill_the_middle(checkpoint, capsys):
     encode = llm.tokenizer.encode
     ids = [llm.tokenizer.bos_id, *fim_prompt(encode("def add("), encode("\n    return first"), llm.tokenizer)]
     [middle] = llm.generate([ids], SamplingParams(temperature=0.7, top_p=0.95, max_tokens=10, seed=3))
-    assert (code, out) == (0, f"def add({middle.text}\n    return first\n")
+    assert (code, out) == (0, f"def add({middle.outputs[0].text}\n    return first\n")
 
 
 def test_a_seed_repeats(checkpoint, capsys):
@@ -69,7 +71,7 @@ def test_escapes_are_pythons_and_everything_else_stays():
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--prompt", "x" * 200], "more than the model's max_position_embeddings = 128"),
+        (["--prompt", "x" * 200], "are more than the 128 tokens that this engine continues"),
         (["--prompt", "x", "--temperature", -1], "temperature = -1.0: expected 0 or more"),
         (["--prompt", "x", "--top-p", 0], "top_p = 0.0"),
         (["--prompt", "x", "--stop", ""], "stop holds an empty text"),

@@ -13,7 +13,7 @@ from dsv3.data.tokenizer import train_tokenizer
 from dsv3.errors import UserError
 from dsv3.evaluation.needle import Trial, known, needle, trial
 from dsv3.inference.llm import LLM
-from dsv3.inference.sampling import SamplingParams
+from dsv3.inference.params import SamplingParams
 from dsv3.model.config import ModelConfig
 from dsv3.model.transformer import DeepSeekV3
 
@@ -88,7 +88,7 @@ def test_passing_is_what_greedy_decoding_writes():
         made = trial(TOKENIZER, 120, 0.5, str(seed))
         prompt = made.ids[: -made.answer]
         greedy = SamplingParams(temperature=0.0, max_tokens=made.answer, ignore_eos=True)
-        answer = llm.generate([prompt], greedy)[0].token_ids
+        answer = llm.generate([prompt], greedy)[0].outputs[0].token_ids
         assert not known(model, [made], "cpu")[0]
         assert known(model, [Trial([*prompt, *answer], len(answer))], "cpu")[0]
 

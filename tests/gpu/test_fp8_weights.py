@@ -5,7 +5,7 @@ import torch
 
 from dsv3.data.tokenizer import train_tokenizer
 from dsv3.inference.llm import LLM
-from dsv3.inference.sampling import SamplingParams
+from dsv3.inference.params import SamplingParams
 from dsv3.model.config import ModelConfig
 from dsv3.model.transformer import DeepSeekV3
 from dsv3.ops.block_scaled import dequantize, quantize
@@ -58,5 +58,5 @@ def test_text_from_every_form_is_the_same(directory, tmp_path):
     import_weights(plan_import(directory), tmp_path / "checkpoint")
     params = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
     texts = [LLM(path).generate(["def add(", "x"], params) for path in (directory, tmp_path / "checkpoint")]
-    assert [each.token_ids for each in texts[0]] == [each.token_ids for each in texts[1]]
-    assert len(texts[0][0].token_ids) == 16
+    assert [each.outputs[0].token_ids for each in texts[0]] == [each.outputs[0].token_ids for each in texts[1]]
+    assert len(texts[0][0].outputs[0].token_ids) == 16

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from dsv3.inference.generate import generate
-from dsv3.inference.sampling import SamplingParams
+from dsv3.inference.engine import Engine, EngineConfig, continuations
+from dsv3.inference.params import SamplingParams
 from dsv3.model.config import ModelConfig
 from dsv3.model.transformer import DeepSeekV3
 from dsv3.ops import grouped_linear as ops
@@ -40,11 +40,9 @@ def test_losses_and_gradients_are_those_of_the_cpu(model):
 
 
 def decode(model, prompts, count):
-    out = [list(prompt) for prompt in prompts]
-    for step in generate(model, prompts, SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)):
-        for new in step:
-            out[new.sequence].append(new.token)
-    return out
+    params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
+    engine = Engine(model, None, EngineConfig(cache_bytes=1 << 26))
+    return [[*prompt, *more] for prompt, more in zip(prompts, continuations(engine, prompts, params), strict=True)]
 
 
 @pytest.mark.parametrize("prompts", [[[3, 4, 5, 6, 7]], [[3, 4, 5, 6, 7], [9], [11, 12, 13]]], ids=["one", "three"])

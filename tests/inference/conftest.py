@@ -30,3 +30,21 @@ def make_model():
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
     return train_tokenizer(TEXTS * 20, 320)
+
+
+@pytest.fixture(scope="session")
+def drafting_model() -> DeepSeekV3:
+    """Two MTP modules whose drafts are often right: blocks add little, so that what follows depends on the last token most."""
+    model = random_model("debug", num_nextn_predict_layers=2, max_position_embeddings=512)
+    hidden = model.config.hidden_size
+    with torch.no_grad():
+        model.lm_head.weight.mul_(6)
+        for block in model.blocks():
+            for name, parameter in block.named_parameters():
+                if name.endswith(("o_proj.weight", "down_proj.weight", "down_proj")):
+                    parameter.mul_(0.15)
+        for module in model.mtp:
+            module.eh_proj.weight.zero_()[:, :hidden] = torch.eye(hidden)
+            module.shared_head.norm.weight.copy_(model.norm.weight)
+            module.enorm.weight.fill_(1.0)
+    return model

@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from dsv3.errors import UserError
-from dsv3.ops import latent_attention
 from dsv3.ops.latent_pages import PAGE, pack, packed_size, store_latents, unpack
-from dsv3.ops.paged_attention import paged_latent_attention, reference
+from dsv3.ops.paged_attention import gathered, paged_latent_attention, reference
 from tests.ops.paged import sequences
 
 
@@ -21,11 +20,18 @@ def test_pages_are_a_way_to_lay_out_entries(tokens, packed):
         if packed:
             entries = unpack(entries, 128, torch.float32)
         query, position = torch.arange(length - tokens, length), torch.arange(length)
-        bias = torch.zeros(1, tokens, length).masked_fill(position > query[:, None], float("-inf"))
-        expected = latent_attention.reference(q[b : b + 1], entries[None], bias, 128, 0.2)
-        torch.testing.assert_close(out[b : b + 1], expected)
-        scores = torch.einsum("thl,sl->ths", q[b], entries) * 0.2 + bias[0].unsqueeze(1)
+        bias = torch.zeros(tokens, length).masked_fill(position > query[:, None], float("-inf"))
+        scores = torch.einsum("thl,sl->ths", q[b], entries) * 0.2 + bias.unsqueeze(1)
         torch.testing.assert_close(lse[b], scores.logsumexp(-1))
+        torch.testing.assert_close(out[b], torch.einsum("ths,sc->thc", scores.softmax(-1), entries[:, :128]))
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_gathering_pages_is_the_definition(tokens):
+    """Where a page's number, an entry behind the end or a page of nobody's were read, it would show: see `sequences`."""
+    arguments = *sequences([70, 0, 5, 128], tokens, 4, 128, 16), 128, 0.2
+    for found, expected in zip(gathered(*arguments), reference(*arguments), strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 def test_what_sees_nothing_is_zero():

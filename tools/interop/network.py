@@ -69,7 +69,7 @@ def continue_all(llm: LLM, prompts: list[list[int]]) -> list[Continuation]:
     """Our engine's tokens, all prompts in one batch, with logprobs and drafts from a full pass over each sequence."""
     params = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
     found = llm.generate(prompts, params)
-    return [examine(llm.model, prompt, each.token_ids) for prompt, each in zip(prompts, found, strict=True)]
+    return [examine(llm.model, prompt, each.outputs[0].token_ids) for prompt, each in zip(prompts, found, strict=True)]
 
 
 @torch.inference_mode()

@@ -9,8 +9,8 @@ from torch import Tensor
 from dsv3.bench.measure import Progress, Ratio, Result, Row, Spread, Work, ratio, take_turns
 from dsv3.bench.peers import Setting, continuation, with_our_weights
 from dsv3.errors import RunError
-from dsv3.inference.generate import generate
-from dsv3.inference.sampling import SamplingParams
+from dsv3.inference.engine import Engine, EngineConfig, continuations
+from dsv3.inference.params import SamplingParams
 from dsv3.model.config import ModelConfig
 from dsv3.model.transformer import DeepSeekV3
 from dsv3.planning.parameters import count_parameters
@@ -73,8 +73,8 @@ def bench_decode(
 def continue_ours(model: DeepSeekV3, prompts: Tensor, count: int) -> Tensor:
     """What `peers.continuation` does, with our engine: [B, count]."""
     params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
-    steps = generate(model, prompts.tolist(), params)
-    return torch.tensor([[new.token for new in step] for step in steps]).t()
+    engine = Engine(model, None, EngineConfig(prefix_caching=False))
+    return torch.tensor(continuations(engine, prompts.tolist(), params))
 
 
 @torch.inference_mode()

@@ -15,7 +15,6 @@ from dsv3.ops import (
     gemm_fp8,
     grouped_gemm_fp8,
     grouped_linear,
-    latent_attention,
     latent_pages,
     paged_attention,
     permute,
@@ -43,10 +42,10 @@ def calls(device: torch.device) -> Iterator[Call]:
     x = random(ROWS, SIZE).requires_grad_()
     rows, weight = x.detach(), random(SIZE, SIZE, dtype=torch.float32)
     yield attention.attention, (heads(192), heads(192), heads(128), 0.1, None)
+    yield attention.attention_behind_context, (heads(192)[:, 64:], heads(192), heads(128), 0.1)
     turn = torch.ones(1, 128, 32, dtype=torch.complex64, device=device)
     yield rotary.rotate_heads, (heads(192), turn)
     yield rotary.keys_and_values, (heads(256), random(1, 128, 64), 128)
-    yield latent_attention.latent_attention, (random(2, 1, 4, 576), random(2, 64, 576), None, 512, 0.1)
     pages, slots = random(4, 64, 576), torch.arange(2, device=device)
     yield latent_pages.store_latents, (pages, slots, random(2, 512), random(2, 64))
     table = torch.zeros(2, 1, dtype=torch.int32, device=device)

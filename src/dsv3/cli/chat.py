@@ -17,7 +17,7 @@ def chat(checkpoint: Path, template: str, ema: bool, device: str, **sampling: An
     """Plain continuation with the model in CHECKPOINT. Ctrl-C stops an answer, /exit or Ctrl-D ends."""
     from dsv3.errors import UserError
     from dsv3.inference.llm import LLM
-    from dsv3.inference.sampling import SamplingParams
+    from dsv3.inference.params import SamplingParams
 
     if "{}" not in template:
         raise UserError(f"--template {template!r} has no place for the line: expected one {{}}")

@@ -29,7 +29,7 @@ def generate(checkpoint: Path, prompt: str, suffix: str | None, ema: bool, devic
     """Streams a continuation of PROMPT by the model in CHECKPOINT: a run, a checkpoint or a Hugging Face directory."""
     from dsv3.data.fim import gap_prompt
     from dsv3.inference.llm import LLM
-    from dsv3.inference.sampling import SamplingParams
+    from dsv3.inference.params import SamplingParams
 
     params = SamplingParams(**sampling)
     llm = LLM(checkpoint, device=device, ema=ema)

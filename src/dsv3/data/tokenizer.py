@@ -139,6 +139,11 @@ class Tokenizer:
     fim_end_id = special(FIM_END)
     """Comes after the suffix; the middle follows."""
 
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Tokens that readers are not shown; markup of thoughts and tools is not among them."""
+        return frozenset(i for i, token in self._marked.get_added_tokens_decoder().items() if token.special)
+
     def encode(self, text: str, *, specials: bool = False) -> list[int]:
         """Token ids of `text`, no bos and no eos added.
 

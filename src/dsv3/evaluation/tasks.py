@@ -11,13 +11,16 @@ from dsv3.evaluation.bits_per_byte import bits_per_byte
 from dsv3.evaluation.needle import needle
 from dsv3.evaluation.position import loss_by_position
 from dsv3.evaluation.tinypy import pass_at_1
+from dsv3.inference.engine import EngineConfig
 from dsv3.inference.llm import LLM
-from dsv3.inference.sampling import SamplingParams
+from dsv3.inference.params import SamplingParams
 from dsv3.model.transformer import DeepSeekV3
 from dsv3.recipe.schema import EvaluationSection
 
 ANSWER_TOKENS = 112
 """Longest answer to a tinypy task; the longest solution takes fewer."""
+SMALL_CACHE = EngineConfig(cache_bytes=1 << 30)
+"""Beside a model in training."""
 BATCH_ROWS = 16
 """Windows scored together."""
 
@@ -48,10 +51,10 @@ def run_tasks(
             )
             progress("bpb", done, len(texts))
     if "tinypy" in wanted.tasks and wanted.tinypy_tasks:
-        llm, greedy = LLM.of(model, tokenizer), SamplingParams(temperature=0.0, max_tokens=ANSWER_TOKENS)
+        llm, greedy = LLM.of(model, tokenizer, SMALL_CACHE), SamplingParams(temperature=0.0, max_tokens=ANSWER_TOKENS)
 
         def answers(prompts: list[str]) -> list[str]:
-            return [each.text for each in llm.generate(prompts, greedy)]
+            return [each.outputs[0].text for each in llm.generate(prompts, greedy)]
 
         verdicts = [each.verdict for each in pass_at_1(answers, wanted.tinypy_tasks)]
         passed = sum(verdict.passed for verdict in verdicts)

@@ -1,122 +1,133 @@
-"""Text in, text out: a model with its tokenizer."""
+"""Text in, text out: a model with its tokenizer, on the engine."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Literal
 
 from dsv3.data.tokenizer import Tokenizer
-from dsv3.inference.generate import generate
-from dsv3.inference.sampling import SamplingParams
+from dsv3.errors import UserError
+from dsv3.inference.engine import Delta, Engine, EngineConfig, FinishReason
+from dsv3.inference.params import SamplingParams
+from dsv3.inference.plan import TokenLogprobs
 from dsv3.model.transformer import DeepSeekV3
 from dsv3.weights.opening import load_model
 
+Prompt = str | Sequence[int]
+"""A text, in front of which a beginning-of-sentence token is put, or token ids as they are."""
 
-@dataclass(frozen=True)
-class Completion:
-    """One finished continuation."""
 
-    prompt: str
-    text: str
-    token_ids: list[int] = field(repr=False)
-    finish_reason: Literal["stop", "length"]
-    """`stop`: a stop token or a stop text; `length`: max_tokens."""
+@dataclass
+class CompletionOutput:
+    """One continuation."""
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list, repr=False)
+    """The token that ended it included."""
+    logprobs: list[TokenLogprobs] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+
+    @property
+    def cumulative_logprob(self) -> float | None:
+        """The sum over the tokens, where asked for."""
+        return None if self.logprobs is None else sum(each.logprob for each in self.logprobs)
+
+    def take(self, delta: Delta) -> None:
+        """Adds what one step gave."""
+        self.text += delta.text
+        self.token_ids += delta.token_ids
+        if delta.logprobs is not None:
+            self.logprobs = (self.logprobs or []) + delta.logprobs
+        self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
+
+
+@dataclass
+class RequestOutput:
+    """A prompt with its continuations."""
+
+    request_id: str
+    prompt: str | None
+    """None for a prompt of token ids."""
+    prompt_token_ids: list[int] = field(repr=False)
+    outputs: list[CompletionOutput]
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    num_cached_tokens: int = 0
+
+    @property
+    def finished(self) -> bool:
+        """Whether all continuations have ended."""
+        return all(each.finish_reason is not None for each in self.outputs)
 
 
 class LLM:
     """`LLM(path).generate(prompts, SamplingParams(...))`, as vLLM's users know it.
 
     `path` is a training checkpoint, the directory of a run, or a Hugging Face directory. `ema`: the average of the weights that
-    a run kept, instead of its weights.
+    a run kept, instead of its weights. `config`: the engine's sizes.
     """
 
-    def __init__(self, path: str | Path, dtype: str | None = None, device: str = "auto", ema: bool = False):
+    def __init__(
+        self, path: str | Path, dtype: str | None = None, device: str = "auto", ema: bool = False,
+        config: EngineConfig = EngineConfig(),
+    ):  # fmt: skip
         model, tokenizer = load_model(path, dtype=dtype, device=device, ema=ema)
-        self.attach(model, Tokenizer.load(tokenizer))
+        self.attach(model, Tokenizer.load(tokenizer), config)
 
     @classmethod
-    def of(cls, model: DeepSeekV3, tokenizer: Tokenizer) -> "LLM":
+    def of(cls, model: DeepSeekV3, tokenizer: Tokenizer, config: EngineConfig = EngineConfig()) -> "LLM":
         """From a model and a tokenizer at hand."""
         llm = cls.__new__(cls)
-        llm.attach(model, tokenizer)
+        llm.attach(model, tokenizer, config)
         return llm
 
-    def attach(self, model: DeepSeekV3, tokenizer: Tokenizer) -> None:
+    def attach(self, model: DeepSeekV3, tokenizer: Tokenizer, config: EngineConfig) -> None:
         """Takes a model and its tokenizer."""
-        self.model, self.tokenizer = model.eval(), tokenizer
+        self.model, self.tokenizer, self.config = model.eval(), tokenizer, config
+
+    @cached_property
+    def engine(self) -> Engine:
+        """Made at the first use, with its cache."""
+        return Engine(self.model, self.tokenizer, self.config)
 
     def generate(
-        self, prompts: Sequence[str | Sequence[int]], params: SamplingParams = SamplingParams()
-    ) -> list[Completion]:
-        """Continues all prompts together: texts (a beginning-of-sentence token is put in front) or token ids as they are."""
-        parts = [_Part(self.tokenizer, params.stop) for _ in prompts]
-        for sequence, text in self._run(prompts, params, parts):
-            parts[sequence].text += text
-        return [
-            Completion(
-                prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt), part.text, part.ids, part.reason
-            )
-            for prompt, part in zip(prompts, parts, strict=True)
-        ]
+        self, prompts: str | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] = SamplingParams()
+    ) -> list[RequestOutput]:
+        """Continues all prompts together, each with its own params where several are given."""
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        if len(each) != len(prompts):
+            raise UserError(f"{len(prompts)} prompts and {len(each)} SamplingParams: give one for all, or one each")
+        results = []
+        try:
+            for number, (prompt, own) in enumerate(zip(prompts, each, strict=True)):
+                ids, outputs = self.ids(prompt), [CompletionOutput(index) for index in range(own.n)]
+                self.engine.add(str(number), ids, own)
+                results.append(RequestOutput(str(number), prompt if isinstance(prompt, str) else None, ids, outputs))
+            while self.engine.has_work:
+                for delta in self.engine.step():
+                    result = results[int(delta.request_id)]
+                    result.outputs[delta.index].take(delta)
+                    result.prompt_logprobs = result.prompt_logprobs or delta.prompt_logprobs
+                    result.num_cached_tokens = max(result.num_cached_tokens, delta.num_cached_tokens)
+        finally:
+            for result in results:
+                self.engine.abort(result.request_id)
+        return results
 
-    def stream(self, prompt: str | Sequence[int], params: SamplingParams = SamplingParams()) -> Iterator[str]:
+    def stream(self, prompt: Prompt, params: SamplingParams = SamplingParams()) -> Iterator[str]:
         """Yields pieces of one continuation as they come; whole characters only."""
-        for _, text in self._run([prompt], params, [_Part(self.tokenizer, params.stop)]):
-            yield text
+        self.engine.add("stream", self.ids(prompt), params)
+        try:
+            while self.engine.has_work:
+                for delta in self.engine.step():
+                    yield delta.text
+        finally:
+            self.engine.abort("stream")
 
-    def _run(
-        self, prompts: Sequence[str | Sequence[int]], params: SamplingParams, parts: list["_Part"]
-    ) -> Iterator[tuple[int, str]]:
-        """(prompt's index, piece of text) as tokens come; the last piece of each prompt releases what was held back."""
-        ids = [[self.tokenizer.bos_id, *self.tokenizer.encode(p)] if isinstance(p, str) else list(p) for p in prompts]
-        ends = {*params.stop_token_ids} if params.ignore_eos else {*params.stop_token_ids, self.tokenizer.eos_id}
-        steps = generate(self.model, ids, replace(params, stop_token_ids=tuple(ends), ignore_eos=True))
-        stopped: set[int] | None = None
-        while True:
-            try:
-                tokens = steps.send(stopped)
-            except StopIteration:
-                return
-            stopped = set()
-            for new in tokens:
-                part = parts[new.sequence]
-                yield new.sequence, part.push(new.token, ends, new.last)
-                if part.reason == "stop":
-                    stopped.add(new.sequence)
-
-
-class _Part:
-    """One continuation in the making. Text that could be the beginning of a stop text is held back."""
-
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]):
-        self.stream, self.stop = tokenizer.stream(), stop
-        self.text, self.held = "", ""
-        self.ids: list[int] = []
-        self.reason: Literal["stop", "length"] = "length"
-
-    def push(self, token: int, ends: set[int], last: bool) -> str:
-        """The text that one more token releases."""
-        if token in ends:
-            self.reason = "stop"
-            return self.release(self.stream.flush(), everything=True)
-        self.ids.append(token)
-        text = self.stream.push(token) + (self.stream.flush() if last else "")
-        return self.release(text, everything=last)
-
-    def release(self, text: str, everything: bool) -> str:
-        """What of the held and the new text may be shown."""
-        self.held += text
-        # The stop text that is complete first, so that it does not matter in which pieces the text comes.
-        found = [(at + len(stop), at) for stop in self.stop if (at := self.held.find(stop)) >= 0]
-        if found:
-            shown, self.held, self.reason = self.held[: min(found)[1]], "", "stop"
-            return shown
-        keep = 0 if everything else max((overlap(self.held, stop) for stop in self.stop), default=0)
-        shown, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
-        return shown
-
-
-def overlap(text: str, stop: str) -> int:
-    """Characters at the end of `text` that `stop` may begin with."""
-    longest = min(len(text), len(stop) - 1)
-    return next((n for n in range(longest, 0, -1) if stop.startswith(text[-n:])), 0)
+    def ids(self, prompt: Prompt) -> list[int]:
+        """Its tokens."""
+        if isinstance(prompt, str):
+            return [self.tokenizer.bos_id, *self.tokenizer.encode(prompt)]
+        return list(prompt)

@@ -4,36 +4,61 @@ Expanded, for training and prefill: keys and values of every head are computed f
 Absorbed, for decoding: queries are carried into the latent space, so that only latents are cached and read.
 
 Legend: B sequences, T tokens, S cached positions, H heads, N content elements of a head (nope), R rotated elements,
-V elements of a value head, C elements of the latent, L = C + R elements of a cache entry.
+V elements of a value head, C elements of the latent, L = C + R elements of a cache entry, F = B T tokens of a pass over a cache.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsv3.model.config import ModelConfig
 from dsv3.model.linear import Linear, RMSNorm
 from dsv3.model.recompute import Recomputation
 from dsv3.model.rope import Rope
-from dsv3.ops.attention import attention
-from dsv3.ops.latent_attention import latent_attention
+from dsv3.ops.attention import attention, attention_behind_context
+from dsv3.ops.latent_pages import read_latents
+from dsv3.ops.paged_attention import paged_latent_attention
 from dsv3.ops.rotary import keys_and_values
 from dsv3.precision.projection import Projection
+
+
+@dataclass(frozen=True, eq=False)
+class Expanded:
+    """Tokens of a pass whose attention takes the expanded form."""
+
+    rows: slice
+    segment_ids: Tensor | None = None
+    """int [1, tokens]: of several sequences, each token's own; the tokens are all that these have."""
+    slots: Tensor | None = None
+    """int [S]: where the cache holds one sequence up to its last token here, if it began before this pass."""
+
+
+@dataclass(frozen=True, eq=False)
+class Absorbed:
+    """Tokens of a pass whose attention takes the absorbed form: as many of each of some sequences, their last."""
+
+    rows: slice
+    table: Tensor
+    """int32 [B, M]: the pages of each sequence."""
+    lengths: Tensor
+    """int32 [B]: the tokens of each, those of the pass included; 0 for a sequence that is none."""
 
 
 class Cache(Protocol):
     """What attention needs of a latent cache: 576 values a token and layer for DeepSeek-V3. `inference/` provides it."""
 
-    def store(self, block: str, latent_BTC: Tensor, key_BTR: Tensor) -> None:
-        """Keeps the normed latent and the rotated key of the pass's tokens at their positions."""
+    parts: Sequence[Expanded | Absorbed]
+    """How the tokens of the pass attend: one part behind the other; tokens behind the last part are padding."""
 
-    def read(self, block: str) -> tuple[Tensor, Tensor | None] | None:
-        """(entries [B, S, L], bias [B, T, S]) for absorbed attention; an entry is the latent and then the key.
+    def store(self, block: str, latent_FC: Tensor, key_FR: Tensor) -> None:
+        """Keeps the normed latent and the rotated key of the pass's tokens."""
 
-        The bias is 0 where a token sees a position and -inf elsewhere; None in its place means that all tokens see all
-        positions. None when the pass's tokens are the first of their sequences: then they see only one another.
-        """
+    def pages(self, block: str) -> Tensor:
+        """What is kept for a layer, as `dsv3.ops.latent_pages` lays it out."""
 
 
 class MultiHeadLatentAttention(nn.Module):
@@ -63,17 +88,36 @@ class MultiHeadLatentAttention(nn.Module):
         q, kv = self.inputs(x)
         q = self.queries(q)
         latent, key = self.latents(kv, rope)
-        cached = None
-        if cache is not None:
-            cache.store(self.name, latent, key)
-            cached = cache.read(self.name)
-        if cached is None:
-            k, v = self.keys_and_values(self.kv_b_proj(latent), key)
-            out = attention(rope.rotate_heads(q), k, v, self.config.softmax_scale, segment_ids)
+        if cache is None:
+            out = self.expanded(rope.rotate_heads(q), latent, key, segment_ids)
         else:
-            q_nope, q_rope = q.split([self.config.qk_nope_head_dim, self.config.qk_rope_head_dim], dim=-1)
-            out = self.absorbed(q_nope, rope.rotate(q_rope), *cached)
-        return self.o_proj(out.flatten(2))
+            out = self.cached(rope.rotate_heads(q).flatten(0, 1), latent.flatten(0, 1), key.flatten(0, 1), cache)
+        return self.o_proj(out.flatten(-2).view(*x.shape[:-1], -1))
+
+    def expanded(self, q: Tensor, latent: Tensor, key: Tensor, segment_ids: Tensor | None = None) -> Tensor:
+        """[B, T, H, V] from rotated queries [B, T, H, N + R], latents [B, T, C] and rotated keys [B, T, R]."""
+        k, v = self.keys_and_values(self.kv_b_proj(latent), key)
+        out: Tensor = attention(q, k, v, self.config.softmax_scale, segment_ids)
+        return out
+
+    def cached(self, q_FHX: Tensor, latent_FC: Tensor, key_FR: Tensor, cache: Cache) -> Tensor:
+        """[F, H, V] of a pass over a cache, part by part; padding gives zeros."""
+        cache.store(self.name, latent_FC, key_FR)
+        pages, outs = cache.pages(self.name), []
+        for part in cache.parts:
+            q, rows = q_FHX[part.rows], part.rows
+            if isinstance(part, Absorbed):
+                outs.append(self.absorbed(q, pages, part.table, part.lengths))
+            elif part.slots is None:
+                own = q[None], latent_FC[None, rows], key_FR[None, rows]
+                outs.append(self.expanded(*own, part.segment_ids)[0])
+            else:
+                entries = read_latents(pages, part.slots, self.config.kv_lora_rank, q.dtype)
+                latent, key = entries.split([self.config.kv_lora_rank, self.config.qk_rope_head_dim], dim=-1)
+                k, v = self.keys_and_values(self.kv_b_proj(latent[None]), key[None])
+                outs.append(attention_behind_context(q[None], k, v, self.config.softmax_scale)[0])
+        out = outs[0] if len(outs) == 1 else torch.cat(outs)
+        return out if len(out) == len(q_FHX) else F.pad(out, (0, 0, 0, 0, 0, len(q_FHX) - len(out)))
 
     @property
     def input_layers(self) -> tuple[Linear, Linear]:
@@ -129,16 +173,18 @@ class MultiHeadLatentAttention(nn.Module):
         q, k, v = recomputation(heads, low, latent, key, *weights)
         return attention(q, k, v, self.config.softmax_scale, segments)
 
-    def absorbed(self, q_nope: Tensor, q_rope: Tensor, entries_BSL: Tensor, bias_BTS: Tensor | None) -> Tensor:
-        """The same with `W_UK` moved to the queries and `W_UV` behind the weighted sum of latents. [B, T, H, V]
+    def absorbed(self, q_FHX: Tensor, pages: Tensor, table_BM: Tensor, lengths_B: Tensor) -> Tensor:
+        """The same with `W_UK` moved to the queries and `W_UV` behind the weighted sum of latents. [F, H, V]
 
         What is left between the two is attention of all heads to one key, the entry, which is the value as well.
         """
         config = self.config
-        (batch, length, heads, content), latent = q_nope.shape, config.kv_lora_rank
-        weight = self.kv_b_proj.weight_in(q_nope.dtype).view(heads, -1, latent)
-        q_HXC = torch.bmm(q_nope.flatten(0, 1).transpose(0, 1), weight[:, :content])
-        q_BTHL = torch.cat((q_HXC.transpose(0, 1).unflatten(0, (batch, length)), q_rope), dim=-1)
-        mixed = latent_attention(q_BTHL, entries_BSL, bias_BTS, latent, config.softmax_scale)
-        mixed_HXC = mixed.flatten(0, 1).transpose(0, 1)
-        return torch.bmm(mixed_HXC, weight[:, content:].mT).transpose(0, 1).unflatten(0, (batch, length))
+        heads, latent = q_FHX.shape[1], config.kv_lora_rank
+        weight = self.kv_b_proj.weight_in(q_FHX.dtype).view(heads, -1, latent)
+        q_nope, q_rope = q_FHX.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
+        q_HFC = torch.bmm(q_nope.transpose(0, 1), weight[:, : config.qk_nope_head_dim])
+        q_FHL = torch.cat((q_HFC.transpose(0, 1), q_rope), dim=-1)
+        q_BTHL = q_FHL.unflatten(0, (len(lengths_B), -1))
+        mixed, _ = paged_latent_attention(q_BTHL, pages, table_BM, lengths_B, latent, config.softmax_scale)
+        mixed_HFC = mixed.flatten(0, 1).transpose(0, 1)
+        return torch.bmm(mixed_HFC, weight[:, config.qk_nope_head_dim :].mT).transpose(0, 1)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
+from torch.nn.attention.bias import causal_lower_right
 
 from dsv3.ops.kernels.available import no_triton
 from dsv3.ops.operation import Implementation, Operation, anything
@@ -220,3 +221,36 @@ attention = Operation(
 
 Causal; with `segment_BT` (int [B, T], a run of equal numbers a document) tokens see their own document only.
 """
+
+
+def behind_context_reference(q_BTHQ: Tensor, k_BSHQ: Tensor, v_BSHV: Tensor, scale: float) -> Tensor:
+    """The definition, softmax in FP32."""
+    length, held = q_BTHQ.shape[1], k_BSHQ.shape[1]
+    scores = torch.einsum("bqhd,bkhd->bhqk", q_BTHQ, k_BSHQ).float() * scale
+    later = torch.ones(length, held, dtype=torch.bool, device=q_BTHQ.device).triu(held - length + 1)
+    return torch.einsum(
+        "bhqk,bkhd->bqhd", scores.masked_fill(later, float("-inf")).softmax(-1).to(v_BSHV.dtype), v_BSHV
+    )
+
+
+def behind_context_sdpa(q_BTHQ: Tensor, k_BSHQ: Tensor, v_BSHV: Tensor, scale: float) -> Tensor:
+    """Torch's attention, whose flash kernels want values as wide as keys."""
+    values = F.pad(v_BSHV, (0, max(q_BTHQ.shape[3] - v_BSHV.shape[3], 0)))
+    out: Tensor = F.scaled_dot_product_attention(
+        q_BTHQ.transpose(1, 2),
+        k_BSHQ.transpose(1, 2),
+        values.transpose(1, 2),
+        attn_mask=causal_lower_right(q_BTHQ.shape[1], k_BSHQ.shape[1]),
+        scale=scale,
+    )
+    return out[..., : v_BSHV.shape[3]].transpose(1, 2)
+
+
+attention_behind_context = Operation(
+    "attention_behind_context",
+    [
+        Implementation("sdpa", behind_context_sdpa, anything),
+        Implementation("reference", behind_context_reference, anything),
+    ],
+)
+"""`attention_behind_context(q [B, T, H, Q], k [B, S, H, Q], v [B, S, H, V], scale) -> [B, T, H, V]`: the last T of S tokens, causal."""

@@ -40,6 +40,12 @@ def unpack(tokens: Tensor, latent: int, dtype: torch.dtype) -> Tensor:
     return torch.cat((wide.to(dtype), key.contiguous().view(torch.bfloat16).to(dtype)), dim=-1)
 
 
+def read_latents(pages: Tensor, slots_N: Tensor, latent: int, dtype: torch.dtype) -> Tensor:
+    """[N, L]: the tokens in these slots."""
+    tokens = pages.view(-1, pages.shape[2])[slots_N]
+    return unpack(tokens, latent, dtype) if pages.dtype == torch.uint8 else tokens.to(dtype)
+
+
 def reference(pages: Tensor, slots_N: Tensor, latent_NC: Tensor, key_NR: Tensor) -> None:
     """The definition."""
     packed = pages.dtype == torch.uint8

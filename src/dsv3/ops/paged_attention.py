@@ -1,5 +1,5 @@
 """MLA's absorbed attention over pages (report, section 2.1.1): all heads attend to the tokens of their sequence's pages, each of
-which is key and value alike. Twin over contiguous entries: `dsv3.ops.latent_attention`.
+which is key and value alike.
 
 Legend: B sequences, T tokens of the pass, H heads, P pages, M pages of the longest sequence, C elements of the latent, R of the
 rotated key, L = C + R.
@@ -37,6 +37,30 @@ def reference(
         weights_THS = (scores_THS - lse[b].unsqueeze(-1)).exp().nan_to_num(0.0)
         out[b] = torch.einsum("ths,sc->thc", weights_THS, entries_SL[:, :latent]).to(q_BTHL.dtype)
     return out, lse
+
+
+def gathered(q_BTHL: Tensor, pages: Tensor, table_BM: Tensor, lengths_B: Tensor, latent: int, scale: float) -> Attended:
+    """All sequences at once, over as many pages as the table has; nothing here looks into a tensor."""
+    _, tokens, heads, _ = q_BTHL.shape
+    entries_BSL = pages[table_BM.clamp(0, len(pages) - 1)].flatten(1, 2)
+    slot_S = torch.arange(entries_BSL.shape[1], device=pages.device)
+    entries_BSL.masked_fill_(
+        (slot_S >= lengths_B.unsqueeze(1)).unsqueeze(2), 0.0
+    )  # 0 times what is not finite is not 0
+    end_BT = lengths_B.unsqueeze(1) - torch.arange(tokens - 1, -1, -1, device=pages.device)
+    hidden_BTS = slot_S >= end_BT.unsqueeze(2)
+    scores_BTHS = torch.bmm(q_BTHL.flatten(1, 2), entries_BSL.mT).unflatten(1, (tokens, heads)).float() * scale
+    scores_BTHS = scores_BTHS.masked_fill(hidden_BTS.unsqueeze(2), float("-inf"))
+    lse = scores_BTHS.logsumexp(-1)
+    weights = (scores_BTHS - lse.clamp_min(torch.finfo(lse.dtype).min).unsqueeze(-1)).exp().to(entries_BSL.dtype)
+    return torch.bmm(weights.flatten(1, 2), entries_BSL[..., :latent]).unflatten(1, (tokens, heads)), lse
+
+
+def gathered_serves(q_BTHL: Tensor, pages: Tensor, *rest: Any) -> str | None:
+    """Why it does not."""
+    if q_BTHL.dtype != pages.dtype:
+        return f"needs queries and pages of one dtype, not {q_BTHL.dtype} and {pages.dtype}"
+    return disagree(q_BTHL, pages, *rest)
 
 
 def disagree(
@@ -115,6 +139,7 @@ paged_latent_attention = Operation(
         Implementation("flash_mla", flash_mla, flash_mla_serves),
         Implementation("gluon", gluon, gluon_serves),
         Implementation("triton", triton, triton_serves),
+        Implementation("gathered", gathered, gathered_serves),
         Implementation("reference", reference, disagree),
     ],
 )

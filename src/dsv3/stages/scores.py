@@ -6,9 +6,9 @@ from typing import Any
 from dsv3.data.fim import gap_prompt
 from dsv3.data.sources import GENERATORS, TINYPY, Document, documents
 from dsv3.data.tokenizer import Tokenizer
-from dsv3.evaluation.tasks import run_tasks
+from dsv3.evaluation.tasks import SMALL_CACHE, run_tasks
 from dsv3.inference.llm import LLM
-from dsv3.inference.sampling import SamplingParams
+from dsv3.inference.params import SamplingParams
 from dsv3.model.transformer import DeepSeekV3
 from dsv3.recipe.schema import EvaluationSection, Recipe
 
@@ -33,17 +33,17 @@ class Scores:
     def __call__(self, model: DeepSeekV3) -> dict[str, Any]:
         """What `run_tasks` gives, and samples."""
         found = run_tasks(model, self.tokenizer, self.wanted, self.recipe.data.sequence_length, self.texts)
-        return {**found, "samples": self.samples(LLM.of(model, self.tokenizer))}
+        return {**found, "samples": self.samples(LLM.of(model, self.tokenizer, SMALL_CACHE))}
 
     def samples(self, llm: LLM) -> list[dict[str, str]]:
         """Continuations of the recipe's prompts, and the hole filled."""
         params = SamplingParams(temperature=0.7, top_p=0.95, max_tokens=SAMPLE_TOKENS, seed=self.recipe.training.seed)
         prompts = list(self.recipe.evaluation.sample_prompts)
         completions = llm.generate(prompts, params) if prompts else []
-        samples = [dict(kind="plain", prompt=c.prompt, suffix="", text=c.text) for c in completions]
+        samples = [dict(kind="plain", prompt=c.prompt or "", suffix="", text=c.outputs[0].text) for c in completions]
         if self.gap is not None:
             prefix, suffix = self.gap
-            filled = llm.generate([gap_prompt(prefix, suffix, self.tokenizer)], params)[0].text
+            filled = llm.generate([gap_prompt(prefix, suffix, self.tokenizer)], params)[0].outputs[0].text
             samples.append(dict(kind="fim", prompt=prefix, suffix=suffix, text=filled))
         return samples
 

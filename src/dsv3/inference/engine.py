@@ -1,0 +1,336 @@
+"""The engine: requests in, pieces of continuations out, one pass of the model a step."""
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Literal
+
+import torch
+
+from dsv3.data.tokenizer import Tokenizer
+from dsv3.errors import UserError
+from dsv3.inference.blocks import BlockPool
+from dsv3.inference.cache import PagedCache, token_bytes
+from dsv3.inference.params import SamplingParams
+from dsv3.inference.plan import Found, TokenLogprobs, Work
+from dsv3.inference.request import Request
+from dsv3.inference.runner import Runner
+from dsv3.inference.scheduler import Scheduler
+from dsv3.inference.text import TextSoFar
+from dsv3.model.transformer import DeepSeekV3
+from dsv3.ops.latent_pages import PAGE
+
+SHARE_OF_FREE = 0.85
+"""Of a GPU's free memory, what the cache takes unless told otherwise; the rest is for activations."""
+CPU_CACHE_BYTES = 1 << 28
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Sizes of an engine. Without `num_blocks` and `cache_bytes` the cache takes most of a GPU's free memory, or 256 MiB."""
+
+    block_size: int = PAGE
+    """Tokens."""
+    num_blocks: int | None = None
+    cache_bytes: int | None = None
+    max_num_seqs: int = 256
+    """Requests in one pass."""
+    max_num_batched_tokens: int = 8192
+    """Tokens in one pass."""
+    num_speculative_tokens: int = 0
+    """Tokens that the MTP modules guess for each pass; beyond their number the last is taken again."""
+    prefix_caching: bool = True
+    max_model_len: int | None = None
+    """Tokens of a prompt and its continuation."""
+    fp8_cache: bool = False
+    """Keeps latents in E4M3: 656 bytes a token and layer instead of 1152. For GPUs."""
+
+
+@dataclass
+class Delta:
+    """What one step adds to one continuation."""
+
+    request_id: str
+    index: int
+    """Among the continuations of the prompt."""
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None = None
+    finish_reason: FinishReason | None = None
+    """`stop`: an end token, a stop text or the end of the grammar; `length`: max_tokens; `abort`: the logits were not finite."""
+    stop_reason: int | str | None = None
+    """The token of stop_token_ids, or the stop text."""
+    num_cached_tokens: int = 0
+    """The prompt's that were found in the cache."""
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    """In the first delta of a continuation alone; of the first token there is none."""
+    routing: list[list[list[int]]] | None = None
+    """For each token, by MoE block, the experts that the token before it chose."""
+
+
+@dataclass
+class EngineStats:
+    """Counts since the start, and what is there now."""
+
+    running: int = 0
+    waiting: int = 0
+    kv_cache_usage: float = 0.0
+    """0 to 1."""
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    prefix_cache_queries: int = 0
+    """Prompts' tokens looked for in the cache."""
+    prefix_cache_hits: int = 0
+    preemptions: int = 0
+    drafts: int = 0
+    """Times that drafts were checked."""
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+    accepted_per_position: tuple[int, ...] = ()
+
+
+@dataclass(eq=False)
+class Running:
+    """A continuation with its text."""
+
+    request: Request
+    text: TextSoFar
+    started: bool = False
+    siblings: list["Running"] = field(default_factory=list)
+    """Continuations of the same prompt, which wait for it to be in the cache."""
+
+
+class Engine:
+    """Everything is one thread's: `add`, `abort` and `step` are called by turns. Without a tokenizer there is no text."""
+
+    def __init__(self, model: DeepSeekV3, tokenizer: Tokenizer | None, config: EngineConfig = EngineConfig()):
+        self.model, self.tokenizer, self.config = model.eval(), tokenizer, config
+        drafts = config.num_speculative_tokens
+        check(model, config)
+        reach = model.config.max_position_embeddings
+        layers = [block.name for block in (model.blocks() if drafts else model.layers)]
+        dtype = model.compute_dtype or model.lm_head.weight.dtype
+        dtype = torch.uint8 if config.fp8_cache else dtype
+        device = model.lm_head.weight.device
+        most = config.max_num_seqs * (-(-(min(config.max_model_len or reach, reach) + 2 * drafts) // PAGE))
+        blocks = config.num_blocks or min(most, affordable(model, config, len(layers), dtype))
+        self.max_model_len = min(config.max_model_len or reach, reach, blocks * PAGE - 2 * drafts)
+        if self.max_model_len < 2:
+            raise UserError(f"a cache of {blocks} blocks of {PAGE} tokens is too small: give it more blocks or bytes")
+        self.runner = Runner(model, PagedCache(model.config, layers, blocks, dtype, device))
+        self.scheduler = Scheduler(
+            BlockPool(blocks, PAGE), config.max_num_seqs, config.max_num_batched_tokens, drafts, len(model.mtp),
+            config.prefix_caching,
+        )  # fmt: skip
+        self.numbers = count()
+        self.running: dict[int, Running] = {}
+        self.by_id: dict[str, list[Running]] = {}
+        self.counts = EngineStats(accepted_per_position=(0,) * drafts)
+
+    def add(
+        self, request_id: str, prompt_token_ids: list[int], params: SamplingParams, *, salt: str = "",
+        return_routing: bool = False,
+    ) -> None:  # fmt: skip
+        """Queues the continuations of one prompt. Prompts with different salts share nothing of the cache.
+
+        Raises `UserError` for an id in use, tokens outside the vocabulary, an empty prompt, and one too long together with
+        `max_tokens`.
+        """
+        if request_id in self.by_id:
+            raise UserError(f"there is a request {request_id!r} already: give each its own id")
+        self.check_prompt(prompt_token_ids, params)
+        eos = {self.model.config.eos_token_id} | ({self.tokenizer.eos_id} if self.tokenizer else set())
+        ends = frozenset(params.stop_token_ids) if params.ignore_eos else frozenset(params.stop_token_ids) | eos
+        seed = secrets.randbits(63) if params.seed is None else params.seed
+        each = [
+            Running(
+                Request(
+                    next(self.numbers), request_id, index, list(prompt_token_ids), params,
+                    (seed + 0x9E3779B97F4A7C15 * 0x5851F42D * index) % 2**64, salt, ends, return_routing,
+                    None if params.grammar is None else params.grammar.matcher(),
+                ),
+                TextSoFar(self.tokenizer, params),
+            )
+            for index in range(params.n)
+        ]  # fmt: skip
+        self.by_id[request_id] = each
+        each[0].siblings = each[1:]
+        self.start(each[0])
+        self.counts.prompt_tokens += len(prompt_token_ids)
+
+    def start(self, running: Running) -> None:
+        """Hands a continuation to the scheduler."""
+        self.running[running.request.number] = running
+        self.scheduler.waiting.append(running.request)
+
+    def check_prompt(self, tokens: Sequence[int], params: SamplingParams) -> None:
+        """`UserError` for what cannot be continued."""
+        vocab_size = self.model.config.vocab_size
+        if not tokens:
+            raise UserError("the prompt is empty: give it at least one token, such as the beginning-of-sentence token")
+        if not 0 <= min(tokens) <= max(tokens) < vocab_size:
+            raise UserError(f"the prompt holds tokens outside the vocabulary: expected 0 to {vocab_size - 1}")
+        named = [*params.stop_token_ids, *(params.logit_bias or {})]
+        if named and not 0 <= min(named) <= max(named) < vocab_size:
+            raise UserError(f"stop_token_ids and logit_bias name tokens of the vocabulary: 0 to {vocab_size - 1}")
+        if len(tokens) + params.max_tokens > self.max_model_len:
+            raise UserError(
+                f"a prompt of {len(tokens)} tokens and max_tokens = {params.max_tokens} are more than the {self.max_model_len} "
+                "tokens that this engine continues: shorten the prompt or max_tokens"
+            )
+
+    def abort(self, request_id: str) -> None:
+        """Forgets a request, whatever became of it; nothing more is heard of it."""
+        for running in self.by_id.pop(request_id, []):
+            self.running.pop(running.request.number, None)
+            self.scheduler.remove(running.request)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has something to do."""
+        return bool(self.by_id)
+
+    def step(self) -> list[Delta]:
+        """Schedule, run, publish: one pass of the model. Empty when there is nothing to say yet."""
+        plan = self.scheduler.plan()
+        if plan is None:
+            return []
+        works = {work.sequence: work for work in plan.works}
+        deltas = [
+            self.publish(self.running[found.sequence], works[found.sequence], found) for found in self.runner.run(plan)
+        ]
+        return [delta for delta in deltas if delta is not None]
+
+    def publish(self, running: Running, work: Work, found: Found) -> Delta | None:
+        """Takes over what a pass found for one continuation."""
+        request = running.request
+        # After a preemption, what was scored before is scored again.
+        request.scores += found.scores[max(len(request.scores) - work.start, 0) :]
+        self.count_drafts(work, found)
+        if work.choice is None:
+            self.scheduler.advance(request, work, found)
+            return None
+        delta = Delta(request.request_id, request.index, "", [], num_cached_tokens=request.cached or 0)
+        for token in [] if found.failed else found.tokens:
+            request.tokens.append(token)
+            delta.token_ids.append(token)
+            self.read(running, token, delta)
+            if delta.finish_reason is not None:
+                break
+        told = len(delta.token_ids)
+        self.counts.generation_tokens += told
+        delta.logprobs = None if request.params.logprobs is None else found.logprobs[:told]
+        delta.routing = found.routing[:told] if request.routing else None
+        if found.failed:
+            delta.finish_reason, delta.stop_reason = "abort", "the logits are not finite"
+        self.scheduler.advance(request, work, found)
+        if request.matcher is not None and delta.finish_reason is None:
+            request.drafts = request.matcher.right(request.drafts)
+        if not running.started:
+            running.started = True
+            if request.params.prompt_logprobs is not None:
+                delta.prompt_logprobs = [None, *request.scores]
+            for sibling in running.siblings:
+                self.start(sibling)
+        if delta.finish_reason is not None:
+            self.finish(running, found.failed)
+        return delta
+
+    def read(self, running: Running, token: int, delta: Delta) -> None:
+        """One more token of a continuation: its text, and whether it ends."""
+        request, params = running.request, running.request.params
+        search = request.generated >= params.min_tokens
+        if search and token in request.ends:
+            delta.finish_reason = "stop"
+            delta.stop_reason = token if token in params.stop_token_ids else None
+            delta.text += running.text.flush()
+            return
+        delta.text += running.text.push(token, search)
+        if request.matcher is not None:
+            request.matcher.accept(token)
+        if running.text.stopped is not None:
+            delta.finish_reason, delta.stop_reason = "stop", running.text.stopped
+        elif request.matcher is not None and request.matcher.ended:
+            delta.finish_reason = "stop"
+            delta.text += running.text.flush()
+        elif request.generated == params.max_tokens:
+            delta.text += running.text.flush()
+            stopped = running.text.stopped
+            delta.finish_reason, delta.stop_reason = ("length" if stopped is None else "stop"), stopped
+
+    def finish(self, running: Running, spoilt: bool) -> None:
+        """A continuation has ended; what it read stays in the cache until its blocks are needed."""
+        request = running.request
+        self.scheduler.remove(request, spoilt)
+        del self.running[request.number]
+        self.by_id[request.request_id].remove(running)
+        if not self.by_id[request.request_id]:
+            del self.by_id[request.request_id]
+
+    def count_drafts(self, work: Work, found: Found) -> None:
+        """For the statistics."""
+        if work.choice is None or not work.choice.drafts:
+            return
+        accepted = max(len(found.tokens) - 1, 0)
+        counts = self.counts
+        counts.drafts += 1
+        counts.draft_tokens += work.choice.drafts
+        counts.accepted_tokens += accepted
+        counts.accepted_per_position = tuple(
+            number + (k < accepted) for k, number in enumerate(counts.accepted_per_position)
+        )
+
+    def stats(self) -> EngineStats:
+        """A snapshot."""
+        scheduler = self.scheduler
+        waiting = len(scheduler.waiting) + sum(
+            not each.started and bool(each.siblings) for each in self.running.values()
+        )
+        return EngineStats(
+            **{
+                **vars(self.counts),
+                "running": len(scheduler.running),
+                "waiting": waiting,
+                "kv_cache_usage": scheduler.pool.usage,
+                "prefix_cache_queries": scheduler.queries,
+                "prefix_cache_hits": scheduler.hits,
+                "preemptions": scheduler.preemptions,
+            }
+        )
+
+
+def continuations(engine: Engine, prompts: Sequence[list[int]], params: SamplingParams) -> list[list[int]]:
+    """The tokens behind each prompt."""
+    tokens: list[list[int]] = [[] for _ in prompts]
+    for number, prompt in enumerate(prompts):
+        engine.add(str(number), prompt, params)
+    while engine.has_work:
+        for delta in engine.step():
+            tokens[int(delta.request_id)] += delta.token_ids
+    return tokens
+
+
+def check(model: DeepSeekV3, config: EngineConfig) -> None:
+    """`UserError` for sizes that do not go together."""
+    if config.block_size != PAGE:
+        raise UserError(f"block_size = {config.block_size}: blocks of {PAGE} tokens are what the kernels read")
+    if config.num_speculative_tokens and not model.mtp:
+        raise UserError(
+            "the model has no MTP modules (num_nextn_predict_layers = 0), so nothing drafts: num_speculative_tokens = 0"
+        )
+    for name in ("max_num_seqs", "max_num_batched_tokens"):
+        if getattr(config, name) < 1:
+            raise UserError(f"{name} = {getattr(config, name)}: expected 1 or more")
+    if not 0 <= config.num_speculative_tokens <= 16:
+        raise UserError(f"num_speculative_tokens = {config.num_speculative_tokens}: expected 0 to 16")
+
+
+def affordable(model: DeepSeekV3, config: EngineConfig, layers: int, dtype: torch.dtype) -> int:
+    """Blocks that the cache's memory holds."""
+    device = model.lm_head.weight.device
+    size = config.cache_bytes
+    if size is None:
+        size = int(torch.cuda.mem_get_info(device)[0] * SHARE_OF_FREE) if device.type == "cuda" else CPU_CACHE_BYTES
+    return max(size // (layers * PAGE * token_bytes(model.config, dtype)), 1)

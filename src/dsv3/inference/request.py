@@ -1,0 +1,99 @@
+"""One continuation of a prompt on its way through the engine."""
+
+from dataclasses import dataclass, field
+
+from dsv3.inference.blocks import Key, key_after, root_key
+from dsv3.inference.grammar import Matcher
+from dsv3.inference.params import SamplingParams
+from dsv3.inference.plan import Choice, TokenLogprobs, Work
+
+
+@dataclass(eq=False)
+class Request:
+    """What the scheduler and the engine know of one continuation. `tokens` is the prompt and what was generated."""
+
+    number: int
+    """Its own, among all of an engine."""
+    request_id: str
+    index: int
+    """Among the continuations of one prompt."""
+    tokens: list[int]
+    params: SamplingParams
+    seed: int
+    salt: str
+    ends: frozenset[int]
+    """Tokens that end it."""
+    routing: bool = False
+    matcher: Matcher | None = None
+    prompt_length: int = 0
+    computed: int = 0
+    """Tokens from the first on that are in the cache."""
+    cached: int | None = None
+    """How many of the prompt's were there when it was first admitted."""
+    blocks: list[int] = field(default_factory=list)
+    keys: list[Key] = field(default_factory=list)
+    """Of the full blocks of its tokens, as far as they were asked for."""
+    drafts: list[int] = field(default_factory=list)
+    scores: list[TokenLogprobs] = field(default_factory=list)
+    """Of the prompt from its second token on, where asked for."""
+
+    def __post_init__(self) -> None:
+        self.prompt_length = len(self.tokens)
+
+    @property
+    def generated(self) -> int:
+        """Tokens."""
+        return len(self.tokens) - self.prompt_length
+
+    @property
+    def unscored(self) -> bool:
+        """Whether tokens of the prompt are still to be scored, for which they have to be read."""
+        return self.params.prompt_logprobs is not None and len(self.scores) < self.prompt_length - 1
+
+    def key(self, block: int, size: int) -> Key:
+        """The key of one of the full blocks."""
+        while len(self.keys) <= block:
+            k = len(self.keys)
+            before = self.keys[-1] if self.keys else root_key(self.salt)
+            self.keys.append(key_after(before, self.tokens[k * size : (k + 1) * size]))
+        return self.keys[block]
+
+    def work(self, count: int, ahead: int) -> Work:
+        """The next `count` tokens, drafts among them, with those up to `ahead` behind them, one at least, as far as they are known."""
+        start, end = self.computed, self.computed + count
+        known = len(self.tokens)
+        choice = self.choice(end - known) if end >= known else None
+        return Work(
+            sequence=self.number,
+            tokens=[*self.tokens[start:end], *self.drafts[: max(end - known, 0)]],
+            start=start,
+            blocks=list(self.blocks),
+            following=self.tokens[end : end + max(ahead, 1)],
+            choice=choice,
+            scored=self.params.prompt_logprobs if self.unscored else None,
+            routing=self.routing,
+        )
+
+    def choice(self, drafts: int) -> Choice:
+        """How the tokens behind the last known one and behind so many drafts are chosen."""
+        params, step = self.params, self.generated
+        bounded = step < params.min_tokens
+        return Choice(
+            drafts=drafts,
+            step=step,
+            seed=self.seed,
+            temperature=params.temperature,
+            top_p=params.top_p,
+            top_k=max(params.top_k, 0),
+            min_p=params.min_p,
+            repetition_penalty=params.repetition_penalty,
+            presence_penalty=params.presence_penalty,
+            frequency_penalty=params.frequency_penalty,
+            bias=sorted((params.logit_bias or {}).items()),
+            banned=sorted(self.ends) if bounded else [],
+            banned_until=params.min_tokens if bounded else 0,
+            prompt=self.tokens[: self.prompt_length] if params.penalised else [],
+            output=self.tokens[self.prompt_length :] if params.penalised else [],
+            masks=[] if self.matcher is None else self.matcher.masks(self.drafts[:drafts]),
+            logprobs=params.logprobs,
+        )

@@ -1,0 +1,127 @@
+"""From logits to tokens, each with a random number that its seed and its place decide, whatever else is computed beside it.
+
+A draft is right when it is the token that is chosen without it. As drafts are not random, this accepts each with the
+probability that it has, and otherwise leaves the distribution of the others as it is: it is rejection sampling (Leviathan et
+al. 2023), and with one seed the tokens are those without drafts.
+
+Legend: N choices, V vocabulary.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dsv3.inference.plan import Choice, TokenLogprobs
+
+Place = tuple[Choice, int, Sequence[int]]
+"""(how to choose, drafts before this choice, those drafts)."""
+
+
+def uniform(seed: int, step: int) -> float:
+    """In [0, 1): splitmix64 of the pair, so that any place of any continuation is drawn by itself."""
+    mask = 2**64 - 1
+    z = (seed + 0x9E3779B97F4A7C15 * (step + 1)) & mask
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+    return float((z ^ (z >> 31)) >> 11) / 2**53
+
+
+def choose(logits_NV: Tensor, places: Sequence[Place]) -> list[int | None]:
+    """The token of each choice; None where its logits are not finite. `logits_NV` stays as it is."""
+    finite = logits_NV.sum(-1, dtype=torch.float32).isfinite()
+    logits_NV = adjusted(logits_NV, places)
+    tokens = logits_NV.argmax(-1)
+    rows = [n for n, (choice, _, _) in enumerate(places) if choice.temperature > 0]
+    if rows:
+        at = slice(None) if len(rows) == len(places) else torch.tensor(rows, device=logits_NV.device)
+        tokens[at] = draw(logits_NV[at], [places[n] for n in rows])
+    found = torch.where(finite, tokens, -1).tolist()
+    return [None if token < 0 else token for token in found]
+
+
+def adjusted(logits_NV: Tensor, places: Sequence[Place]) -> Tensor:
+    """Logits in FP32 after penalties, biases, bans and grammars: what the most likely token is taken from."""
+    logits_NV = logits_NV.float()
+    copied = False
+    for n, (choice, offset, drafts) in enumerate(places):
+        banned = choice.banned if choice.step + offset < choice.banned_until else []
+        if not (choice.prompt or choice.bias or banned or choice.masks):
+            continue
+        if not copied:
+            logits_NV, copied = logits_NV.clone(), True
+        row = logits_NV[n]
+        if choice.prompt:
+            penalise(row, choice, [*choice.output, *drafts[:offset]])
+        for token, value in choice.bias:
+            row[token] += value
+        if choice.masks:
+            row.masked_fill_(~allowed(choice.masks[offset], len(row), row.device), float("-inf"))
+        if banned:
+            row[torch.tensor(banned, device=row.device)] = float("-inf")
+    return logits_NV
+
+
+def penalise(row_V: Tensor, choice: Choice, output: Sequence[int]) -> None:
+    """In place: the repetition penalty for tokens of prompt and continuation, the others for the continuation's alone."""
+    seen = torch.tensor(sorted({*choice.prompt, *output}), device=row_V.device)
+    values, factor = row_V[seen], choice.repetition_penalty
+    row_V[seen] = torch.where(values > 0, values / factor, values * factor)
+    if output:
+        counts = Counter(output)
+        tokens = torch.tensor(list(counts), device=row_V.device)
+        times = torch.tensor(list(counts.values()), dtype=row_V.dtype, device=row_V.device)
+        row_V[tokens] -= choice.presence_penalty + choice.frequency_penalty * times
+
+
+def allowed(words: Sequence[int], size: int, device: torch.device) -> Tensor:
+    """bool [V] from a mask of 32 tokens a word."""
+    bits = torch.tensor(words, dtype=torch.int64, device=device).unsqueeze(1) >> torch.arange(32, device=device)
+    return (bits & 1).bool().flatten()[:size]
+
+
+def draw(logits_NV: Tensor, places: Sequence[Place]) -> Tensor:
+    """int64 [N]: by inverting the cumulative sum, in the order of tokens' numbers, of the probabilities that are kept."""
+    choices = [choice for choice, _, _ in places]
+
+    def column(values: Sequence[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64, device=logits_NV.device).unsqueeze(1)
+
+    # Differences from the largest, which no temperature above 0 makes infinite all together.
+    difference_NV = logits_NV.double() - logits_NV.double().amax(-1, keepdim=True)
+    probability_NV = (difference_NV / column([choice.temperature for choice in choices])).softmax(-1)
+    if any(choice.top_p < 1 or choice.top_k for choice in choices):
+        sorted_NV, token_NV = torch.sort(probability_NV, dim=-1, descending=True, stable=True)
+        # A token stays while those before it have not reached top_p; the first always stays.
+        size = logits_NV.shape[1]
+        last = column([choice.top_k or size for choice in choices])
+        out_NV = sorted_NV.cumsum(-1) - sorted_NV >= column([choice.top_p for choice in choices])
+        out_NV |= torch.arange(size, device=logits_NV.device) >= last
+        out_NV[:, 0] = False
+        sorted_NV.masked_fill_(out_NV, 0.0)
+        probability_NV = torch.zeros_like(probability_NV).scatter_(1, token_NV, sorted_NV)
+    if any(choice.min_p for choice in choices):
+        least = probability_NV.amax(-1, keepdim=True) * column([choice.min_p for choice in choices])
+        probability_NV = probability_NV.masked_fill(probability_NV < least, 0.0)
+    cumulative_NV = probability_NV.cumsum(-1)
+    number = column([uniform(choice.seed, choice.step + offset) for choice, offset, _ in places])
+    chosen = (cumulative_NV <= number * cumulative_NV[:, -1:]).sum(-1)
+    # Rounding must not lead behind the last token that is kept.
+    kept = torch.arange(probability_NV.shape[1], device=chosen.device) * (probability_NV > 0)
+    return torch.minimum(chosen, kept.amax(-1))
+
+
+def logprobs(logits_NV: Tensor, tokens: Sequence[int], wanted: Sequence[int]) -> list[TokenLogprobs]:
+    """Of each token under its row of logits, with as many of the likeliest as are wanted."""
+    if not tokens:
+        return []
+    log_NV = logits_NV.float().log_softmax(-1)
+    own_N1 = log_NV.gather(1, torch.tensor(tokens, device=log_NV.device).unsqueeze(1))
+    rank = (log_NV > own_N1).sum(-1) + 1
+    values, top = log_NV.topk(min(max(wanted), log_NV.shape[1]), dim=-1)
+    rows = zip(tokens, own_N1[:, 0].tolist(), rank.tolist(), top.tolist(), values.tolist(), wanted, strict=True)
+    return [
+        TokenLogprobs(token, own, place, dict(zip(ids[:count], logs[:count], strict=True)))
+        for token, own, place, ids, logs, count in rows
+    ]

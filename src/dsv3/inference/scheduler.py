@@ -1,0 +1,117 @@
+"""Which tokens are read in the next pass. There are no phases: a request has tokens that are computed and others that are not."""
+
+from collections import deque
+
+from dsv3.inference.blocks import BlockPool
+from dsv3.inference.plan import Found, Plan, Work
+from dsv3.inference.request import Request
+
+
+class Scheduler:
+    """Requests wait, run, and are gone. A pass reads at most `max_num_batched_tokens` tokens of at most `max_num_seqs` requests.
+
+    Requests that generate come first, then prompts, in chunks where the budget asks for it. Where blocks run out, the request
+    that was admitted last gives up its own and waits for being computed again.
+    """
+
+    def __init__(
+        self, pool: BlockPool, max_num_seqs: int, max_num_batched_tokens: int, drafts: int, depth: int, reuse: bool
+    ):
+        self.pool, self.max_num_seqs, self.max_num_batched_tokens = pool, max_num_seqs, max_num_batched_tokens
+        self.drafts, self.reuse = drafts, reuse
+        self.ahead = min(drafts, depth)
+        """Tokens that the MTP modules in use look ahead."""
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+        self.preemptions = self.queries = self.hits = 0
+
+    def blocks_for(self, tokens: int) -> int:
+        """Blocks that so many tokens of one sequence fill, with room for what drafting writes behind them."""
+        return -(-(tokens + max(self.drafts - 1, 0)) // self.pool.block_size)
+
+    def plan(self) -> Plan | None:
+        """The next pass; None when nothing is to be done."""
+        budget, works = self.max_num_batched_tokens, list[Work]()
+        planned: set[int] = set()
+        for request in sorted(self.running, key=prompt_last):
+            if request not in self.running or not budget:
+                continue
+            count = len(request.tokens) - request.computed + len(request.drafts)
+            count = min(count, budget)
+            if self.reserve(request, count, planned):
+                works.append(request.work(count, self.ahead))
+                planned.add(request.number)
+                budget -= count
+        while budget and self.waiting and len(self.running) < self.max_num_seqs and self.admit(self.waiting[0]):
+            request = self.waiting.popleft()
+            self.running.append(request)
+            count = min(len(request.tokens) - request.computed, budget)
+            works.append(request.work(count, self.ahead))
+            budget -= count
+        if not works:
+            return None
+        return Plan(works, self.drafts)
+
+    def reserve(self, request: Request, count: int, planned: set[int]) -> bool:
+        """Blocks for so many more tokens, if need be those of requests that are not in the plan; False when there are none."""
+        while (lacking := self.blocks_for(request.computed + count) - len(request.blocks)) > len(self.pool.free):
+            others = [each for each in self.running if each.number not in planned and each is not request]
+            if not others:
+                return False
+            self.preempt(others[-1])
+        request.blocks += [self.pool.take() for _ in range(lacking)]
+        return True
+
+    def preempt(self, request: Request) -> None:
+        """Back to the head of the queue, without blocks."""
+        self.remove(request)
+        request.computed, request.drafts = 0, []
+        self.waiting.appendleft(request)
+        self.preemptions += 1
+
+    def admit(self, request: Request) -> bool:
+        """Gives a waiting request the blocks for all of its tokens, those found in the cache among them; False if they lack."""
+        size, total = self.pool.block_size, len(request.tokens)
+        # The last token is read in any case: it says what comes behind.
+        reusable = 0 if not self.reuse or request.unscored else (total - 1) // size
+        keys = [request.key(k, size) for k in range(reusable)]
+        found = self.pool.find(keys, request.tokens)
+        lacking = self.blocks_for(total) - len(found)
+        if lacking > len(self.pool.free):
+            self.pool.release(found)
+            return False
+        request.blocks = found + [self.pool.take() for _ in range(lacking)]
+        request.computed = len(found) * size
+        if request.cached is None:
+            request.cached = request.computed
+            self.queries += total
+            self.hits += request.computed
+        return True
+
+    def advance(self, request: Request, work: Work, found: Found) -> None:
+        """After a pass, when the tokens it found have joined the request's: what is in the cache now."""
+        wrong = 0 if work.choice is None else work.choice.drafts + 1 - len(found.tokens)
+        before, request.computed = request.computed, work.start + len(work.tokens) - wrong
+        request.drafts = found.drafts
+        size = self.pool.block_size
+        # A continuation that has ended may lack the last of the tokens that were computed.
+        full = min(request.computed, len(request.tokens)) // size
+        for k in range(before // size, full if self.reuse else 0):
+            self.pool.remember(request.blocks[k], request.key(k, size), request.tokens[k * size : (k + 1) * size])
+
+    def remove(self, request: Request, spoilt: bool = False) -> None:
+        """A request leaves, wherever it is. `spoilt`: what it alone holds is not to be found again."""
+        if request in self.running:
+            self.running.remove(request)
+            for number in request.blocks:
+                if spoilt and self.pool.blocks[number].users == 1:
+                    self.pool.forget(number)
+            self.pool.release(request.blocks)
+            request.blocks = []
+        elif request in self.waiting:
+            self.waiting.remove(request)
+
+
+def prompt_last(request: Request) -> bool:
+    """Whether a request is still reading what is known: those that generate go first."""
+    return len(request.tokens) - request.computed > 1
