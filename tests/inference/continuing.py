@@ -65,3 +65,4 @@ def assert_greedy(model, prompts, found):
 
 
 GREEDY = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
+PROMPT = [3, 14, 15, 92, 65]

@@ -4,6 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from dsv3.bench.peers import Setting, continuation, with_our_weights
 from dsv3.errors import UserError
 from dsv3.inference.engine import Engine, EngineConfig
 from dsv3.inference.params import SamplingParams
@@ -27,6 +28,13 @@ SAMPLED = SamplingParams(
 def test_greedy_continuations_are_those_of_full_forward_passes(make_model, preset, changes):
     model = make_model(preset, max_position_embeddings=512, **changes)
     assert_greedy(model, PROMPTS, continued(model, PROMPTS, GREEDY)[0])
+
+
+def test_greedy_continuations_are_those_of_transformers(make_model):
+    model = make_model("debug", num_nextn_predict_layers=0, max_position_embeddings=512)
+    (peer,) = with_our_weights(model, [Setting(torch.float32, "eager", "eager")])
+    for prompt, tokens in zip(PROMPTS, continued(model, PROMPTS, GREEDY)[0], strict=True):
+        assert tokens == continuation(peer.eval(), torch.tensor([prompt]), 16)[0].tolist()
 
 
 @pytest.mark.parametrize(
