@@ -31,13 +31,13 @@ class Batch:
     position_F: Tensor
     slot_F: Tensor
     """Negative for padding."""
-    parts: list[Expanded | Absorbed]
+    parts: Sequence[Expanded | Absorbed]
     uniform: int
-    """Tokens of every work where all read as many in the absorbed form, padding included; else 0."""
+    """Tokens of every work where all read as many in the absorbed form; else 0."""
 
 
-def lay_out(works: Sequence[Work], config: ModelConfig, device: torch.device, pages: int = 0) -> Batch:
-    """The tensors of a plan's works; tables have room for `pages` pages at least."""
+def lay_out(works: Sequence[Work], config: ModelConfig, device: torch.device) -> Batch:
+    """The tensors of a plan's works."""
     absorbs = {work.sequence: absorbed_pays(config, work.start, len(work.tokens)) for work in works}
     ordered = sorted(works, key=lambda work: (not absorbs[work.sequence], work.start > 0, len(work.tokens)))
     first = [0]
@@ -52,13 +52,14 @@ def lay_out(works: Sequence[Work], config: ModelConfig, device: torch.device, pa
     ):
         each = list(group)
         if absorb:
-            alone = len(each) == len(ordered)
-            if alone and rows % length:
-                rows = -(-len(each) // ROWS) * ROWS * length
-            uniform = length if alone else 0
-            # Padding of a pass of one length is made of sequences without tokens.
-            count = rows // length if alone else len(each)
-            parts.append(absorbed(each, slice(place, place + count * length), count, pages, device))
+            count = len(each)
+            if count == len(ordered):
+                uniform = length
+                if device.type == "cuda":
+                    # Padding is made of sequences without tokens, so that few shapes serve all numbers of sequences.
+                    count = 1 << (count - 1).bit_length() if count < ROWS else -(-count // ROWS) * ROWS
+                    rows = count * length
+            parts.append(absorbed(each, slice(place, place + count * length), count, device))
         elif behind:
             for k, work in enumerate(each):
                 at = place + k * length
@@ -102,10 +103,11 @@ def slots_of(work: Work, start: int, end: int) -> list[int]:
     return [work.blocks[position // PAGE] * PAGE + position % PAGE for position in range(start, end)]
 
 
-def absorbed(works: Sequence[Work], rows: slice, count: int, pages: int, device: torch.device) -> Absorbed:
+def absorbed(works: Sequence[Work], rows: slice, count: int, device: torch.device) -> Absorbed:
     """Works of one length, and sequences without tokens up to `count`."""
     ends = [work.start + len(work.tokens) for work in works] + [0] * (count - len(works))
-    width = max([pages, *(-(-end // PAGE) for end in ends)])
+    # Few widths, so that passes of one shape come again.
+    width = 1 << (max(-(-end // PAGE) for end in ends) - 1).bit_length()
     table = [work.blocks[:width] + [0] * (width - len(work.blocks)) for work in works]
     table += [[0] * width] * (count - len(works))
     table_BM = torch.tensor(table, dtype=torch.int32, device=device)

@@ -7,81 +7,74 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dsv3.inference.batch import Batch, lay_out
 from dsv3.inference.cache import PagedCache
+from dsv3.inference.passes import Passes
 from dsv3.inference.plan import Found, Plan, Work
 from dsv3.inference.sampler import Place, choose, logprobs
-from dsv3.model.block import Pass
-from dsv3.model.feed_forward import Routing
-from dsv3.model.rope import Rope
 from dsv3.model.transformer import DeepSeekV3
 
 
 class Runner:
     """One model over one cache."""
 
-    def __init__(self, model: DeepSeekV3, cache: PagedCache):
+    def __init__(self, model: DeepSeekV3, cache: PagedCache, graphs: bool = False):
         self.model, self.cache, self.device = model, cache, model.lm_head.weight.device
+        self.passes = Passes(model, cache, graphs)
 
     @torch.inference_mode()
     def run(self, plan: Plan) -> list[Found]:
         """What each work of the plan found, in an order of its own."""
         batch = lay_out(plan.works, self.model.config, self.device)
-        hidden_FD, routing = self.read(batch)
-        found = self.chosen(batch, hidden_FD, routing)
+        rows, places = list[int](), list[Place]()
+        for work, first in zip(batch.works, batch.first, strict=True):
+            if work.choice is not None:
+                end, drafts = first + len(work.tokens), drafts_of(work)
+                rows += range(end - 1 - len(drafts), end)
+                places += [(work.choice, k, drafts) for k in range(len(drafts) + 1)]
+        hidden_FD, logits_NV, experts = self.passes.main(batch, self.numbers(rows))
+        found = self.chosen(batch, logits_NV, choose(logits_NV, places) if rows else [], experts)
+        self.score(batch, hidden_FD, found)
         if plan.drafts and self.model.mtp:
             self.draft(batch, hidden_FD, found, plan.drafts)
         return found
 
-    def read(self, batch: Batch) -> tuple[Tensor, dict[str, Routing]]:
-        """The main model on one batch: (hidden [F, D], the routing of each MoE block)."""
-        self.cache.begin(batch.parts, batch.slot_F)
-        output = self.model(batch.token_F[None], positions=batch.position_F[None], cache=self.cache)
-        return output.hidden[0], output.routing
+    def numbers(self, values: Sequence[int]) -> Tensor:
+        """int64, on the device."""
+        return torch.tensor(values, dtype=torch.int64, device=self.device)
 
-    def chosen(self, batch: Batch, hidden_FD: Tensor, routing: dict[str, Routing]) -> list[Found]:
-        """Chooses tokens, checks drafts and scores prompts."""
-        rows, places = list[int](), list[Place]()
-        scored, targets, wanted = list[int](), list[int](), list[int]()
-        for work, first in zip(batch.works, batch.first, strict=True):
-            end = first + len(work.tokens)
-            if work.scored is not None:
-                known = [*work.tokens[1:], *work.following[:1]]
-                scored += range(first, first + len(known))
-                targets, wanted = targets + known, wanted + [work.scored] * len(known)
-            if work.choice is not None:
-                drafts = work.tokens[len(work.tokens) - work.choice.drafts :]
-                rows += range(end - 1 - len(drafts), end)
-                places += [(work.choice, k, drafts) for k in range(len(drafts) + 1)]
-        logits_NV = self.logits(hidden_FD, rows)
-        tokens = choose(logits_NV, places) if rows else []
-        scores = iter(logprobs(self.logits(hidden_FD, scored), targets, wanted))
+    def chosen(
+        self, batch: Batch, logits_NV: Tensor, tokens: Sequence[int | None], experts: Sequence[Tensor]
+    ) -> list[Found]:
+        """Takes chosen tokens as far as drafts were right."""
         found, row = [], 0
         for work, first in zip(batch.works, batch.first, strict=True):
             each = Found(work.sequence)
-            if work.scored is not None:
-                each.scores = [next(scores) for _ in range(len(work.tokens) - 1 + len(work.following[:1]))]
-            if work.choice is not None:
-                count = work.choice.drafts + 1
-                accept(each, work, tokens[row : row + count])
-                if work.choice.logprobs is not None:
-                    own = logits_NV[row : row + len(each.tokens)]
-                    each.logprobs = logprobs(own, each.tokens, [work.choice.logprobs] * len(each.tokens))
-                if work.routing:
-                    start = first + len(work.tokens) - count
-                    experts = [one.expert[start : start + len(each.tokens)].tolist() for one in routing.values()]
-                    each.routing = [list(of_token) for of_token in zip(*experts, strict=True)]
-                row += count
             found.append(each)
+            if work.choice is None:
+                continue
+            count = work.choice.drafts + 1
+            accept(each, work, tokens[row : row + count])
+            if work.choice.logprobs is not None:
+                own = logits_NV[row : row + len(each.tokens)]
+                each.logprobs = logprobs(own, each.tokens, [work.choice.logprobs] * len(each.tokens))
+            if work.routing:
+                start = first + len(work.tokens) - count
+                by_block = [one[start : start + len(each.tokens)].tolist() for one in experts]
+                each.routing = [list(of_token) for of_token in zip(*by_block, strict=True)]
+            row += count
         return found
 
-    def logits(self, hidden_FD: Tensor, rows: Sequence[int]) -> Tensor:
-        """[N, V] of these rows."""
-        if len(rows) == 0:
-            return hidden_FD.new_empty(0, self.model.config.vocab_size)
-        return self.model.head(hidden_FD[torch.tensor(rows, device=self.device)])
+    def score(self, batch: Batch, hidden_FD: Tensor, found: Sequence[Found]) -> None:
+        """The logarithms of prompts' tokens, where asked for."""
+        for work, first, each in zip(batch.works, batch.first, found, strict=True):
+            if work.scored is not None:
+                targets = [*work.tokens[1:], *work.following[:1]]
+                logits_NV = self.model.head(hidden_FD[first : first + len(targets)])
+                each.scores = logprobs(logits_NV, targets, [work.scored] * len(targets))
 
     def draft(self, batch: Batch, hidden_FD: Tensor, found: Sequence[Found], count: int) -> None:
         """Guesses `count` tokens behind each that was chosen.
@@ -93,45 +86,40 @@ class Runner:
         modules = list(self.model.mtp)[:count]
         going = [k for k, each in enumerate(found) if each.tokens]
         rows = [batch.first[k] + kept(batch.works[k], found[k]) - 1 for k in going]
-        shared = Pass(Rope.at(self.model.config, batch.position_F[None]), None, self.cache)
-        self.cache.begin(batch.parts, batch.slot_F)
+        row_N = self.numbers(rows)
         for module in modules:
             following = [further(work, each, module.depth + 1) for work, each in zip(batch.works, found, strict=True)]
             tokens = [token for each in following for token in each]
             tokens += [0] * (len(batch.token_F) - len(tokens))
-            embedded = self.model.embed(torch.tensor(tokens, device=self.device)[None])
-            hidden_FD = module(hidden_FD[None], embedded, shared)[0][0]
-            self.guess([found[k] for k in going], hidden_FD, rows)
+            hidden_FD, guess_N = self.passes.draft(module, batch, hidden_FD, self.numbers(tokens), row_N)
+            for k, token in zip(going, guess_N.tolist(), strict=True):
+                found[k].drafts.append(token)
         if not going or count <= len(modules):
             return
-        hidden_ND = hidden_FD[torch.tensor(rows, device=self.device)]
-        works = [batch.works[k] for k in going]
+        hidden_ND = hidden_FD[row_N]
         starts = [batch.works[k].start + kept(batch.works[k], found[k]) - 1 for k in going]
         for step in range(1, count - len(modules) + 1):
             single = [
-                replace(work, tokens=[found[k].drafts[-1]], start=start + step)
-                for work, k, start in zip(works, going, starts, strict=True)
+                replace(batch.works[k], tokens=[found[k].drafts[-1]], start=start + step, choice=None)
+                for k, start in zip(going, starts, strict=True)
             ]
             again = lay_out(single, self.model.config, self.device)
-            self.cache.begin(again.parts, again.slot_F)
-            padded = hidden_ND.new_zeros(len(again.token_F), hidden_ND.shape[1])
-            padded[: len(hidden_ND)] = hidden_ND
-            shared = Pass(Rope.at(self.model.config, again.position_F[None]), None, self.cache)
-            out_FD = modules[-1](padded[None], self.model.embed(again.token_F[None]), shared)[0][0]
-            self.guess([found[k] for k in going], out_FD, range(len(going)))
-            hidden_ND = out_FD[: len(going)]
+            padded = F.pad(hidden_ND, (0, 0, 0, len(again.token_F) - len(hidden_ND)))
+            first_N = self.numbers(range(len(going)))
+            out_FD, guess_N = self.passes.draft(modules[-1], again, padded, again.token_F, first_N)
+            for k, token in zip(going, guess_N.tolist(), strict=True):
+                found[k].drafts.append(token)
+            hidden_ND = out_FD[: len(going)].clone()
 
-    def guess(self, found: Sequence[Found], hidden_FD: Tensor, rows: Sequence[int]) -> None:
-        """One more draft each: the most likely token behind its row."""
-        for each, token in zip(found, self.logits(hidden_FD, rows).argmax(-1).tolist() if found else [], strict=True):
-            each.drafts.append(token)
+
+def drafts_of(work: Work) -> list[int]:
+    """The guesses among its tokens."""
+    return [] if work.choice is None else work.tokens[len(work.tokens) - work.choice.drafts :]
 
 
 def accept(found: Found, work: Work, tokens: Sequence[int | None]) -> None:
     """Takes tokens as long as the draft before them was right."""
-    assert work.choice is not None
-    drafts = work.tokens[len(work.tokens) - work.choice.drafts :]
-    for token, draft in zip(tokens, [*drafts, None], strict=True):
+    for token, draft in zip(tokens, [*drafts_of(work), None], strict=True):
         if token is None:
             found.failed = True
             return

@@ -1,0 +1,158 @@
+"""A pass that comes again and again, on the CPU: recorded once and replayed; what a CUDA graph is to a GPU.
+
+In a small model's pass over one token a sequence, most of the time goes into the Python between the operations and into
+views. A recording is made by running the model itself, so that nothing is defined twice: the list of operations that it
+ran, with the tensors that they read and wrote. To replay it is to run them again on the same memory. What depends on the
+weights alone is not run again, and views need not be. The pass in Python is the reference twin.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from types import BuiltinFunctionType, MethodDescriptorType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from dsv3.errors import RunError
+from dsv3.model.feed_forward import LocalDispatcher, every_expert
+from dsv3.model.transformer import DeepSeekV3
+
+MOST_PARAMETERS = 2**24
+"""In larger models the products take most of the time, and a recording would hold copies of their weights."""
+Function = Callable[..., tuple[Tensor, ...]]
+
+
+def pays(model: DeepSeekV3, rows: int) -> bool:
+    """Whether to record passes of so many rows.
+
+    What Python decides by looking into tensors cannot be recorded: which experts have rows, unless all get all tokens.
+    """
+    config = model.config
+    if not every_expert(rows, config.hidden_size, config.n_routed_experts, config.num_experts_per_tok):
+        return False
+    if not all(block.moe is None or type(block.moe.dispatcher) is LocalDispatcher for block in model.blocks()):
+        return False
+    return sum(parameter.numel() for parameter in model.parameters()) <= MOST_PARAMETERS
+
+
+class Recording:
+    """`recording(*inputs)` is `function(*inputs)` for inputs of these shapes; the next call overwrites what it gives."""
+
+    def __init__(self, function: Function, inputs: Sequence[Tensor]):
+        self.inputs = [each.clone() for each in inputs]
+        with Recorder() as recorder:
+            self.outputs = function(*self.inputs)
+        self.program = program(recorder.calls, self.inputs)
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """The function's result, which the next call overwrites."""
+        for own, given in zip(self.inputs, inputs, strict=True):
+            own.copy_(given)
+        for function, args, kwargs in self.program:
+            function(*args, **kwargs)
+        return self.outputs
+
+
+@dataclass(frozen=True)
+class Call:
+    """A function of torch that was called. Its tensors are held, so that no two of them ever had the same memory."""
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    result: Any
+    in_place: bool
+    read: set[int]
+    """The memory of its arguments."""
+    written: set[int]
+    """The memory that it wrote to; none if it made a view, or something else than tensors."""
+
+    @property
+    def name(self) -> str:
+        """The function's."""
+        return self.function.__name__
+
+
+class Recorder(TorchFunctionMode):
+    """Lists the calls that are made under it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Call] = []
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name, result = function.__name__, function(*args, **kwargs)
+        if name == "__get__" and not isinstance(result, Tensor):  # a shape, a dtype
+            return result
+        # Torch ends the names of what writes to its first argument and returns it with an underscore.
+        in_place = name == "__setitem__" or "out" in kwargs or (name.endswith("_") and result is args[0])
+        read = memory((*args, *kwargs.values()))
+        written = memory((args[0], kwargs.get("out"))) if in_place else memory((result,)) - read
+        self.calls.append(Call(function, args, kwargs, result, in_place, read, written))
+        return result
+
+
+READS = ("tolist", "item", "__bool__", "__int__", "__float__", "__index__")
+"""Through these Python sees the values of tensors."""
+Step = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
+
+
+def program(calls: list[Call], inputs: list[Tensor]) -> list[Step]:
+    """The calls that have to be made again when the inputs have changed, each writing to where its result was.
+
+    Memory changes if it is an input, is written to in place, or is computed from what changes. Raises `RunError` if
+    Python looked into such memory, for what it decided then would stay.
+    """
+    changing = memory(inputs).union(*(call.written for call in calls if call.in_place))
+    steps = []
+    for call in calls:
+        if call.name in READS and not changing.isdisjoint(call.read):
+            raise RunError(
+                f"this pass cannot be recorded: {call.name} reads a tensor that is another in the next pass; "
+                "`pays` in inference/recording.py should have said no"
+            )
+        if call.written and not changing.isdisjoint(call.read | call.written):
+            changing |= call.written
+            steps.append(step(call, changing))
+    return steps
+
+
+def step(call: Call, changing: set[int]) -> Step:
+    """A call as it is replayed."""
+    function, args = call.function, call.args
+    if call.in_place:
+        return function, args, call.kwargs
+    if call.name in ("linear", "bmm") and memory(args[1:2]).isdisjoint(changing):
+        args = (args[0], inputs_first(args[1]) if call.name == "linear" else args[1].contiguous())
+    namesake = getattr(torch, call.name, None)
+    if isinstance(function, MethodDescriptorType) and isinstance(namesake, BuiltinFunctionType):
+        function = namesake  # which may be told where to write, unlike a method
+    try:
+        function(*args, **call.kwargs, out=call.result)
+    except TypeError:
+        return copied, (function, args, call.kwargs, call.result), {}
+    return function, args, {**call.kwargs, "out": call.result}
+
+
+def copied(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor) -> None:
+    """Calls a function that cannot be told where to write."""
+    result.copy_(function(*args, **kwargs))
+
+
+def inputs_first(weight_OI: Tensor) -> Tensor:
+    """The same weight in memory as [in, out]: the product with a few rows takes two thirds of the time."""
+    return weight_OI.mT.contiguous().mT
+
+
+def memory(values: Iterable[Any]) -> set[int]:
+    """Where the tensors among the values, and in lists of them, are kept."""
+    found = set()
+    for value in values:
+        if isinstance(value, Tensor):
+            found.add(value.untyped_storage().data_ptr())
+        elif isinstance(value, (list, tuple)):
+            found |= memory(value)
+    return found
