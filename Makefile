@@ -11,8 +11,8 @@ OLDEST := .venv-oldest
 VLLM := .venv-vllm
 BIN := $(ENV)/bin
 
-EXTRAS_run := parquet
-EXTRAS_test := parquet,datasets,test
+EXTRAS_run := parquet,serve
+EXTRAS_test := parquet,datasets,serve,test
 EXTRAS_check := parquet,dev
 EXTRAS_docs := docs
 
