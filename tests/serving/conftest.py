@@ -1,13 +1,22 @@
 import contextlib
+import os
 import socket
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
 from dsv3.data.tokenizer import train_tokenizer
+from dsv3.model.config import ModelConfig
+from dsv3.model.transformer import DeepSeekV3
 from dsv3.serving.settings import Settings
+from dsv3.weights.huggingface import save_pretrained
 from tests.serving.fake_engine import TEXT, FakeEngine
+
+SOURCE = Path(__file__).parents[2] / "src"
 
 
 @pytest.fixture(scope="session")
@@ -67,3 +76,55 @@ def shared(tokenizer, tmp_path_factory):
     """One server for requests that leave nothing behind."""
     with server(tokenizer, tmp_path_factory.mktemp("served")) as both:
         yield both
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """A network of random weights as a Hugging Face directory."""
+    directory = tmp_path_factory.mktemp("random")
+    save_pretrained(DeepSeekV3(ModelConfig.preset("debug")).initialize("fan_in", seed=1), directory)
+    train_tokenizer([TEXT] * 20, 320).save(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def start(directory):
+    """Starts `dsv3 serve` with options: (process, client)."""
+    pytest.importorskip("fastapi", reason="the server needs the extra `serve`")
+    import httpx
+
+    processes = []
+
+    def run(*options):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        command = [
+            sys.executable,
+            "-m",
+            "dsv3",
+            "serve",
+            str(directory),
+            "--port",
+            str(port),
+            "--device",
+            "cpu",
+            *options,
+        ]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(SOURCE), *sys.path]), "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+        processes.append(process)
+        client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
+        end = time.monotonic() + 60
+        while True:
+            try:
+                client.get("/health")
+                return process, client
+            except httpx.TransportError:
+                assert process.poll() is None, process.stderr.read()
+                assert time.monotonic() < end
+                time.sleep(0.1)
+
+    yield run
+    for process in processes:
+        process.kill()
+        process.communicate()

@@ -59,7 +59,9 @@ def test_a_conversation(open_page, tmp_path):
     assert prompt.startswith("<｜begin▁of▁sentence｜>Be brief.<｜User｜><b>hi</b><｜Assistant｜>" + EVIL)
     picture = base64.b64decode(page.call("Page.captureScreenshot")["data"])
     (tmp_path / "page.png").write_bytes(picture)
-    asked = {event["params"]["request"]["url"] for event in page.events if event.get("method") == "Network.requestWillBeSent"}
+    asked = {
+        event["params"]["request"]["url"] for event in page.events if event.get("method") == "Network.requestWillBeSent"
+    }
     home = page.run("location.origin")
     assert asked
     assert all(url.startswith(home) for url in asked)
