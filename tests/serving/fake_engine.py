@@ -4,7 +4,8 @@ import time
 from dataclasses import dataclass, field
 
 from dsv3.errors import UserError
-from dsv3.inference.engine import Delta, EngineStats, TokenLogprobs
+from dsv3.inference.engine import Delta, EngineStats
+from dsv3.inference.plan import TokenLogprobs
 
 TEXT = "Hello, naïve 😀 world! def add(first, second):\n    return first + second\n"
 

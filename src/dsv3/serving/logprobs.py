@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dsv3.data.tokenizer import Tokenizer
-from dsv3.inference.engine import TokenLogprobs
+from dsv3.inference.plan import TokenLogprobs
 
 Json = dict[str, Any]
 

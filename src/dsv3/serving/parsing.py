@@ -10,7 +10,7 @@ import secrets
 from typing import Any
 
 from dsv3.data.tokenizer import CALL_BEGIN, CALL_END, CALLS_BEGIN, CALLS_END, THINK_BEGIN, THINK_END, TOOL_SEPARATOR
-from dsv3.inference.llm import overlap
+from dsv3.inference.text import overlap
 
 HEADER = re.compile(
     rf"function{TOOL_SEPARATOR}\s*([^\s<{{]+)\s*```(?:json)?\n|(?!function{TOOL_SEPARATOR})([^\s<]+){TOOL_SEPARATOR}"
