@@ -135,7 +135,7 @@ def test_reasoning_and_tool_calls(serve):
 
 def test_a_function_that_has_to_be_called(serve, tokenizer):
     pytest.importorskip("llguidance")
-    client, engine = serve({"texts": ['{"a": 1}']})
+    client, engine = serve({"texts": ['{"a": 1}']}, max_model_len=4096)
     tool = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
     choice = {"type": "function", "function": {"name": "add"}}
     request = {"messages": HELLO, "tools": [tool], "tool_choice": choice}
@@ -143,6 +143,12 @@ def test_a_function_that_has_to_be_called(serve, tokenizer):
     assert choice["message"]["tool_calls"][0]["function"] == {"name": "add", "arguments": '{"a": 1}'}
     assert tokenizer.decode(engine.added[0][0]).endswith("function<｜tool▁sep｜>add\n```json\n")
     assert engine.added[0][1].grammar is not None
+    others = {"type": "function", "function": {"name": "sub"}}
+    request |= {"tools": [tool, others], "tool_choice": "required"}
+    engine.text = "sub\n```json\n{}\n```"
+    [choice] = client.post("/v1/chat/completions", json=request).json()["choices"]
+    assert choice["message"]["tool_calls"][0]["function"] == {"name": "sub", "arguments": "{}"}
+    assert tokenizer.decode(engine.added[1][0]).endswith("<｜tool▁call▁begin｜>function<｜tool▁sep｜>")
 
 
 def test_json_is_asked_of_the_engine(serve):

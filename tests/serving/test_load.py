@@ -76,7 +76,11 @@ async def load(base_url, process):
 @pytest.mark.timeout(900)
 def test_load(start):
     process, client = start("--max-num-seqs", "64", "--max-waiting", "100", "--num-speculative-tokens", "1")
-    counts, slowest, memory = asyncio.run(load(str(client.base_url), process))
+    try:
+        counts, slowest, memory = asyncio.run(load(str(client.base_url), process))
+    except ExceptionGroup as error:
+        process.terminate()
+        raise AssertionError(process.communicate()[1][-5000:]) from error
     print(json.dumps({**counts, "slowest health": slowest, "memory": [memory[len(memory) // 6], memory[-1]]}))
     assert counts["complete"] > CLIENTS
     assert counts["left"] > CLIENTS / 4

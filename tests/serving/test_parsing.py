@@ -47,6 +47,7 @@ def test_calls_of_v3_and_v3_1():
 def test_a_call_that_the_prompt_began():
     assert calls(parse('{"a": 1}', call="add")) == [("add", '{"a": 1}')]
     assert calls(parse('{"a": 1}\n```', call="add")) == [("add", '{"a": 1}')]
+    assert calls(parse('sub\n```json\n{"a": 1}\n```' + CALL_END + CALLS_END, call="")) == [("sub", '{"a": 1}')]
 
 
 def test_a_call_that_was_cut_short_or_is_malformed():
@@ -61,7 +62,7 @@ OTHERS = ("function", "\n", "add", "{}", " ", "<", "`", v3("add", '{"a": "x y"}'
 PIECES = st.lists(st.sampled_from(MARKUP + OTHERS), max_size=12).map("".join)
 
 
-@given(PIECES, st.booleans(), st.booleans(), st.sampled_from([None, None, "f"]), st.randoms())
+@given(PIECES, st.booleans(), st.booleans(), st.sampled_from([None, None, "f", ""]), st.randoms())
 def test_the_pieces_do_not_matter(text, thinking, tools, call, random):
     """sglang#18236: streamed arguments are those of the whole answer."""
     whole, streamed = (Parser(thinking, tools, call) for _ in range(2))

@@ -21,7 +21,7 @@ Part = dict[str, Any]
 
 
 class Parser:
-    """One answer. `thinking`: the prompt has opened the reasoning already. `call`: the prompt has begun a call of that function."""
+    """One answer. `thinking`: the prompt has opened the reasoning already. `call`: the prompt has begun a call of that function, "" of any."""
 
     def __init__(self, thinking: bool = False, tools: bool = False, call: str | None = None):
         self.tools, self.call = tools, call
@@ -31,8 +31,10 @@ class Parser:
         self._out: list[Part] = []
         self._fenced = True
         self._state = self._reasoning if thinking else self._start
-        if call is not None:
+        if call:
             self._begin(call)
+        elif call is not None:
+            self._held, self._state = f"function{TOOL_SEPARATOR}", self._header
 
     @property
     def reasoning(self) -> bool:

@@ -5,6 +5,8 @@ from fastapi import FastAPI
 
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 MAX_HEADER_BYTES = 32 * 1024
+KEEP_ALIVE_SECONDS = 75
+"""Longer than clients keep an idle connection, so that none sends a request into one that is being closed."""
 
 
 def run(app: FastAPI, host: str, port: int, drain_seconds: int) -> None:
@@ -12,7 +14,7 @@ def run(app: FastAPI, host: str, port: int, drain_seconds: int) -> None:
     # h11 bounds what it holds of a request's headers; httptools does not.
     uvicorn.run(
         app, host=host, port=port, http="h11", h11_max_incomplete_event_size=MAX_HEADER_BYTES, ws="none",
-        log_level="warning", server_header=False, timeout_graceful_shutdown=drain_seconds,
+        log_level="warning", server_header=False, timeout_keep_alive=KEEP_ALIVE_SECONDS, timeout_graceful_shutdown=drain_seconds,
     )  # fmt: skip
 
 

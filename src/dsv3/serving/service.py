@@ -5,9 +5,9 @@ Tokenising and compiling grammars happen in threads of their own, with a time li
 
 import asyncio
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 from dsv3.data.fim import gap_prompt
 from dsv3.data.tokenizer import Tokenizer
@@ -23,6 +23,7 @@ from dsv3.serving.settings import Settings
 from dsv3.serving.templates import ChatTemplate, Prompt
 from dsv3.serving.worker import Job, Stream, Worker
 
+T = TypeVar("T")
 THREADS = 2
 """Of each kind: for tokenising, and for grammars."""
 DEFAULT_MAX_TOKENS = 16
@@ -55,9 +56,7 @@ class Service:
             call, schema = self._constraint(request)
             tools = () if request.tool_choice == "none" else request.tools or ()
             grammar = await self._grammar(schema)
-            prompt = await self._tokenize(
-                self._render, request.messages, tools, call, grammar is not None, text_length(request.messages)
-            )
+            prompt = await self._tokenize(self._render, request.messages, tools, call, grammar is not None)
             chosen = request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
             if chosen == 0:
                 raise ApiError("max_tokens: expected 1 or more", param="max_tokens")
@@ -90,19 +89,14 @@ class Service:
         """`/tokenize`."""
         self.check_model(request.model)
         if request.messages is not None:
-            prompt = await self._tokenize(
-                self._render, request.messages, request.tools or (), None, False, text_length(request.messages)
-            )
-            assert isinstance(prompt, Prompt)
+            prompt = await self._tokenize(self._render, request.messages, request.tools or ())
             return prompt.ids
         asked = CompletionRequest(prompt=request.prompt or "", add_special_tokens=request.add_special_tokens)
-        ids = (await self._tokenize(self._prompts, asked))[0]
-        assert isinstance(ids, list)
-        return ids
+        return (await self._tokenize(self._prompts, asked))[0]
 
     async def detokenize(self, tokens: list[int]) -> str:
         """`/detokenize`."""
-        return str(await self._tokenize(self.tokenizer.decode, tokens))
+        return await self._tokenize(self.tokenizer.decode, tokens)
 
     def check_model(self, name: str | None) -> None:
         """Refuses another model's name."""
@@ -141,22 +135,20 @@ class Service:
         if schema is None:
             return None
         late = ApiError(f"the schema took longer than {self.settings.prepare_seconds:g} seconds to compile", 400)
-        compiled = await self._off_loop(self._grammars, late, self._compile, schema)
-        assert isinstance(compiled, Grammar)
-        return compiled
+        return await self._off_loop(self._grammars, late, self._compile, schema)
 
     def _compile(self, schema: dict[str, Any]) -> Grammar:
         if self._compiler is None:
             self._compiler = Grammars(self.tokenizer, self.vocab_size)
         return self._compiler.json_schema(schema)
 
-    async def _tokenize(self, work: Callable[..., Any], *arguments: object) -> Any:
+    async def _tokenize(self, work: Callable[..., T], *arguments: object) -> T:
         late = Overloaded(f"tokenising took longer than {self.settings.prepare_seconds:g} seconds: try again")
         return await self._off_loop(self._texts, late, work, *arguments)
 
     async def _off_loop(
-        self, pool: ThreadPoolExecutor, late: Exception, work: Callable[..., Any], *arguments: object
-    ) -> Any:
+        self, pool: ThreadPoolExecutor, late: Exception, work: Callable[..., T], *arguments: object
+    ) -> T:
         """In another thread; raises `late` when the time is up, while the thread goes on to its end."""
         try:
             async with asyncio.timeout(self.settings.prepare_seconds):
@@ -165,9 +157,9 @@ class Service:
             raise late from None
 
     def _render(
-        self, messages: list[Message], tools: list[Tool], call: str | None, answer_now: bool, length: int
+        self, messages: list[Message], tools: Sequence[Tool], call: str | None = None, answer_now: bool = False
     ) -> Prompt:
-        self._check_length(length)
+        self._check_length(sum(len(message.text or "") for message in messages))
         return self.template.prompt(messages, tools, call, answer_now)
 
     def _prompts(self, request: CompletionRequest) -> list[list[int]]:
@@ -214,8 +206,3 @@ class Service:
                 code="context_length_exceeded",
             )
         return limit - len(prompt)
-
-
-def text_length(messages: list[Message]) -> int:
-    """Characters of all messages."""
-    return sum(len(message.text or "") for message in messages)

@@ -21,12 +21,14 @@ from dsv3.data.tokenizer import THINK_BEGIN, THINK_END, Tokenizer
 from dsv3.errors import UserError
 from dsv3.serving.protocol import Message, Tool
 
-CALL = f"{names.CALLS_BEGIN}{names.CALL_BEGIN}function{names.TOOL_SEPARATOR}%s\n```json\n"
+CALL = f"{names.CALLS_BEGIN}{names.CALL_BEGIN}function{names.TOOL_SEPARATOR}"
+NAMED = "%s\n```json\n"
 """How V3 begins to call a function."""
 TOOL_TEXT = (
     "## Tools\nThese functions may be called; each is described as JSON:\n%s\n"
     'To call a function, answer with its name for NAME and a JSON object of its arguments for {"argument": "value"}:\n'
-    + CALL % "NAME"
+    + CALL
+    + NAMED % "NAME"
     + f'{{"argument": "value"}}\n```{names.CALL_END}{names.CALLS_END}'
 )
 """What is said of tools to a model whose template says nothing of them."""
@@ -78,7 +80,7 @@ class ChatTemplate:
     ) -> Prompt:
         """The ids that the assistant's next message goes on from.
 
-        `call`: the function whose call the answer is. `answer_now`: reasoning that the template opens is closed again.
+        `call`: the function whose call the answer is, "" for any. `answer_now`: reasoning that the template opens is closed again.
         Raises `UserError` for messages that the template refuses.
         """
         mark = secrets.token_hex(16)
@@ -106,10 +108,10 @@ class ChatTemplate:
             if content:
                 text += f"\n{THINK_END}\n\n{content}" if thinking else content
                 thinking = False
-        if thinking and (answer_now or call):
+        if thinking and (answer_now or call is not None):
             text, thinking = f"{text}\n{THINK_END}\n\n", False
-        if call:
-            text += CALL % call
+        if call is not None:
+            text += CALL + (NAMED % call if call else "")
         return Prompt(self._encode(text, mark), thinking)
 
     def _turn(self, message: Message, mark: str) -> dict[str, Any]:
