@@ -47,6 +47,15 @@ async def ask(client, rng, counts):
         counts["complete"] += 1
 
 
+async def health(base_url):
+    """Seconds to an answer, by a program of its own: this one is busy with its clients."""
+    command = ("curl", "-sf", "-o", "/dev/null", "-w", "%{time_total}", f"{base_url}/health")
+    curl = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+    seconds, _ = await curl.communicate()
+    assert curl.returncode == 0
+    return float(seconds)
+
+
 async def load(base_url, process):
     import httpx
 
@@ -64,9 +73,7 @@ async def load(base_url, process):
             for seed in range(CLIENTS):
                 group.create_task(one(seed))
             while time.monotonic() < end:
-                began = time.monotonic()
-                assert (await client.get("/health")).status_code == 200
-                slowest = max(slowest, time.monotonic() - began)
+                slowest = max(slowest, await health(base_url))
                 memory.append(resident(process))
                 await asyncio.sleep(1)
     return counts, slowest, memory
