@@ -114,7 +114,7 @@ def start(directory):
         process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
         processes.append(process)
         client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
-        end = time.monotonic() + 60
+        end = time.monotonic() + 180
         while True:
             try:
                 client.get("/health")

@@ -28,6 +28,7 @@ def test_answers_are_those_of_the_engine_and_sigterm_drains(start, directory):
 
 
 def test_what_cannot_be_served_is_one_paragraph(directory):
+    pytest.importorskip("fastapi", reason="the server needs the extra `serve`")
     from click.testing import CliRunner
 
     from dsv3.cli.serve import serve
