@@ -9,10 +9,11 @@ ARGS ?=
 ENV := .venv
 OLDEST := .venv-oldest
 VLLM := .venv-vllm
+CLIENTS := .venv-clients
 BIN := $(ENV)/bin
 
-EXTRAS_run := parquet
-EXTRAS_test := parquet,datasets,test
+EXTRAS_run := parquet,serve
+EXTRAS_test := parquet,datasets,serve,test
 EXTRAS_check := parquet,dev
 EXTRAS_docs := docs
 
@@ -27,7 +28,7 @@ test: $(ENV)/.installed-test
 	$(BIN)/python -m pytest -m "not prove" -n 2 --dist loadfile $(ARGS)
 
 # pytest ends with 5 when nothing was selected, which is no failure here.
-prove: $(ENV)/.installed-test
+prove: $(ENV)/.installed-test $(CLIENTS)/.installed
 	$(BIN)/python -m pytest -m prove $(ARGS) || test $$? -eq 5
 
 test-oldest: $(OLDEST)/.installed-test
@@ -62,6 +63,11 @@ $(ENV)/.installed-%: pyproject.toml | $(BIN)/python
 
 $(OLDEST)/.installed-%: pyproject.toml | $(OLDEST)/bin/python
 	$(OLDEST)/bin/python -m pip install --quiet 'torch==2.11.0' --editable '.[$(EXTRAS_$*)]'
+	@touch $@
+
+# Everything that the clients need is pinned.
+$(CLIENTS)/.installed: tests/clients.txt | $(CLIENTS)/bin/python
+	$(CLIENTS)/bin/python -m pip install --quiet -r tests/clients.txt
 	@touch $@
 
 # The CPU build of vLLM asks for CUDA builds of torch's companions, which fail beside a CPU torch and are not needed, and

@@ -24,6 +24,7 @@ COMMANDS = {
     "eval": ("dsv3.cli.eval:evaluate", "Score a model: bits per byte, tasks, needles, loss by position, MTP drafts."),
     "generate": ("dsv3.cli.generate:generate", "Continue a prompt, or fill in the middle."),
     "chat": ("dsv3.cli.chat:chat", "Type, and see it continued."),
+    "serve": ("dsv3.cli.serve:serve", "An OpenAI-compatible server, with a chat page."),
     "import": ("dsv3.cli.convert:import_command", "Published weights into a checkpoint."),
     "export": ("dsv3.cli.convert:export_command", "A checkpoint as a Hugging Face directory, FP8 if you like."),
     "report": ("dsv3.cli.report:report", "One HTML page about a run, finished or going."),

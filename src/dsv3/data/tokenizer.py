@@ -21,7 +21,9 @@ BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", 
 THINK_BEGIN, THINK_END = "<think>", "</think>"
 FIM_HOLE, FIM_BEGIN, FIM_END = "<｜fim▁hole｜>", "<｜fim▁begin｜>", "<｜fim▁end｜>"
 USER, ASSISTANT, END_OF_TURN = "<｜User｜>", "<｜Assistant｜>", "<|EOT|>"
-TOOLS = tuple(
+TOOLS = (
+    CALLS_BEGIN, CALLS_END, CALL_BEGIN, CALL_END, OUTPUTS_BEGIN, OUTPUTS_END, OUTPUT_BEGIN, OUTPUT_END, TOOL_SEPARATOR
+) = tuple(
     f"<｜tool▁{name}｜>"
     for name in (
         "calls▁begin", "calls▁end", "call▁begin", "call▁end", "outputs▁begin", "outputs▁end", "output▁begin",
@@ -51,11 +53,28 @@ CHAT_TEMPLATE = (
     "{%- set system = messages | selectattr('role', 'equalto', 'system') | map(attribute='content') | list -%}"
     "{{ bos_token }}{{ system | join('\n\n') }}"
     "{%- for message in messages -%}"
+    "{%- set answers = loop.previtem is defined and loop.previtem.role == 'tool' -%}"
     "{%- if message.role == 'user' -%}{{ '" + USER + "' + message.content }}"
-    "{%- elif message.role == 'assistant' -%}{{ '" + ASSISTANT + "' + message.content + eos_token }}"
+    "{%- elif message.role == 'assistant' -%}"
+    "{{ '' if answers else '" + ASSISTANT + "' }}{{ message.content or '' }}"
+    "{%- for call in message.tool_calls or [] -%}"
+    "{{ '" + CALLS_BEGIN + "' if loop.first else '\n' }}"
+    "{{ '" + CALL_BEGIN + "' + call.type + '" + TOOL_SEPARATOR + "' + call.function.name }}"
+    "{{ '\n```json\n' + call.function.arguments + '\n```" + CALL_END + "' }}"
+    "{{ '" + CALLS_END + "' if loop.last else '' }}"
+    "{%- endfor -%}{{ eos_token }}"
+    "{%- elif message.role == 'tool' -%}"
+    "{{ '' if answers else '"
+    + OUTPUTS_BEGIN
+    + "' }}{{ '"
+    + OUTPUT_BEGIN
+    + "' + message.content + '"
+    + OUTPUT_END
+    + "' }}"
+    "{{ '' if loop.nextitem is defined and loop.nextitem.role == 'tool' else '" + OUTPUTS_END + "' }}"
     "{%- elif message.role != 'system' -%}{{ raise_exception('unknown role ' + message.role) }}"
     "{%- endif -%}{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{ '" + ASSISTANT + "' }}{%- endif -%}"
+    "{%- if add_generation_prompt and messages[-1].role != 'tool' -%}{{ '" + ASSISTANT + "' }}{%- endif -%}"
 )
 
 
@@ -118,6 +137,11 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """One more than the largest id, special tokens included."""
         return max(self._marked.get_vocab(with_added_tokens=True).values()) + 1
+
+    @cached_property
+    def special_tokens(self) -> list[str]:
+        """The texts of all tokens that are matched as a whole."""
+        return [token.content for token in self._marked.get_added_tokens_decoder().values()]
 
     def id(self, token: str) -> int:
         """The id of one special token, given as its text; `UserError` when the vocabulary lacks it."""

@@ -1,0 +1,95 @@
+"""What goes wrong, in the shape in which OpenAI's clients read it: `{"error": {"message", "type", "param", "code"}}`."""
+
+import json
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from dsv3.errors import RunError, UserError
+
+TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "invalid_request_error",
+    429: "rate_limit_error",
+    503: "service_unavailable_error",
+}
+
+
+class ApiError(UserError):
+    """A refusal with a status and a code of its own; `UserError` is 400 without a code."""
+
+    def __init__(self, message: str, status: int = 400, code: str | None = None, param: str | None = None):
+        super().__init__(message)
+        self.status, self.code, self.param = status, code, param
+
+
+class Overloaded(RunError):
+    """Too many requests are open: 429, worth another attempt."""
+
+
+class Unavailable(RunError):
+    """The engine has ended, or the server is about to: 503."""
+
+
+class Lost(RunError):
+    """A request that the engine had accepted got no answer: 500."""
+
+
+def body_of(error: Exception) -> tuple[int, dict[str, Any]]:
+    """(status, content) for what a request may raise."""
+    match error:
+        case ApiError():
+            status, code, param = error.status, error.code, error.param
+        case UserError():
+            status, code, param = 400, None, None
+        case Overloaded():
+            status, code, param = 429, "overloaded", None
+        case Unavailable():
+            status, code, param = 503, "unavailable", None
+        case _:
+            status, code, param = 500, None, None
+    kind = TYPES.get(status, "server_error" if status >= 500 else TYPES[400])
+    return status, {"error": {"message": str(error), "type": kind, "param": param, "code": code}}
+
+
+def encode(content: object) -> bytes:
+    """JSON in ASCII: also a lone surrogate, which a client may have sent and UTF-8 has no form for, can be written."""
+    return json.dumps(content, separators=(",", ":")).encode()
+
+
+def response_of(error: Exception) -> Response:
+    """The answer to a request that raised."""
+    status, content = body_of(error)
+    headers = {"Retry-After": "1"} if status in (429, 503) else {}
+    if status == 401:
+        headers = {"WWW-Authenticate": "Bearer"}
+    return Response(encode(content), status, headers, "application/json")
+
+
+def add_handlers(app: FastAPI) -> None:
+    """Every error of every route in one shape."""
+
+    async def ours(request: Request, error: Exception) -> Response:
+        return response_of(error)
+
+    async def invalid(request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"] if part != "body")
+        return response_of(ApiError(f"{where}: {first['msg']}" if where else first["msg"], param=where or None))
+
+    async def http(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        message = error.detail or HTTPStatus(error.status_code).phrase
+        return response_of(ApiError(f"{request.method} {request.url.path}: {message}", error.status_code))
+
+    app.add_exception_handler(UserError, ours)
+    app.add_exception_handler(RunError, ours)
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(HTTPException, http)

@@ -1,0 +1,158 @@
+"""`/metrics`: Prometheus, under vLLM's names, so that its dashboards work.
+
+What the engine counts is read from its statistics when it is asked for; what one request took is observed as it goes.
+"""
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from dsv3.inference.engine import Delta, EngineStats
+from dsv3.serving.worker import Worker
+
+SECONDS = (
+    0.001,
+    0.005,
+    0.01,
+    0.02,
+    0.04,
+    0.06,
+    0.08,
+    0.1,
+    0.25,
+    0.5,
+    0.75,
+    1,
+    2.5,
+    5,
+    7.5,
+    10,
+    20,
+    40,
+    80,
+    160,
+    640,
+    2560,
+)
+COUNTS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000, 200000)
+GAUGES = {
+    "num_requests_running": ("running", "Requests in the batch."),
+    "num_requests_waiting": ("waiting", "Requests that wait for a place in it."),
+    "kv_cache_usage_perc": ("kv_cache_usage", "Share of the cache's blocks in use, 0 to 1."),
+}
+COUNTERS = {
+    "prompt_tokens": ("prompt_tokens", "Tokens of prompts that were computed or found."),
+    "prompt_tokens_cached": ("prefix_cache_hits", "Tokens of prompts that were found in the cache."),
+    "generation_tokens": ("generation_tokens", "Tokens generated."),
+    "prefix_cache_queries": ("prefix_cache_queries", "Tokens looked for in the cache."),
+    "prefix_cache_hits": ("prefix_cache_hits", "Tokens found in it."),
+    "num_preemptions": ("preemptions", "Requests put back for want of blocks."),
+    "spec_decode_num_drafts": ("drafts", "Times that tokens were drafted."),
+    "spec_decode_num_draft_tokens": ("draft_tokens", "Tokens drafted."),
+    "spec_decode_num_accepted_tokens": ("accepted_tokens", "Drafted tokens that were accepted."),
+}
+"""vLLM's names, the engine's fields, help."""
+
+
+class Metrics:
+    """All figures of one server."""
+
+    def __init__(self, worker: Worker, name: str):
+        self.registry = CollectorRegistry()
+        self._worker = worker
+        self.labels = {"model_name": name, "engine": "0"}
+        self.registry.register(self)
+        self.first_token = self._histogram(
+            "time_to_first_token_seconds", SECONDS, "From the request to its first token."
+        )
+        self.between = self._histogram("inter_token_latency_seconds", SECONDS, "Between two deltas of a sequence.")
+        self.per_token = self._histogram(
+            "request_time_per_output_token_seconds", SECONDS, "Mean time of a sequence's tokens after the first."
+        )
+        self.whole = self._histogram("e2e_request_latency_seconds", SECONDS, "From the request to its last token.")
+        self.prompt = self._histogram("request_prompt_tokens", COUNTS, "Tokens of a prompt.")
+        self.generated = self._histogram("request_generation_tokens", COUNTS, "Tokens of a continuation.")
+        self.iteration = self._histogram(
+            "iteration_tokens_total", COUNTS, "Tokens of prompts and continuations a step."
+        )
+        self._success = Counter(
+            "vllm:request_success",
+            "Continuations that ended.",
+            [*self.labels, "finished_reason"],
+            registry=self.registry,
+        )
+
+    def _histogram(self, name: str, buckets: tuple[float, ...], text: str) -> Histogram:
+        histogram = Histogram(f"vllm:{name}", text, list(self.labels), buckets=buckets, registry=self.registry)
+        return histogram.labels(**self.labels)
+
+    def step(self, before: EngineStats, after: EngineStats) -> None:
+        """Observes one step of the engine."""
+        tokens = after.prompt_tokens + after.generation_tokens - before.prompt_tokens - before.generation_tokens
+        if tokens > 0:
+            self.iteration.observe(tokens)
+
+    def success(self, reason: str) -> None:
+        """Counts a continuation that ended."""
+        self._success.labels(**self.labels, finished_reason=reason).inc()
+
+    def collect(self) -> Iterator[Metric]:
+        """The engine's own figures, as `prometheus_client` asks for them."""
+        stats = self._worker.stats
+        for name, (field, text) in GAUGES.items():
+            yield self._filled(GaugeMetricFamily, name, text, getattr(stats, field))
+        for name, (field, text) in COUNTERS.items():
+            yield self._filled(CounterMetricFamily, name, text, getattr(stats, field))
+        yield self._filled(
+            CounterMetricFamily, "admission_rejections", "Requests refused with 429.", self._worker.rejected
+        )
+        positions = CounterMetricFamily(
+            "vllm:spec_decode_num_accepted_tokens_per_pos",
+            "Accepted drafts by position.",
+            labels=[*self.labels, "position"],
+        )
+        for position, count in enumerate(stats.accepted_per_position):
+            positions.add_metric([*self.labels.values(), str(position)], count)
+        yield positions
+
+    def _filled(self, kind: Any, name: str, text: str, value: float) -> Metric:
+        family = kind(f"vllm:{name}", text, labels=list(self.labels))
+        family.add_metric(list(self.labels.values()), value)
+        assert isinstance(family, Metric)
+        return family
+
+    def text(self) -> bytes:
+        """Prometheus's text format."""
+        return generate_latest(self.registry)
+
+
+class Meter:
+    """The times of one request's sequences."""
+
+    def __init__(self, metrics: Metrics, prompts: list[list[int]]):
+        self._metrics, self._prompts = metrics, prompts
+        self._began = time.perf_counter()
+        self._seen: dict[tuple[int, int], tuple[float, float, int]] = {}
+        """Of each sequence: when its first and its last delta came, and its tokens so far."""
+
+    def observe(self, number: int, delta: Delta) -> None:
+        """One delta of the prompt with that number."""
+        metrics, now, key = self._metrics, time.perf_counter(), (number, delta.index)
+        if key in self._seen:
+            first, last, tokens = self._seen[key]
+            metrics.between.observe(now - last)
+        else:
+            first, tokens = now, 0
+            metrics.first_token.observe(now - self._began)
+        tokens += len(delta.token_ids)
+        self._seen[key] = (first, now, tokens)
+        if delta.finish_reason is not None:
+            metrics.success(delta.finish_reason)
+            metrics.whole.observe(now - self._began)
+            metrics.prompt.observe(len(self._prompts[number]))
+            metrics.generated.observe(tokens)
+            if tokens > 1:
+                metrics.per_token.observe((now - first) / (tokens - 1))

@@ -1,0 +1,157 @@
+"""From an answer's text to its parts, piece by piece: reasoning, content, tool calls.
+
+DeepSeek-V3 writes a call as `<｜tool▁call▁begin｜>function<｜tool▁sep｜>NAME`, a line break and its arguments between
+```` ```json ```` and ```` ``` ````; V3.1 leaves `function` and the fence out. Text that may still become markup is held
+back, so that the parts do not depend on the pieces in which the text comes.
+"""
+
+import re
+import secrets
+from typing import Any
+
+from dsv3.data.tokenizer import CALL_BEGIN, CALL_END, CALLS_BEGIN, CALLS_END, THINK_BEGIN, THINK_END, TOOL_SEPARATOR
+from dsv3.inference.text import overlap
+
+HEADER = re.compile(
+    rf"function{TOOL_SEPARATOR}\s*([^\s<{{]+)\s*```(?:json)?\n|(?!function{TOOL_SEPARATOR})([^\s<]+){TOOL_SEPARATOR}"
+)
+
+Part = dict[str, Any]
+"""What a delta of a chat completion carries: `reasoning_content`, `content` or `tool_calls`."""
+
+
+class Parser:
+    """One answer. `thinking`: the prompt has opened the reasoning already. `call`: the prompt has begun a call of that function, "" of any."""
+
+    def __init__(self, thinking: bool = False, tools: bool = False, call: str | None = None):
+        self.tools, self.call = tools, call
+        self.calls = 0
+        """Calls that have begun."""
+        self._held = ""
+        self._out: list[Part] = []
+        self._fenced = True
+        self._state = self._reasoning if thinking else self._start
+        if call:
+            self._begin(call)
+        elif call is not None:
+            self._held, self._state = f"function{TOOL_SEPARATOR}", self._header
+
+    @property
+    def reasoning(self) -> bool:
+        """Whether what comes next is reasoning."""
+        return self._state == self._reasoning
+
+    def push(self, text: str, last: bool = False) -> list[Part]:
+        """The parts that `text` completes; with `last`, everything that was held back."""
+        self._held += text
+        while self._state(last):
+            pass
+        out, self._out = self._out, []
+        return out
+
+    def _start(self, last: bool) -> bool:
+        if not last and len(self._held) < len(THINK_BEGIN) and THINK_BEGIN.startswith(self._held):
+            return False
+        thinks = self._held.startswith(THINK_BEGIN)
+        self._held = self._held.removeprefix(THINK_BEGIN)
+        self._state = self._reasoning if thinks else self._content
+        return True
+
+    def _reasoning(self, last: bool) -> bool:
+        return self._until(THINK_END, "reasoning_content", self._gap, last)
+
+    def _gap(self, last: bool) -> bool:
+        self._held = self._held.lstrip("\n")
+        if not self._held:
+            return False
+        self._state = self._content
+        return True
+
+    def _content(self, last: bool) -> bool:
+        if self.tools:
+            return self._until(CALLS_BEGIN, "content", self._between, last)
+        self._emit("content", self._held)
+        self._held = ""
+        return False
+
+    def _between(self, last: bool) -> bool:
+        held = self._held.lstrip()
+        if held.startswith(CALL_BEGIN):
+            self._held, self._state = held.removeprefix(CALL_BEGIN), self._header
+            return True
+        if not last and (CALL_BEGIN.startswith(held) or CALLS_END.startswith(held)):
+            return False
+        self._held, self._state = held.removeprefix(CALLS_END), self._content
+        return True
+
+    def _header(self, last: bool) -> bool:
+        if (found := HEADER.match(self._held)) is None:
+            before, end, after = self._held.partition(CALL_END)
+            if end or last:
+                self._emit("content", before)
+                self._held, self._state = after, self._between
+            return bool(end)
+        self._held, self._fenced = self._held[found.end() :], found[1] is not None
+        self._begin(found[1] or found[2])
+        return True
+
+    def _begin(self, name: str) -> None:
+        function = {"name": name, "arguments": ""}
+        identity = f"call_{secrets.token_hex(12)}"
+        self._out.append(
+            {"tool_calls": [{"index": self.calls, "id": identity, "type": "function", "function": function}]}
+        )
+        self.calls += 1
+        self._state = self._arguments
+
+    def _arguments(self, last: bool) -> bool:
+        at = self._held.find(CALL_END)
+        ended = at >= 0 or last
+        text = self._held[: at if at >= 0 else None]
+        keep = 0 if ended else overlap(text, CALL_END)
+        shown = text[: len(text) - keep]
+        if self._fenced:
+            bare = shown.rstrip()
+            shown = bare[: max(len(bare) - 3, len(bare.rstrip("`")))].rstrip()
+        if shown:
+            self._out.append({"tool_calls": [{"index": self.calls - 1, "function": {"arguments": shown}}]})
+        self._held = self._held[at + len(CALL_END) :] if at >= 0 else "" if last else text[len(shown) :]
+        if at >= 0:
+            self._state = self._between
+        return at >= 0
+
+    def _until(self, marker: str, kind: str, then: Any, last: bool) -> bool:
+        before, found, after = self._held.partition(marker)
+        keep = 0 if found or last else overlap(before, marker)
+        self._emit(kind, before[: len(before) - keep])
+        self._held = after if found else before[len(before) - keep :]
+        if found:
+            self._state = then
+        return bool(found)
+
+    def _emit(self, kind: str, text: str) -> None:
+        if text:
+            self._out.append({kind: text})
+
+
+def merge(parts: list[Part]) -> Part:
+    """The whole message that the parts of a stream add up to."""
+    texts = {kind: [part[kind] for part in parts if kind in part] for kind in ("content", "reasoning_content")}
+    calls = [call for part in parts for call in part.get("tool_calls", ())]
+    message: Part = {
+        "role": "assistant",
+        "content": "".join(texts["content"]) if texts["content"] or not calls else None,
+    }
+    if texts["reasoning_content"]:
+        message["reasoning_content"] = "".join(texts["reasoning_content"])
+    if calls:
+        arguments: dict[int, list[str]] = {}
+        for call in calls:
+            arguments.setdefault(call["index"], []).append(call["function"]["arguments"])
+        message["tool_calls"] = [
+            {"id": call["id"], "type": call["type"]}
+            | {"function": {"name": call["function"]["name"], "arguments": "".join(arguments[call["index"]])}}
+            for call in calls
+            if "id" in call
+        ]
+    return message

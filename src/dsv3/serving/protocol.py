@@ -1,0 +1,307 @@
+"""What clients send: OpenAI's requests with vLLM's and DeepSeek's additions, every size bounded.
+
+A field that is not listed is refused, as OpenAI does; fields that change nothing here are listed and ignored.
+"""
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from dsv3.inference.params import SamplingParams
+from dsv3.serving import settings
+
+Tokens = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
+Stop = Annotated[str, Field(min_length=1, max_length=settings.MAX_STOP_LENGTH)]
+Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
+Short = Annotated[str, Field(max_length=256)]
+
+
+class Closed(BaseModel):
+    """A request: unknown fields are refused, and so are infinities."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class Message(BaseModel):
+    """One turn. What clients send back of an earlier answer beside it (`refusal`, `annotations`) is ignored."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: "str | list[TextPart] | None" = None
+    reasoning_content: str | None = None
+    tool_calls: "Annotated[list[ToolCall], Field(max_length=settings.MAX_TOOLS)] | None" = None
+    tool_call_id: str | None = None
+    prefix: bool = False
+    """DeepSeek's: the answer goes on from this last message of the assistant."""
+
+    @property
+    def text(self) -> str | None:
+        """The parts as one."""
+        if isinstance(self.content, list):
+            return "".join(part.text for part in self.content)
+        return self.content
+
+
+class TextPart(BaseModel):
+    """The one kind of content that this model reads."""
+
+    type: Literal["text"]
+    text: str
+
+
+class FunctionCall(BaseModel):
+    """`arguments` is JSON in a string."""
+
+    name: Name
+    arguments: str = ""
+
+
+class ToolCall(BaseModel):
+    """A call that the model made earlier."""
+
+    id: str = ""
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class Function(BaseModel):
+    """What a tool does and takes; `parameters` is a JSON schema."""
+
+    name: Name
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+    @field_validator("parameters")
+    @classmethod
+    def bounded(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        """See `check_schema`."""
+        return check_schema(value)
+
+
+class Tool(BaseModel):
+    """Something the model may call."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class NamedFunction(BaseModel):
+    """A function by its name."""
+
+    name: Name
+
+
+class ToolChoice(BaseModel):
+    """The one function to call."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class JsonSchema(BaseModel):
+    """What an answer has to look like."""
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    name: Short = ""
+    description: str | None = None
+    strict: bool | None = None
+    definition: dict[str, Any] = Field(alias="schema")
+
+    @field_validator("definition")
+    @classmethod
+    def bounded(cls, value: dict[str, Any]) -> dict[str, Any] | None:
+        """See `check_schema`."""
+        return check_schema(value)
+
+
+class ResponseFormat(Closed):
+    """`text`, any JSON object, or JSON of a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def complete(self) -> "ResponseFormat":
+        """A schema is there when it is promised."""
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema belongs to the type json_schema, and has to be there with it")
+        return self
+
+
+class StreamOptions(Closed):
+    """`include_usage`: a last chunk without choices counts tokens; `continuous_usage_stats`: every chunk does."""
+
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+    include_obfuscation: bool = False
+
+
+class Sampling(Closed):
+    """What both kinds of completion share. None is the default everywhere, as clients send it for what was not chosen."""
+
+    model: str | None = None
+    n: Annotated[int, Field(ge=1, le=settings.MAX_N)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    min_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=settings.MAX_STOPS)] | None = None
+    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=128)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
+    logit_bias: (
+        Annotated[dict[int, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=settings.MAX_LOGIT_BIAS)] | None
+    ) = None
+    ignore_eos: bool = False
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    response_format: ResponseFormat | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    return_token_ids: bool | None = None
+    return_routing: bool = False
+    """Ours: which experts every token went to."""
+    cache_salt: Annotated[str, Field(max_length=256)] = ""
+    """Cached prefixes are shared among equal ones."""
+    user: str | None = None
+
+    @property
+    def choices(self) -> int:
+        """Continuations of one prompt."""
+        return self.n or 1
+
+    @property
+    def logprob_count(self) -> int | None:
+        """Alternatives to report at each token; None: no logprobs at all."""
+        raise NotImplementedError
+
+    def sampling_params(self, max_tokens: int, **fixed: Any) -> SamplingParams:
+        """For the engine; `fixed` are fields that are decided elsewhere. Raises `UserError` for what it refuses."""
+        asked: dict[str, Any] = {
+            name: getattr(self, name)
+            for name in (
+                "n", "temperature", "top_p", "min_p", "min_tokens", "presence_penalty", "frequency_penalty",
+                "repetition_penalty", "logit_bias", "seed", "ignore_eos", "include_stop_str_in_output", "skip_special_tokens",
+            )
+        } | {
+            "top_k": max(self.top_k or 0, 0),
+            "stop": (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
+            "stop_token_ids": tuple(self.stop_token_ids or ()),
+            "logprobs": self.logprob_count,
+        }  # fmt: skip
+        given = {name: value for name, value in asked.items() if value is not None}
+        return SamplingParams(max_tokens=max_tokens, **given, **fixed)
+
+
+class CompletionRequest(Sampling):
+    """`/v1/completions`."""
+
+    prompt: str | Tokens | Annotated[list[str | Tokens], Field(min_length=1, max_length=settings.MAX_PROMPTS)]
+    suffix: str | None = None
+    """What follows the gap that the model fills."""
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0, le=settings.MAX_TOP_LOGPROBS)] | None = None
+    best_of: None = None
+    add_special_tokens: bool = True
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """The prompt or prompts, as several."""
+        if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return self.prompt
+
+    @property
+    def logprob_count(self) -> int | None:
+        """As asked."""
+        return self.logprobs
+
+
+class ChatRequest(Sampling):
+    """`/v1/chat/completions`."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=settings.MAX_MESSAGES)]
+    max_completion_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=settings.MAX_TOP_LOGPROBS)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=settings.MAX_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    metadata: dict[Short, str] | None = None
+    store: bool | None = None
+    service_tier: Short | None = None
+    prompt_cache_key: Short | None = None
+    safety_identifier: Short | None = None
+
+    @model_validator(mode="after")
+    def consistent(self) -> "ChatRequest":
+        """Fields that belong together."""
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs: true")
+        if any(message.prefix for message in self.messages[:-1]):
+            raise ValueError("prefix belongs to the last message alone")
+        if self.messages[-1].prefix and self.messages[-1].role != "assistant":
+            raise ValueError("prefix belongs to a message of the assistant")
+        if isinstance(self.tool_choice, ToolChoice) or self.tool_choice == "required":
+            names = {tool.function.name for tool in self.tools or ()}
+            if not names:
+                raise ValueError("tool_choice asks for a call, but there are no tools")
+            if isinstance(self.tool_choice, ToolChoice) and self.tool_choice.function.name not in names:
+                raise ValueError(f"tool_choice names {self.tool_choice.function.name}, which is none of the tools")
+        return self
+
+    @property
+    def logprob_count(self) -> int | None:
+        """As asked."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class TokenizeRequest(Closed):
+    """`/tokenize`: a text, or messages as a chat completion would see them."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=settings.MAX_MESSAGES)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=settings.MAX_TOOLS)] | None = None
+    add_special_tokens: bool = True
+
+    @model_validator(mode="after")
+    def one(self) -> "TokenizeRequest":
+        """One of the two."""
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("expected either prompt or messages")
+        return self
+
+
+class DetokenizeRequest(Closed):
+    """`/detokenize`."""
+
+    model: str | None = None
+    tokens: list[Annotated[int, Field(ge=0, lt=2**31)]]
+
+
+def check_schema(schema: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The schema, unless it is larger or deeper than grammars are compiled for."""
+    if schema is None:
+        return None
+    if depth(schema, settings.MAX_SCHEMA_DEPTH) > settings.MAX_SCHEMA_DEPTH:
+        raise ValueError(f"expected at most {settings.MAX_SCHEMA_DEPTH} levels")
+    if len(json.dumps(schema)) > settings.MAX_SCHEMA_BYTES:
+        raise ValueError(f"expected at most {settings.MAX_SCHEMA_BYTES} bytes of JSON")
+    return schema
+
+
+def depth(value: object, limit: int) -> int:
+    """Levels of a JSON value, counted up to one more than `limit`."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    if inner is None or limit < 0:
+        return 0
+    return 1 + max((depth(each, limit - 1) for each in inner), default=0)
