@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from dsv3.bench.decode import OURS, THEIRS, agreement, bench_decode, continue_ours, weights_read
+from dsv3.inference.engine import Engine
 from dsv3.bench.peers import Setting, continuation, with_our_weights
 from dsv3.errors import RunError
 from dsv3.model.config import ModelConfig
@@ -29,7 +30,7 @@ def test_both_sides_choose_the_same_tokens():
     model = DeepSeekV3(DEBUG).initialize("fan_in", seed=2).eval()
     (peer,) = with_our_weights(model, [Setting(torch.float32, "sdpa", "grouped_mm")])
     prompts = torch.randint(0, 320, (3, 5), generator=torch.Generator().manual_seed(1))
-    ours, theirs = continue_ours(model, prompts, 9), continuation(peer.eval(), prompts, 9)
+    ours, theirs = continue_ours(Engine(model, None), prompts, 9), continuation(peer.eval(), prompts, 9)
     assert ours.shape == theirs.shape == (3, 9)
     assert agreement(model, prompts, ours, theirs) > 9
     other = theirs.clone()

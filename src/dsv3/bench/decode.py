@@ -44,15 +44,16 @@ def bench_decode(
     config = config.replace(max_position_embeddings=max(config.max_position_embeddings, prompt + tokens))
     model = DeepSeekV3(config).initialize("fan_in").eval()
     peers = [peer.eval() for peer in with_our_weights(model, THEIRS)]
+    engine = Engine(model, None, EngineConfig(prefix_caching=False))
     generator = torch.Generator().manual_seed(0)
     rows: list[Row] = []
     ratios: list[Ratio] = []
     checks: dict[str, str] = {}
     for batch in batches:
         prompts, group = torch.randint(config.vocab_size, (batch, prompt), generator=generator), f"batch {batch}"
-        same = agreement(model, prompts, continue_ours(model, prompts, tokens), continuation(peers[0], prompts, tokens))
+        same = agreement(model, prompts, continue_ours(engine, prompts, tokens), continuation(peers[0], prompts, tokens))
         checks[f"{group}, tokens like transformers'"] = f"{same} of {batch * tokens}, up to the first unclear choice"
-        sides: dict[str, Work] = {OURS: partial(continue_ours, model, prompts, tokens)}
+        sides: dict[str, Work] = {OURS: partial(continue_ours, engine, prompts, tokens)}
         for setting, peer in zip(THEIRS, peers, strict=True):
             sides[setting.name] = partial(continuation, peer, prompts, tokens)
         seconds = take_turns(sides, rounds, progress, f"bench decode, {group}")
@@ -70,10 +71,9 @@ def bench_decode(
     return Result("decode", shapes, rows, ratios, checks)
 
 
-def continue_ours(model: DeepSeekV3, prompts: Tensor, count: int) -> Tensor:
+def continue_ours(engine: Engine, prompts: Tensor, count: int) -> Tensor:
     """What `peers.continuation` does, with our engine: [B, count]."""
     params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
-    engine = Engine(model, None, EngineConfig(prefix_caching=False))
     return torch.tensor(continuations(engine, prompts.tolist(), params))
 
 
