@@ -51,7 +51,9 @@ def bench_decode(
     checks: dict[str, str] = {}
     for batch in batches:
         prompts, group = torch.randint(config.vocab_size, (batch, prompt), generator=generator), f"batch {batch}"
-        same = agreement(model, prompts, continue_ours(engine, prompts, tokens), continuation(peers[0], prompts, tokens))
+        same = agreement(
+            model, prompts, continue_ours(engine, prompts, tokens), continuation(peers[0], prompts, tokens)
+        )
         checks[f"{group}, tokens like transformers'"] = f"{same} of {batch * tokens}, up to the first unclear choice"
         sides: dict[str, Work] = {OURS: partial(continue_ours, engine, prompts, tokens)}
         for setting, peer in zip(THEIRS, peers, strict=True):
