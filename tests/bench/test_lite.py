@@ -8,6 +8,7 @@ from dsv3.errors import UserError
 from dsv3.model.config import ModelConfig
 
 
+@pytest.mark.prove
 def test_all_sides_train_the_same_network(monkeypatch):
     monkeypatch.setattr(lite, "LENGTH", 64)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from dsv3.cli import main
 from dsv3.planning.parameters import count_parameters
 from dsv3.recipe.schedule import Schedules
@@ -32,6 +34,7 @@ def test_a_dry_run_prints_its_plan(capsys):
     assert "42,000,000 tokens in 2,564 steps, sequences of 2,048" in capsys.readouterr().out
 
 
+@pytest.mark.prove
 def test_scaled_down_it_runs_to_its_scores(tmp_path, capsys):
     corpus = tmp_path / "corpus"
     corpus.mkdir()
