@@ -23,8 +23,7 @@ EXTRAS_docs := docs
 quickstart: $(ENV)/.installed-run
 	$(BIN)/dsv3 quickstart $(ARGS)
 
-# Two files of tests at a time; what one shares stays in one process.
-# Two processes on two cores: a thread more of each would wait for the others'.
+# Two files of tests at a time, each in a process of one thread: more would wait for one another on two cores.
 test test-oldest: export OMP_NUM_THREADS := 1
 test: $(ENV)/.installed-test
 	$(BIN)/python -m pytest -m "not prove" -n 2 --dist loadfile $(ARGS)

@@ -2,9 +2,9 @@ import pytest
 import torch
 
 from dsv3.bench.decode import OURS, THEIRS, agreement, bench_decode, continue_ours, weights_read
-from dsv3.inference.engine import Engine
 from dsv3.bench.peers import Setting, continuation, with_our_weights
 from dsv3.errors import RunError
+from dsv3.inference.engine import Engine
 from dsv3.model.config import ModelConfig
 from dsv3.model.transformer import DeepSeekV3
 from dsv3.planning.parameters import count_parameters
