@@ -82,7 +82,8 @@ def shared(tokenizer, tmp_path_factory):
 def directory(tmp_path_factory):
     """A network of random weights as a Hugging Face directory."""
     directory = tmp_path_factory.mktemp("random")
-    save_pretrained(DeepSeekV3(ModelConfig.preset("debug")).initialize("fan_in", seed=1), directory)
+    config = ModelConfig.preset("debug", max_position_embeddings=512)
+    save_pretrained(DeepSeekV3(config).initialize("fan_in", seed=1), directory)
     train_tokenizer([TEXT] * 20, 320).save(directory)
     return directory
 
