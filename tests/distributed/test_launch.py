@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from dsv3.parallel.watchdog import EVERY
 from tests.distributed.ranks import Ranks
 from tests.distributed.refusals import hang, lose, other_recipes
 
@@ -17,7 +18,7 @@ REDUCED = Path(__file__).parents[1] / "recipes" / "quickstart-reduced.toml"
 SMALL = [
     "model.preset=debug", 'data.sources=[{name="t", uri="builtin:tinypy", tokens="5K"}]', 'tokenizer.training_bytes="50K"',
     'evaluation.bits_per_byte_bytes="1K"', "evaluation.tinypy_tasks=0", "evaluation.sample_prompts=[]", "training.device=cpu",
-    "training.precision=fp32", "optimizer.kind=adamw", "parallel.data=2", "parallel.expert=2",
+    "training.precision=fp32", "optimizer.kind=adamw", "schedule.learning_rate=0.003", "parallel.data=2", "parallel.expert=2",
 ]  # fmt: skip
 
 
@@ -50,9 +51,10 @@ def children(pid):
 @pytest.mark.prove
 def test_a_killed_rank_ends_the_job_and_its_checkpoint_goes_on(tmp_path):
     """One message of ours before torchrun's own; the run goes on from the last checkpoint."""
-    process = start(tmp_path, "training.tokens=1M", "training.checkpoint_every_steps=2")
-    while process.poll() is None and len(steps(tmp_path)) < 5:
+    process = start(tmp_path, "training.tokens=10M", "training.checkpoint_every_steps=2")
+    while process.poll() is None and not (tmp_path / "pretrain" / "checkpoints" / "latest").exists():
         time.sleep(0.02)
+    time.sleep(3 * EVERY)  # every rank has noted since that it is at a step
     os.kill(children(process.pid)[1], signal.SIGKILL)
     _, said = process.communicate(timeout=30)
     assert process.returncode == 1
@@ -62,6 +64,7 @@ def test_a_killed_rank_ends_the_job_and_its_checkpoint_goes_on(tmp_path):
     assert len(ours) == 1
     assert "the job ends" in ours[0] or "lost the others in 'step" in ours[0]
     assert "1: step " in ours[0]
+    assert "starting" not in ours[0]
     done = len(steps(tmp_path))
     again = start(tmp_path, f"training.tokens={(done + 2) * 512}", "--resume")
     out, said = again.communicate(timeout=120)

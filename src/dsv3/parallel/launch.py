@@ -15,7 +15,7 @@ import torch.distributed as dist
 from dsv3.errors import RunError, UserError
 from dsv3.parallel.activity import LostError
 from dsv3.parallel.mesh import Mesh, make_mesh
-from dsv3.parallel.watchdog import default_store, speaks, watching, whereabouts
+from dsv3.parallel.watchdog import default_store, note, speaks, watching, whereabouts
 from dsv3.recipe.parallel import check_world
 from dsv3.recipe.schema import Recipe
 
@@ -66,6 +66,7 @@ def launched(recipe: Recipe, timeout: timedelta = TIMEOUT) -> Iterator[Mesh]:
             time.sleep(1)  # torchrun ends the others as soon as one ends, and the one that speaks shall be heard
             sys.exit(2 if isinstance(error, UserError) else 1)
         if isinstance(error, LostError):
+            note(mesh, store)
             raise RunError(f"{error} {whereabouts(store, size)}") from error
         raise
     # After an error the others are not there to take leave of: the process ends with the group as it is.

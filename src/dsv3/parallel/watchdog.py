@@ -68,12 +68,17 @@ def watch(mesh: Mesh, limit: float, store: dist.Store, signals: socket.socket) -
                     log.error("dsv3: the job ends, because a rank has ended. %s", whereabouts(store, mesh.world.size))
                 os._exit(128 + signal.SIGTERM)
             seconds = time.monotonic() - mesh.activity.since
-            store.set(f"at/{mesh.world.rank}", mesh.activity.instruction)
+            note(mesh, store)
             if mesh.first and not warned and seconds > limit:
                 warned = True
                 log.warning("no progress for %.0f s. %s", seconds, whereabouts(store, mesh.world.size))
         except RuntimeError:
             return  # the store is gone, and the job with it
+
+
+def note(mesh: Mesh, store: dist.Store) -> None:
+    """Lets the others know what this rank is at."""
+    store.set(f"at/{mesh.world.rank}", mesh.activity.instruction)
 
 
 def speaks(store: dist.Store) -> bool:
