@@ -11,6 +11,14 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+LONG = ("tests/test_readme.py", "tests/cli/", "tests/stages/", "tests/distributed/", "tests/serving/")
+
+
+def pytest_collection_modifyitems(items):
+    """Files of whole commands first: one that begins last would have the other processes wait for it."""
+    items.sort(key=lambda item: not item.nodeid.startswith(LONG))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
     """Matrices are tiny here: a second thread mostly waits, and for long where other processes want the cores."""
