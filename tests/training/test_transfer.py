@@ -1,3 +1,4 @@
+import numpy as np
 import torch
 
 from dsv3.training.transfer import Transfer
@@ -12,8 +13,8 @@ def test_shapes_and_values_come_back():
     given["bias"].fill_(7)  # what changes afterwards is not in it
     found = transfer.read()
     assert found.keys() == given.keys()
-    assert found["losses"].isnan().tolist() == [False, True]
+    assert np.isnan(found["losses"]).tolist() == [False, True]
     assert bool(found["skipped"])
     assert float(found["norm"]) == float(torch.tensor(0.1))
     assert found["load"].tolist() == [2**40 + 1, 0]
-    assert torch.equal(found["bias"].float(), torch.full((2, 3), 0.001))
+    assert np.array_equal(found["bias"].astype(np.float32), np.full((2, 3), 0.001, np.float32))

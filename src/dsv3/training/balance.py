@@ -3,10 +3,13 @@
 The auxiliary losses that it replaces (`training.balance`) are in `ops/router.py`.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from dsv3.model.transformer import DeepSeekV3
@@ -60,25 +63,26 @@ class BalanceFigures:
     """Experts with more than `OVERLOADED` times the mean load."""
 
 
-def balance_figures(load: dict[str, Tensor], bias: dict[str, Tensor]) -> BalanceFigures:
+def balance_figures(load: Mapping[str, ArrayLike], bias: Mapping[str, ArrayLike]) -> BalanceFigures:
     """The figures of every block, from its load and its bias (both [E], on the CPU)."""
     if not load:
         return BalanceFigures({}, {}, {}, {}, {})
-    counts, biases = torch.stack([load[name].double() for name in load]), torch.stack([bias[name] for name in load])
-    mean = counts.mean(1, keepdim=True).clamp(min=1e-9)
+    counts, biases = (np.stack([np.asarray(each[name], np.float64) for name in load]) for each in (load, bias))
+    mean = counts.mean(1, keepdims=True).clip(1e-9)
 
-    def by_block(values: Tensor) -> dict[str, Any]:
+    def by_block(values: np.ndarray) -> dict[str, Any]:
         return dict(zip(load, values.tolist(), strict=True))
 
     return BalanceFigures(
-        max_vio=by_block((counts / mean).amax(1) - 1),
-        bias_magnitude=by_block(biases.abs().amax(1)),
+        max_vio=by_block((counts / mean).max(1) - 1),
+        bias_magnitude=by_block(np.abs(biases).max(1)),
         bias_drift=by_block(biases.mean(1)),
         dead_experts=by_block((counts == 0).sum(1)),
         overloaded_experts=by_block((counts > OVERLOADED * mean).sum(1)),
     )
 
 
-def shares(counts: Tensor) -> list[float]:
+def shares(counts: ArrayLike) -> list[float]:
     """Each expert's share of the assignments, to five digits."""
-    return [round(each, 5) for each in (counts / counts.sum().clamp(min=1e-9)).tolist()]
+    found = np.asarray(counts, np.float64)
+    return [round(each, 5) for each in (found / found.sum().clip(1e-9)).tolist()]

@@ -1,11 +1,11 @@
 """What `metrics.jsonl` says of a step, from what the device measured and what the schedules asked for."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from dsv3.planning.flops import training_flops_per_token
 from dsv3.recipe.schema import Recipe
@@ -41,7 +41,7 @@ class Recorder:
         self.peak = None if peak is None else peak * recipe.parallel.ranks
         self.before = 0.0
 
-    def record(self, step: Step, values: dict[str, Tensor], health: Health, seconds: float) -> dict[str, Any]:
+    def record(self, step: Step, values: dict[str, np.ndarray], health: Health, seconds: float) -> dict[str, Any]:
         """One line. `seconds` is the training time up to now; what is not finite becomes None.
 
         Speeds are those of the step itself: a GPU's figures are read when later ones may be there already. `mfu` is there where the device's peak is known.
@@ -57,7 +57,7 @@ class Recorder:
             "step": step.number, "tokens": step.tokens, "seconds": round(seconds, 3),
             "loss": number(loss), "mtp_losses": [number(each) for each in mtp], "balance_loss": number(balance),
             "grad_norm": number(norm), **step.scheduled, "tokens_per_second": speed,
-            **asdict(balance_figures(load, below(values, "bias "))),
+            **vars(balance_figures(load, below(values, "bias "))),
             "grad_norms": {group: number(float(each)) for group, each in groups.items()},
             **health.step(step.number, loss, norm, bool(values["skipped"])),
             "flops_per_second": speed * self.flops, "peak_memory": peak_memory(self.device),
@@ -69,7 +69,7 @@ class Recorder:
         return record
 
 
-def below(values: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def below(values: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
     """The values whose names begin so, without the beginning."""
     return {name.removeprefix(prefix): each for name, each in values.items() if name.startswith(prefix)}
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,7 +17,10 @@ def moment(device: torch.device) -> torch.cuda.Event | None:
 
 
 class Transfer:
-    """Named tensors on their way to the CPU, in one copy; FP64, which holds every figure and count exactly enough."""
+    """Named tensors on their way to the CPU, in one copy, to be read as NumPy arrays, whose small ones cost the host far less.
+
+    FP64, which holds every figure and count exactly enough.
+    """
 
     def __init__(self, tensors: Mapping[str, Tensor], began: torch.cuda.Event | None = None):
         """`began` is where the step that made them began."""
@@ -24,7 +28,7 @@ class Transfer:
         self.shapes = {name: tensors[name].shape for name in sorted(tensors, key=lambda name: str(tensors[name].dtype))}
         by_dtype: dict[torch.dtype, list[Tensor]] = {}
         for name in self.shapes:
-            by_dtype.setdefault(tensors[name].dtype, []).append(tensors[name].detach().flatten())
+            by_dtype.setdefault(tensors[name].dtype, []).append(tensors[name].detach().reshape(-1))
         packed = torch.cat([torch.cat(each).double() for each in by_dtype.values()])
         self.began = began
         self.arrived: torch.cuda.Event | None = None
@@ -35,12 +39,15 @@ class Transfer:
         else:
             self.packed = packed
 
-    def read(self) -> dict[str, Tensor]:
-        """The tensors, FP64; waits for them if they are not there yet."""
+    def read(self) -> dict[str, np.ndarray]:
+        """The arrays; waits for them if they are not there yet."""
         if self.arrived is not None:
             self.arrived.synchronize()
-        pieces = self.packed.split([shape.numel() for shape in self.shapes.values()])
-        return {name: piece.view(shape) for (name, shape), piece in zip(self.shapes.items(), pieces, strict=True)}
+        values, found, start = self.packed.numpy(), {}, 0
+        for name, shape in self.shapes.items():
+            found[name] = values[start : start + shape.numel()].reshape(shape)
+            start += shape.numel()
+        return found
 
     def seconds(self) -> float | None:
         """The GPU's time from where the step began, once the tensors are read; None for a CPU."""
