@@ -288,7 +288,6 @@ def test_refusals(drafting_model, make_model):
         with pytest.raises(UserError, match=said):
             engine.add(*arguments)
     for sizes, said in [
-        ({"block_size": 16}, "block_size = 16: blocks of 64"),
         ({"num_speculative_tokens": 17}, "expected 0 to 16"),
         ({"max_num_seqs": 0}, "max_num_seqs = 0: expected 1 or more"),
         ({"num_blocks": 1, "num_speculative_tokens": 16, "max_model_len": 33}, None),

@@ -72,3 +72,39 @@ def test_a_grammar_does_not_bind_the_others(grammars, tokenizer, drafting_model)
 def test_what_cannot_be_followed_is_refused(grammars, schema):
     with pytest.raises(UserError, match="cannot be followed"):
         grammars.json_schema(schema)
+
+
+def test_a_grammar_that_does_not_end_compiling_is_refused(tokenizer):
+    """Patterns that have to match together: each doubles the time or more, and no limit of llguidance's holds."""
+    pytest.importorskip("llguidance", reason="needs the extra grammar")
+    patterns = [{"type": "string", "pattern": f".*{letter}.*"} for letter in "abcdefghijklmnopqrstuvwxyz"]
+    with pytest.raises(UserError, match=r"takes more than 0\.5 seconds to compile"):
+        Grammars(tokenizer, 320, seconds=0.5).json_schema({"allOf": patterns})
+
+
+def test_a_grammar_is_compiled_once_and_its_matchers_go_their_own_ways(grammars, tokenizer):
+    grammar = grammars.regex("ab")
+    assert grammars.regex("ab") is grammar
+    first, second = grammar.matcher(), grammar.matcher()
+    [a, b] = [tokenizer.encode(letter)[0] for letter in "ab"]
+    first.accept(a)
+    assert (first.right([b]), second.right([b]), second.right([a, b])) == ([b], [], [a, b])
+
+
+def test_a_grammar_that_fails_ends_one_request_alone(grammars, tokenizer, drafting_model):
+    free = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
+    bound = replace(free, grammar=grammars.regex("(no|yes)+"))
+    engine = Engine(drafting_model, tokenizer, EngineConfig(num_blocks=64, num_speculative_tokens=2))
+    [alone] = drive(engine, [[9, 8, 7]], free).values()
+    engine.add("bound", [5], bound)
+    engine.running[next(iter(engine.running))].request.matcher.accept(tokenizer.encode("z")[0])  # as beyond a limit
+    deltas = {"0": [], "bound": []}
+    engine.add("0", [9, 8, 7], free)
+    while engine.has_work:
+        for delta in engine.step():
+            deltas[delta.request_id].append(delta)
+    assert tokens_of(deltas["0"]) == tokens_of(alone)
+    [last] = deltas["bound"]
+    assert (last.token_ids, last.finish_reason) == ([], "abort")
+    assert "Parser Error" in last.stop_reason
+    assert engine.stats().kv_cache_usage == 0

@@ -31,8 +31,6 @@ FinishReason = Literal["stop", "length", "abort"]
 class EngineConfig:
     """Sizes of an engine. Without `num_blocks` and `cache_bytes` the cache takes most of a GPU's free memory, or 256 MiB."""
 
-    block_size: int = PAGE
-    """Tokens."""
     num_blocks: int | None = None
     cache_bytes: int | None = None
     max_num_seqs: int = 256
@@ -61,9 +59,9 @@ class Delta:
     token_ids: list[int]
     logprobs: list[TokenLogprobs] | None = None
     finish_reason: FinishReason | None = None
-    """`stop`: an end token, a stop text or the end of the grammar; `length`: max_tokens; `abort`: the logits were not finite."""
+    """`stop`: an end token, a stop text or the end of the grammar; `length`: max_tokens; `abort`: the logits were not finite, or the grammar failed."""
     stop_reason: int | str | None = None
-    """The token of stop_token_ids, or the stop text."""
+    """The token of stop_token_ids, the stop text, or what was wrong."""
     num_cached_tokens: int = 0
     """The prompt's that were found in the cache."""
     prompt_logprobs: list[TokenLogprobs | None] | None = None
@@ -224,7 +222,8 @@ class Engine:
             self.scheduler.advance(request, work, found)
             return None
         delta = Delta(request.request_id, request.index, "", [], num_cached_tokens=request.cached or 0)
-        for token in [] if found.failed else found.tokens:
+        fault = "the logits are not finite" if found.failed else request.matcher.failed if request.matcher else ""
+        for token in [] if fault else found.tokens:
             request.tokens.append(token)
             delta.token_ids.append(token)
             self.read(running, token, delta)
@@ -234,8 +233,8 @@ class Engine:
         self.counts.generation_tokens += told
         delta.logprobs = None if request.params.logprobs is None else found.logprobs[:told]
         delta.routing = found.routing[:told] if request.routing else None
-        if found.failed:
-            delta.finish_reason, delta.stop_reason = "abort", "the logits are not finite"
+        if fault:
+            delta.finish_reason, delta.stop_reason = "abort", fault
         self.scheduler.advance(request, work, found)
         if request.matcher is not None and delta.finish_reason is None:
             request.drafts = request.matcher.right(request.drafts)
@@ -325,8 +324,6 @@ def continuations(engine: Engine, prompts: Sequence[list[int]], params: Sampling
 
 def check(model: DeepSeekV3, config: EngineConfig) -> None:
     """`UserError` for sizes that do not go together."""
-    if config.block_size != PAGE:
-        raise UserError(f"block_size = {config.block_size}: blocks of {PAGE} tokens are what the kernels read")
     if config.num_speculative_tokens and not model.mtp:
         raise UserError(
             "the model has no MTP modules (num_nextn_predict_layers = 0), so nothing drafts: num_speculative_tokens = 0"

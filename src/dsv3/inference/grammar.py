@@ -1,39 +1,41 @@
 """Grammars that a continuation has to follow, through llguidance (the extra `grammar`)."""
 
 import json
+import struct
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from importlib import import_module
 from typing import Any
 
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.errors import UserError
 
-WORD = 4
-"""Bytes of a word of a mask."""
+KEPT = 64
+"""Grammars that are not compiled again when they are asked for again."""
+TRIAL = "import sys, llguidance as g; g.LLMatcher(g.LLTokenizer('byte'), sys.stdin.read(), log_level=0)"
 
 
 class Grammars:
     """Compiles grammars for one tokenizer; `vocab_size` is the model's, which may be larger than the tokenizer's.
 
-    Raises `UserError` without llguidance.
+    A grammar that a process of its own does not compile within `seconds` is refused: llguidance has no limit to the time that
+    patterns which have to match together take, and a thread could not be ended. Raises `UserError` without llguidance.
     """
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int):
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, seconds: float = 5.0):
         try:
             self.library = import_module("llguidance")
         except ImportError:
             raise UserError("grammars need the package llguidance: pip install 'dsv3[grammar]'") from None
-        self.tokenizer, self.vocab_size = tokenizer, vocab_size
+        self.tokenizer, self.vocab_size, self.seconds = tokenizer, vocab_size, seconds
+        self.compiled = lru_cache(KEPT)(self.compile)
 
     @cached_property
     def vocabulary(self) -> Any:
         """The tokenizer as llguidance has it."""
         return self.library.LLTokenizer(self.tokenizer.json, n_vocab=self.vocab_size, eos_token=self.tokenizer.eos_id)
-
-    def json_object(self) -> "Grammar":
-        """Any JSON object."""
-        return self.json_schema({"type": "object"})
 
     def json_schema(self, schema: Mapping[str, Any] | str) -> "Grammar":
         """JSON that a schema accepts; white space as compact as usual. Raises `UserError` for a schema that is wrong or too large."""
@@ -44,31 +46,37 @@ class Grammars:
             )
         except ValueError as error:
             raise UserError(f"this JSON schema cannot be followed: {error}") from None
-        return self.checked(source)
+        return self.compiled(source)
 
     def regex(self, pattern: str) -> "Grammar":
         """Text that a regular expression matches as a whole."""
-        return self.checked(self.library.LLMatcher.grammar_from_regex(pattern))
+        return self.compiled(self.library.LLMatcher.grammar_from_regex(pattern))
 
-    def checked(self, source: str) -> "Grammar":
-        """Compiles it once, so that what is wrong with it shows here."""
-        grammar = Grammar(self, source)
-        error = grammar.matcher().state.get_error()
-        if error:
-            raise UserError(f"this grammar cannot be followed: {error}")
-        return grammar
+    def compile(self, source: str) -> "Grammar":
+        """From llguidance's own form of a grammar."""
+        try:
+            subprocess.run(
+                [sys.executable, "-P", "-c", TRIAL], input=source.encode(), timeout=self.seconds, capture_output=True
+            )
+        except subprocess.TimeoutExpired:
+            raise UserError(
+                f"this grammar cannot be followed: it takes more than {self.seconds:g} seconds to compile"
+            ) from None
+        state = self.library.LLMatcher(self.vocabulary, source, log_level=0)
+        if state.is_error():
+            raise UserError(f"this grammar cannot be followed: {state.get_error().splitlines()[0]}")
+        return Grammar(state, -(-self.vocab_size // 32))
 
 
 class Grammar:
-    """One grammar; every continuation gets a matcher of its own."""
+    """One grammar, as llguidance's state at the beginning of a text; `words` are those of a mask."""
 
-    def __init__(self, grammars: Grammars, source: str):
-        self.grammars, self.source = grammars, source
+    def __init__(self, state: Any, words: int):
+        self.state, self.words = state, words
 
     def matcher(self) -> "Matcher":
-        """At the beginning of a text."""
-        library, vocabulary = self.grammars.library, self.grammars.vocabulary
-        return Matcher(library.LLMatcher(vocabulary, self.source, log_level=0), -(-self.grammars.vocab_size // 32))
+        """For one continuation: copied, which takes microseconds where compiling may take seconds."""
+        return Matcher(self.state.deep_copy(), self.words)
 
 
 class Matcher:
@@ -89,9 +97,8 @@ class Matcher:
 
     def mask(self) -> list[int]:
         """Which tokens may come next, 32 a word."""
-        raw: bytes = self.state.compute_bitmask()
-        raw = raw[: self.words * WORD].ljust(self.words * WORD, b"\0")
-        return [int.from_bytes(raw[k : k + WORD], "little") for k in range(0, len(raw), WORD)]
+        size = 4 * self.words
+        return list(struct.unpack(f"<{self.words}I", self.state.compute_bitmask()[:size].ljust(size, b"\0")))
 
     def right(self, drafts: list[int]) -> list[int]:
         """The drafts up to the first that the grammar refuses."""
@@ -104,4 +111,9 @@ class Matcher:
     @property
     def ended(self) -> bool:
         """Whether nothing may follow."""
-        return bool(self.state.is_stopped())
+        return bool(self.state.is_stopped()) and not self.failed
+
+    @property
+    def failed(self) -> str:
+        """Why llguidance has given up, such as for a state beyond its limits; "" when it has not."""
+        return str(self.state.get_error()).partition("\n")[0]
