@@ -1,8 +1,11 @@
+import re
+
 import pytest
 
 from dsv3.cli import main
 from dsv3.cli.generate import unescape
 from dsv3.data.fim import fim_prompt
+from dsv3.inference.engine import Delta
 from dsv3.inference.llm import LLM
 from dsv3.inference.params import SamplingParams
 
@@ -37,12 +40,20 @@ def test_it_is_shown_piece_by_piece(checkpoint, capsys, monkeypatch):
 
     def stream(llm, prompt, params):
         for piece in ("one ", "two ", "three"):
-            yield piece
+            yield Delta("0", 0, piece, [1])
             seen.append(capsys.readouterr().out)
 
     monkeypatch.setattr(LLM, "stream", stream)
     generate(capsys, checkpoint, "--prompt", "zero ")
     assert seen == ["zero one ", "two ", "three"]
+
+
+def test_drafts_change_nothing_and_how_many_were_right_is_told(checkpoint, capsys):
+    arguments = [checkpoint, "--prompt", "def", "--temperature", 0, "--max-tokens", 12]
+    _, plain, nothing = generate(capsys, *arguments)
+    code, drafted, told = generate(capsys, *arguments, "--num-speculative-tokens", 2)
+    assert (code, drafted, nothing) == (0, plain, "")
+    assert re.fullmatch(r"\n\d+ of \d+ drafts accepted \(\d+%; by position \d+%, \d+%\)\n", told)
 
 
 def test_a_suffix_makes_it_fill_the_middle(checkpoint, capsys):

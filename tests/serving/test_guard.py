@@ -1,6 +1,16 @@
+import asyncio
+import hashlib
+import hmac
 import socket
+import time
 
 import pytest
+
+pytest.importorskip("fastapi", reason="the server needs the extra `serve`")
+from starlette.datastructures import Headers
+
+from dsv3.serving.guard import Guard
+from dsv3.serving.settings import Settings
 
 KEYED = [
     ("GET", "/v1/models"),
@@ -80,3 +90,27 @@ def test_a_form_of_another_page_is_no_request(serve):
     reply = client.post("/v1/completions", content='{"prompt": "a"}', headers={"content-type": "text/plain"})
     assert reply.status_code == 400
     assert not engine.added
+
+
+def test_every_known_key_is_compared_in_constant_time(locked, monkeypatch):
+    """By digests of one length, also behind one that is right, so that no answer comes earlier than another."""
+    client, _ = locked
+    compared, compare = [], hmac.compare_digest
+    monkeypatch.setattr(hmac, "compare_digest", lambda *pair: compared.append(pair) or compare(*pair))
+    for key in ("first", "secönd", "wrong"):
+        compared.clear()
+        client.get("/version", headers={"authorization": f"Bearer {key}".encode("latin-1")})
+        given = hashlib.sha256(key.encode("latin-1")).digest()
+        assert compared == [(given, hashlib.sha256(known.encode()).digest()) for known in ("first", "secönd")]
+
+
+def test_a_body_in_many_pieces_is_read_in_linear_time():
+    guard = Guard(None, Settings(name="tiny", max_model_len=8))
+    messages = iter([*([{"type": "http.request", "body": b"a", "more_body": True}] * 50_000), {"type": "http.request"}])
+
+    async def receive():
+        return next(messages)
+
+    began = time.process_time()
+    assert asyncio.run(guard._body(Headers(), receive)) == b"a" * 50_000
+    assert time.process_time() - began < 2

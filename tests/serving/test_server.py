@@ -33,10 +33,15 @@ def test_what_cannot_be_served_is_one_paragraph(directory):
 
     from dsv3.cli.serve import serve
     from dsv3.errors import UserError
+    from dsv3.serving import settings
 
     result = CliRunner().invoke(serve, [str(directory), "--api-key", ""])
     assert isinstance(result.exception, UserError)
     assert "--api-key is empty" in str(result.exception)
     text = CliRunner().invoke(serve, ["--help"]).output
     assert "429" in text
-    assert "JSON schemas 64 KiB" in text
+    for name in (each for each in dir(settings) if each.startswith("MAX_")):
+        value = getattr(settings, name)
+        assert str(value >> 10 if name.endswith("BYTES") else value) in text, name
+    for said in ("10 s to tokenise", "10 s to compile", "30 s for the body", "60 s without reading"):
+        assert said in text

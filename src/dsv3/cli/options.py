@@ -52,6 +52,8 @@ def name_of(param: click.Parameter | None) -> str:
 
 device_option = click.option("--device", default="auto", help="cpu, cuda, cuda:1 or auto.")
 ema_option = click.option("--ema", is_flag=True, help="With the average of the weights that the run kept.")
+drafts_option = click.option("--num-speculative-tokens", type=click.IntRange(0, 8), default=0,
+                             help="Drafts of the MTP modules a step; they change no token.")  # fmt: skip
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
 json_file_option = click.option("--json", "json_path", type=PATH, help="Also write everything measured to this file.")
 

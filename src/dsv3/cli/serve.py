@@ -4,14 +4,17 @@ from pathlib import Path
 
 import click
 
-from dsv3.cli.options import PATH, device_option, ema_option
+from dsv3.cli.options import PATH, device_option, drafts_option, ema_option
 from dsv3.errors import UserError
+from dsv3.serving import settings as limits
+from dsv3.serving.settings import Settings
 
-LIMITS = """
+LIMITS = f"""
 \b
-Limits of one request, fixed: n 64, prompts 256, stop texts 16 of 256 characters, logprobs 20, messages 4096, tools 128,
-logit_bias 1024 tokens, JSON schemas 64 KiB and 32 levels, headers 32 KiB, 10 s to tokenise and 10 s to compile a schema,
-30 s for the body to arrive, 60 s without reading before a client is given up.
+Limits of one request, fixed: n {limits.MAX_N}, prompts {limits.MAX_PROMPTS}, stop texts {limits.MAX_STOPS} of {limits.MAX_STOP_LENGTH} characters,
+logprobs {limits.MAX_TOP_LOGPROBS}, messages {limits.MAX_MESSAGES}, tools {limits.MAX_TOOLS}, logit_bias {limits.MAX_LOGIT_BIAS} tokens, JSON schemas {limits.MAX_SCHEMA_BYTES >> 10} KiB and {limits.MAX_SCHEMA_DEPTH} levels,
+headers {limits.MAX_HEADER_BYTES >> 10} KiB, {Settings.prepare_seconds:g} s to tokenise and {Settings.prepare_seconds:g} s to compile a schema, {Settings.body_seconds:g} s for the body to arrive,
+{Settings.send_seconds:g} s without reading before a client is given up.
 """
 
 
@@ -32,9 +35,7 @@ logit_bias 1024 tokens, JSON schemas 64 KiB and 32 levels, headers 32 KiB, 10 s 
               help="Sequences that may wait beyond those; more are refused with 429.")  # fmt: skip
 @click.option("--cache-gib", type=click.FloatRange(0, min_open=True),
               help="Memory of the latent cache.  [default: most of what is free on a GPU, 0.25 on a CPU]")  # fmt: skip
-@click.option(
-    "--num-speculative-tokens", type=click.IntRange(0, 8), default=0, help="Drafts of the MTP modules a step."
-)
+@drafts_option
 @click.option("--prefix-caching/--no-prefix-caching", default=True)
 @click.option("--max-body-mib", type=click.FloatRange(0, min_open=True), default=4.0, help="Of a request.")
 @click.option("--drain-seconds", type=click.IntRange(0), default=60, help="For open answers to end after SIGTERM.")
@@ -56,7 +57,6 @@ def serve(
     try:
         from dsv3.serving.app import make_app
         from dsv3.serving.server import local_hosts, run
-        from dsv3.serving.settings import Settings
     except ImportError as error:
         raise UserError(f"the server needs the package {error.name}: pip install 'dsv3[serve]'") from None
     if not all(api_keys):

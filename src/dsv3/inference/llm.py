@@ -1,11 +1,13 @@
 """Text in, text out: a model with its tokenizer, on the engine."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-from dsv3.data.tokenizer import Tokenizer
+from dsv3.data.chat import ChatTemplate, Message, Tool
+from dsv3.data.tokenizer import CHAT_TEMPLATE, Tokenizer
 from dsv3.errors import UserError
 from dsv3.inference.engine import Delta, Engine, EngineConfig, FinishReason
 from dsv3.inference.params import SamplingParams
@@ -72,8 +74,8 @@ class LLM:
         self, path: str | Path, dtype: str | None = None, device: str = "auto", ema: bool = False,
         config: EngineConfig = EngineConfig(),
     ):  # fmt: skip
-        model, tokenizer = load_model(path, dtype=dtype, device=device, ema=ema)
-        self.attach(model, Tokenizer.load(tokenizer), config)
+        model, directory = load_model(path, dtype=dtype, device=device, ema=ema)
+        self.attach(model, Tokenizer.load(directory), config, directory)
 
     @classmethod
     def of(cls, model: DeepSeekV3, tokenizer: Tokenizer, config: EngineConfig = EngineConfig()) -> "LLM":
@@ -82,49 +84,84 @@ class LLM:
         llm.attach(model, tokenizer, config)
         return llm
 
-    def attach(self, model: DeepSeekV3, tokenizer: Tokenizer, config: EngineConfig) -> None:
-        """Takes a model and its tokenizer."""
-        self.model, self.tokenizer, self.config = model.eval(), tokenizer, config
+    def attach(
+        self, model: DeepSeekV3, tokenizer: Tokenizer, config: EngineConfig, directory: Path | None = None
+    ) -> None:
+        """Takes a model and its tokenizer, and where a chat template may lie."""
+        self.model, self.tokenizer, self.config, self.directory = model.eval(), tokenizer, config, directory
 
     @cached_property
     def engine(self) -> Engine:
         """Made at the first use, with its cache."""
         return Engine(self.model, self.tokenizer, self.config)
 
+    @cached_property
+    def template(self) -> ChatTemplate:
+        """The checkpoint's own chat template, or DeepSeek-V3's."""
+        if self.directory is None:
+            return ChatTemplate(CHAT_TEMPLATE, self.tokenizer)
+        return ChatTemplate.load(self.directory, self.tokenizer)
+
     def generate(
-        self, prompts: str | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] = SamplingParams()
-    ) -> list[RequestOutput]:
+        self, prompts: str | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] = SamplingParams(),
+    ) -> list[RequestOutput]:  # fmt: skip
         """Continues all prompts together, each with its own params where several are given."""
         prompts = [prompts] if isinstance(prompts, str) else prompts
-        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        each = (
+            [sampling_params] * len(prompts) if isinstance(sampling_params, SamplingParams) else list(sampling_params)
+        )
         if len(each) != len(prompts):
             raise UserError(f"{len(prompts)} prompts and {len(each)} SamplingParams: give one for all, or one each")
-        results = []
-        try:
-            for number, (prompt, own) in enumerate(zip(prompts, each, strict=True)):
-                ids, outputs = self.ids(prompt), [CompletionOutput(index) for index in range(own.n)]
-                self.engine.add(str(number), ids, own)
-                results.append(RequestOutput(str(number), prompt if isinstance(prompt, str) else None, ids, outputs))
-            while self.engine.has_work:
-                for delta in self.engine.step():
-                    result = results[int(delta.request_id)]
-                    result.outputs[delta.index].take(delta)
-                    result.prompt_logprobs = result.prompt_logprobs or delta.prompt_logprobs
-                    result.num_cached_tokens = max(result.num_cached_tokens, delta.num_cached_tokens)
-        finally:
-            for result in results:
-                self.engine.abort(result.request_id)
+        results = [
+            RequestOutput(
+                str(number), prompt if isinstance(prompt, str) else None, self.ids(prompt),
+                [CompletionOutput(index) for index in range(own.n)],
+            )
+            for number, (prompt, own) in enumerate(zip(prompts, each, strict=True))
+        ]  # fmt: skip
+        for delta in self.deltas([result.prompt_token_ids for result in results], each):
+            result = results[int(delta.request_id)]
+            result.outputs[delta.index].take(delta)
+            result.prompt_logprobs = result.prompt_logprobs or delta.prompt_logprobs
+            if delta.index == 0:  # the others find the whole prompt
+                result.num_cached_tokens = delta.num_cached_tokens
         return results
 
-    def stream(self, prompt: Prompt, params: SamplingParams = SamplingParams()) -> Iterator[str]:
-        """Yields pieces of one continuation as they come; whole characters only."""
-        self.engine.add("stream", self.ids(prompt), params)
+    def chat(
+        self, messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] = SamplingParams(), *,
+        tools: Sequence[Tool] = (), chat_template: str | None = None, add_generation_prompt: bool = True,
+    ) -> list[RequestOutput]:  # fmt: skip
+        """Answers one conversation, or several together.
+
+        `tools`: functions in OpenAI's form that all of them may call. `chat_template`: jinja2, instead of the checkpoint's own.
+        The text is as the model wrote it, with the markup of thoughts and calls.
+        """
+        template = self.template if chat_template is None else ChatTemplate(chat_template, self.tokenizer)
+        several: Any = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        prompts = [template.prompt(each, tools, add_generation_prompt=add_generation_prompt).ids for each in several]
+        return self.generate(prompts, sampling_params)
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams = SamplingParams()) -> Iterator[Delta]:
+        """Yields what each step adds to a continuation of one prompt; texts are of whole characters.
+
+        Whoever stops reading before the end closes the iterator, or lets go of it.
+        """
+        yield from self.deltas([self.ids(prompt)], [sampling_params])
+
+    def deltas(self, prompts: Sequence[list[int]], params: Sequence[SamplingParams]) -> Iterator[Delta]:
+        """What each step adds to the continuations of all prompts, whose numbers are the requests' names."""
+        if self.engine.by_id:
+            raise UserError("another stream of this LLM is not at its end: read on, or close it")
         try:
+            for number, (ids, own) in enumerate(zip(prompts, params, strict=True)):
+                self.engine.add(str(number), ids, own)
             while self.engine.has_work:
-                for delta in self.engine.step():
-                    yield delta.text
+                yield from self.engine.step()
         finally:
-            self.engine.abort("stream")
+            for number in range(len(prompts)):
+                self.engine.abort(str(number))
 
     def ids(self, prompt: Prompt) -> list[int]:
         """Its tokens."""

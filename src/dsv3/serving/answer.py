@@ -51,11 +51,13 @@ class Usage:
     def __init__(self, prompts: list[list[int]]):
         self._prompt = sum(map(len, prompts))
         self._cached: dict[int, int] = {}
+        """Of each prompt, when its first continuation began: the others find all that this one has read."""
         self._generated = self._reasoning = 0
 
     def take(self, number: int, delta: Delta, reasoning: bool = False) -> None:
         """Counts a delta."""
-        self._cached[number] = delta.num_cached_tokens
+        if delta.index == 0:
+            self._cached[number] = delta.num_cached_tokens
         self._generated += len(delta.token_ids)
         self._reasoning += len(delta.token_ids) if reasoning else 0
 
@@ -139,7 +141,7 @@ class Answer(Response):
 
     def _take(self, number: int, delta: Delta) -> Json:
         if delta.finish_reason == "abort":
-            raise Lost("the engine gave this request up")
+            raise Lost(f"the engine gave this request up: {delta.stop_reason}")
         self._meter.observe(number, delta)
         return self._choices.take(number, delta)
 

@@ -13,6 +13,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 
 from dsv3 import __version__
+from dsv3.data.chat import ChatTemplate
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.inference.engine import Engine
 from dsv3.serving.errors import Unavailable, add_handlers
@@ -21,7 +22,6 @@ from dsv3.serving.metrics import Metrics
 from dsv3.serving.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from dsv3.serving.service import Service
 from dsv3.serving.settings import Settings
-from dsv3.serving.templates import ChatTemplate
 from dsv3.serving.worker import Worker
 
 

@@ -60,16 +60,15 @@ class Guard:
 
     async def _body(self, headers: Headers, receive: Receive) -> bytes:
         limit = self.settings.max_body_bytes
-        declared = headers.get("content-length", "0")
-        size = int(declared) if declared.isdecimal() and len(declared) < 20 else 0
-        parts: list[bytes] = []
-        more = size <= limit
+        declared = headers.get("content-length", "")
+        too_long = declared.isdecimal() and (len(declared) > 18 or int(declared) > limit)
+        size, parts, more = 0, list[bytes](), not too_long
         while more:
             message = await receive()
             parts.append(message.get("body", b""))
-            size = sum(map(len, parts))
+            size += len(parts[-1])
             more = message["type"] == "http.request" and message.get("more_body", False) and size <= limit
-        if size > limit:
+        if too_long or size > limit:
             raise ApiError(f"the body is longer than {limit} bytes", 413)
         return b"".join(parts)
 

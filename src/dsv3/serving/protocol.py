@@ -36,13 +36,6 @@ class Message(BaseModel):
     prefix: bool = False
     """DeepSeek's: the answer goes on from this last message of the assistant."""
 
-    @property
-    def text(self) -> str | None:
-        """The parts as one."""
-        if isinstance(self.content, list):
-            return "".join(part.text for part in self.content)
-        return self.content
-
 
 class TextPart(BaseModel):
     """The one kind of content that this model reads."""
@@ -178,13 +171,8 @@ class Sampling(Closed):
         """Continuations of one prompt."""
         return self.n or 1
 
-    @property
-    def logprob_count(self) -> int | None:
-        """Alternatives to report at each token; None: no logprobs at all."""
-        raise NotImplementedError
-
-    def sampling_params(self, max_tokens: int, **fixed: Any) -> SamplingParams:
-        """For the engine; `fixed` are fields that are decided elsewhere. Raises `UserError` for what it refuses."""
+    def sampling_params(self, **fixed: Any) -> SamplingParams:
+        """For the engine; `fixed` are the fields that each kind decides on. Raises `UserError` for what it refuses."""
         asked: dict[str, Any] = {
             name: getattr(self, name)
             for name in (
@@ -195,10 +183,8 @@ class Sampling(Closed):
             "top_k": max(self.top_k or 0, 0),
             "stop": (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
             "stop_token_ids": tuple(self.stop_token_ids or ()),
-            "logprobs": self.logprob_count,
         }  # fmt: skip
-        given = {name: value for name, value in asked.items() if value is not None}
-        return SamplingParams(max_tokens=max_tokens, **given, **fixed)
+        return SamplingParams(**{name: value for name, value in asked.items() if value is not None}, **fixed)
 
 
 class CompletionRequest(Sampling):
@@ -218,11 +204,6 @@ class CompletionRequest(Sampling):
         if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
             return [self.prompt]
         return self.prompt
-
-    @property
-    def logprob_count(self) -> int | None:
-        """As asked."""
-        return self.logprobs
 
 
 class ChatRequest(Sampling):
@@ -260,7 +241,7 @@ class ChatRequest(Sampling):
 
     @property
     def logprob_count(self) -> int | None:
-        """As asked."""
+        """Alternatives to report at each token; None: no logprobs at all."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
 

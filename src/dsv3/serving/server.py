@@ -5,8 +5,9 @@ import sys
 import uvicorn
 from fastapi import FastAPI
 
+from dsv3.serving.settings import MAX_HEADER_BYTES
+
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
-MAX_HEADER_BYTES = 32 * 1024
 SWITCH_SECONDS = 1e-4
 KEEP_ALIVE_SECONDS = 75
 """Longer than clients keep an idle connection, so that none sends a request into one that is being closed."""

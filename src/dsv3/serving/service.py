@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
+from dsv3.data.chat import ChatTemplate, Prompt, text_of
 from dsv3.data.fim import gap_prompt
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.errors import UserError
@@ -20,7 +21,6 @@ from dsv3.serving.metrics import Meter, Metrics
 from dsv3.serving.parsing import Parser
 from dsv3.serving.protocol import ChatRequest, CompletionRequest, Message, Sampling, TokenizeRequest, Tool, ToolChoice
 from dsv3.serving.settings import Settings
-from dsv3.serving.templates import ChatTemplate, Prompt
 from dsv3.serving.worker import Job, Stream, Worker
 
 T = TypeVar("T")
@@ -61,7 +61,7 @@ class Service:
             if chosen == 0:
                 raise ApiError("max_tokens: expected 1 or more", param="max_tokens")
             room = self._room(prompt.ids, chosen or 1)
-            params = request.sampling_params(chosen or room, grammar=grammar)
+            params = request.sampling_params(max_tokens=chosen or room, logprobs=request.logprob_count, grammar=grammar)
             await stream.submit([self._job(prompt.ids, params, request, tenant)])
             usage = Usage([prompt.ids])
             parsers = [Parser(prompt.thinking, bool(tools), call) for _ in range(request.choices)]
@@ -78,8 +78,10 @@ class Service:
             for each in ids:
                 self._room(each, max_tokens)
             echo = await self._tokenize(self._echo, request, ids)
-            fixed: dict[str, Any] = {"prompt_logprobs": request.logprobs if request.echo else None, "grammar": grammar}
-            params = request.sampling_params(max(max_tokens, 1), **fixed)
+            params = request.sampling_params(
+                max_tokens=max(max_tokens, 1), logprobs=request.logprobs, grammar=grammar,
+                prompt_logprobs=request.logprobs if request.echo else None,
+            )  # fmt: skip
             await stream.submit([self._job(each, params, request, tenant) for each in ids])
             usage = Usage(ids)
             choices = CompletionChoices(request, self.tokenizer, usage, ids, echo)
@@ -132,35 +134,31 @@ class Service:
         return name, tools[name].parameters or {"type": "object"}
 
     async def _grammar(self, schema: dict[str, Any] | None) -> Grammar | None:
-        if schema is None:
-            return None
-        late = ApiError(f"the schema took longer than {self.settings.prepare_seconds:g} seconds to compile", 400)
-        return await self._off_loop(self._grammars, late, self._compile, schema)
+        return None if schema is None else await self._off_loop(self._grammars, self._compile, schema)
 
     def _compile(self, schema: dict[str, Any]) -> Grammar:
         if self._compiler is None:
-            self._compiler = Grammars(self.tokenizer, self.vocab_size)
+            self._compiler = Grammars(self.tokenizer, self.vocab_size, self.settings.prepare_seconds / 2)
         return self._compiler.json_schema(schema)
 
     async def _tokenize(self, work: Callable[..., T], *arguments: object) -> T:
-        late = Overloaded(f"tokenising took longer than {self.settings.prepare_seconds:g} seconds: try again")
-        return await self._off_loop(self._texts, late, work, *arguments)
+        return await self._off_loop(self._texts, work, *arguments)
 
-    async def _off_loop(
-        self, pool: ThreadPoolExecutor, late: Exception, work: Callable[..., T], *arguments: object
-    ) -> T:
-        """In another thread; raises `late` when the time is up, while the thread goes on to its end."""
+    async def _off_loop(self, pool: ThreadPoolExecutor, work: Callable[..., T], *arguments: object) -> T:
+        """In another thread; raises `Overloaded` when the time is up, while the thread goes on to its end."""
         try:
             async with asyncio.timeout(self.settings.prepare_seconds):
                 return await asyncio.get_running_loop().run_in_executor(pool, work, *arguments)
         except TimeoutError:
-            raise late from None
+            seconds = self.settings.prepare_seconds
+            raise Overloaded(f"preparing this request took longer than {seconds:g} seconds: try again") from None
 
     def _render(
         self, messages: list[Message], tools: Sequence[Tool], call: str | None = None, answer_now: bool = False
     ) -> Prompt:
-        self._check_length(sum(len(message.text or "") for message in messages))
-        return self.template.prompt(messages, tools, call, answer_now)
+        turns = [message.model_dump(exclude_none=True) for message in messages]
+        self._check_length(sum(len(text_of(turn)) for turn in turns))
+        return self.template.prompt(turns, [tool.model_dump(exclude_none=True) for tool in tools], call, answer_now)
 
     def _prompts(self, request: CompletionRequest) -> list[list[int]]:
         out = []

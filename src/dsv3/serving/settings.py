@@ -16,6 +16,7 @@ MAX_LOGIT_BIAS = 1024
 MAX_SCHEMA_BYTES = 64 * 1024
 """JSON of one schema, a tool's parameters included."""
 MAX_SCHEMA_DEPTH = 32
+MAX_HEADER_BYTES = 32 * 1024
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ them: in a message their text is text, so that nobody ends a turn or opens a too
 import json
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,7 +19,13 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from dsv3.data import tokenizer as names
 from dsv3.data.tokenizer import THINK_BEGIN, THINK_END, Tokenizer
 from dsv3.errors import UserError
-from dsv3.serving.protocol import Message, Tool
+
+Message = Mapping[str, Any]
+"""A turn in OpenAI's form: `role`, `content` (a text, parts of text, or None beside `tool_calls`), `tool_calls`, `tool_call_id`.
+`prefix`: the answer goes on from this last message of the assistant, and from its `reasoning_content`."""
+Tool = Mapping[str, Any]
+"""A function that may be called, in OpenAI's form: `type`, `function` with `name`, `description`, `parameters`."""
+ROLES = ("system", "developer", "user", "assistant", "tool")
 
 CALL = f"{names.CALLS_BEGIN}{names.CALL_BEGIN}function{names.TOOL_SEPARATOR}"
 NAMED = "%s\n```json\n"
@@ -66,7 +72,7 @@ class ChatTemplate:
 
     @classmethod
     def load(cls, directory: Path, tokenizer: Tokenizer) -> "ChatTemplate":
-        """From `chat_template.jinja` or `tokenizer_config.json`."""
+        """From `chat_template.jinja` or `tokenizer_config.json` of a directory."""
         apart, config = directory / "chat_template.jinja", directory / "tokenizer_config.json"
         source = None
         if apart.is_file():
@@ -76,27 +82,27 @@ class ChatTemplate:
         return cls(source if isinstance(source, str) else names.CHAT_TEMPLATE, tokenizer)
 
     def prompt(
-        self, messages: Sequence[Message], tools: Sequence[Tool] = (), call: str | None = None, answer_now: bool = False
-    ) -> Prompt:
-        """The ids that the assistant's next message goes on from.
+        self, messages: Sequence[Message], tools: Sequence[Tool] = (), call: str | None = None, answer_now: bool = False,
+        add_generation_prompt: bool = True,
+    ) -> Prompt:  # fmt: skip
+        """The ids that the assistant's next message goes on from; without `add_generation_prompt` it is not begun.
 
         `call`: the function whose call the answer is, "" for any. `answer_now`: reasoning that the template opens is closed again.
         Raises `UserError` for messages that the template refuses.
         """
+        if not messages:
+            raise UserError("a conversation without messages: give it one at least")
         mark = secrets.token_hex(16)
         turns = [self._turn(each, mark) for each in messages]
-        described = [self._guard(tool.model_dump(exclude_none=True), mark) for tool in tools]
-        last = turns.pop() if messages[-1].prefix else None
-        if described and not self._lists_tools:
-            turns = with_tools(turns, described)
+        described = self._guard(list(tools), mark)
+        last = turns.pop() if messages[-1].get("prefix") else None
         try:
+            if described and not self._lists_tools:
+                turns = with_tools(turns, described)
             text = self._template.render(
-                messages=turns,
-                tools=described or None,
-                add_generation_prompt=True,
-                bos_token=names.BOS,
-                eos_token=names.EOS,
-            )
+                messages=turns, tools=described or None, add_generation_prompt=add_generation_prompt,
+                bos_token=names.BOS, eos_token=names.EOS,
+            )  # fmt: skip
         except FAULTS as error:
             raise UserError(f"the chat template cannot render these messages: {error}") from None
         thinking = text.rstrip("\n").endswith(THINK_BEGIN)
@@ -116,21 +122,21 @@ class ChatTemplate:
 
     def _turn(self, message: Message, mark: str) -> dict[str, Any]:
         """A message as templates expect it, its special tokens marked as text."""
-        turn: dict[str, Any] = {"role": "system" if message.role == "developer" else message.role}
-        turn["content"] = message.text if message.text is not None or message.tool_calls else ""
-        if message.tool_calls:
-            turn["tool_calls"] = [call.model_dump() for call in message.tool_calls]
-        if message.tool_call_id is not None:
-            turn["tool_call_id"] = message.tool_call_id
-        if message.prefix:
-            turn["reasoning_content"] = message.reasoning_content
-        return self._guard(turn, mark, spared=(THINK_BEGIN, THINK_END) if message.role == "assistant" else ())
+        role, calls = message.get("role"), message.get("tool_calls")
+        if role not in ROLES:
+            raise UserError(f"a message has the role {role!r}: expected {', '.join(ROLES)}")
+        turn: dict[str, Any] = {"role": "system" if role == "developer" else role}
+        turn["content"] = None if calls and message.get("content") is None else text_of(message)
+        turn |= {name: message[name] for name in ("tool_calls", "tool_call_id") if message.get(name)}
+        if message.get("prefix"):
+            turn["reasoning_content"] = message.get("reasoning_content")
+        return self._guard(turn, mark, spared=(THINK_BEGIN, THINK_END) if role == "assistant" else ())
 
     def _guard(self, value: Any, mark: str, spared: Sequence[str] = ()) -> Any:
         """The value with a mark inside each special token in its texts."""
         if isinstance(value, str):
             return self._special.sub(lambda m: m[0] if m[0] in spared else m[0][0] + mark + m[0][1:], value)
-        if isinstance(value, dict):
+        if isinstance(value, Mapping):
             return {self._guard(key, mark): self._guard(each, mark, spared) for key, each in value.items()}
         return [self._guard(each, mark, spared) for each in value] if isinstance(value, list) else value
 
@@ -142,6 +148,16 @@ class ChatTemplate:
         first, *others = self._tokenizer.encode_batch(plain)
         special = [self._tokenizer.id(each[0]) for each in found]
         return first + [token for one, ids in zip(special, others, strict=True) for token in (one, *ids)]
+
+
+def text_of(message: Message) -> str:
+    """A message's content, its parts as one; "" where there is none."""
+    content, texts = message.get("content"), list[str]()
+    for part in content if isinstance(content, list) else [{"text": content or ""}]:
+        if not (isinstance(part, Mapping) and isinstance(part.get("text"), str)):
+            raise UserError("a message's content is expected to be a text, or parts of text")
+        texts.append(part["text"])
+    return "".join(texts)
 
 
 def with_tools(turns: list[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
