@@ -161,6 +161,9 @@ def test_the_continuations_of_one_prompt_differ_and_share_it(drafting_model):
     found = [tokens_of(deltas[0, index]) for index in range(3)]
     assert len({tuple(tokens) for tokens in found}) == 3
     assert [deltas[0, index][0].num_cached_tokens for index in range(3)] == [0, 128, 128]
+    stats = engine.stats()
+    assert (stats.prompt_tokens, stats.prefix_cache_hits) == (3 * 130, 2 * 128)
+    assert stats.tokens_read == 130 + 2 * 2 + 3 * 15  # the last of 16 tokens is not read
     assert found[0] == tokens_of(drive(engine, [prompt], SAMPLED)[0, 0])
 
 

@@ -33,7 +33,7 @@ class FakeEngine:
     give_up: bool = False
 
     def __post_init__(self):
-        self.open, self.params, self.prompts, self.aborted, self.added = {}, {}, {}, [], []
+        self.open, self.params, self.prompts, self.admitted, self.aborted, self.added = {}, {}, {}, {}, [], []
         self.counts = EngineStats()
 
     @property
@@ -47,6 +47,7 @@ class FakeEngine:
             raise UserError("tokens outside the vocabulary")
         ids = self.tokenizer.encode(self.texts.pop(0) if self.texts else self.text, specials=True)
         self.added.append((list(prompt_token_ids), params, salt, return_routing))
+        self.admitted[request_id] = time.perf_counter()
         self.params[request_id], self.prompts[request_id] = params, list(prompt_token_ids)
         self.open[request_id] = [Sequence(i, ids[: params.max_tokens]) for i in range(params.n)]
         for each in self.open[request_id]:
@@ -59,6 +60,7 @@ class FakeEngine:
 
     def step(self):
         time.sleep(self.seconds)
+        self.counts.tokens_read += len(self.open)
         if self.crash:
             raise RuntimeError("the engine is broken")
         out = []
@@ -85,6 +87,7 @@ class FakeEngine:
             name, each.index, text, new,
             [logprobs(i, params.logprobs) for i in new] if params.logprobs is not None else None,
             "abort" if self.give_up else reason, None, 2, prompt_logprobs, [[[1, 2], [3, 4]]] * len(new),
+            self.admitted[name],
         )  # fmt: skip
 
     def stats(self):

@@ -1,5 +1,7 @@
 import json
+import re
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -186,21 +188,37 @@ def test_small_routes(serve, tokenizer):
     assert tokenizer.decode(chat["tokens"]).endswith("hello<｜Assistant｜>")
 
 
-def test_metrics_have_vllms_names(serve, tokenizer):
-    client, _ = serve()
+def figures(client):
+    """The samples of /metrics without labels, buckets and times of creation."""
+    found = re.findall(r"^vllm:(\w+)\{[^}]*\} (\S+)$", client.get("/metrics").text, flags=re.MULTILINE)
+    return {name: float(value) for name, value in found if not name.endswith(("_bucket", "_created"))}
+
+
+def test_metrics_have_vllms_names_and_their_times_add_up(serve):
+    client, engine = serve({"seconds": 0.02})
     client.post("/v1/completions", json={"prompt": "a", "max_tokens": 3})
-    text = client.get("/metrics").text
-    label = '{engine="0",model_name="tiny"}'
-    alternatives = ('{model_name="tiny",engine="0"}', label)
+    found = figures(client)
     for name, value in {
         "generation_tokens_total": 3,
         "num_requests_running": 0,
         "request_generation_tokens_sum": 3,
+        "request_prompt_tokens_sum": 2,
+        "iteration_tokens_total_sum": engine.counts.tokens_read,
+        "time_to_first_token_seconds_count": 1,
+        "inter_token_latency_seconds_count": 2,
+        "request_success_total": 1,
     }.items():
-        assert any(f"vllm:{name}{each} {value}.0" in text for each in alternatives), name
-    assert 'finished_reason="length"' in text
-    for name in ("time_to_first_token_seconds", "inter_token_latency_seconds", "e2e_request_latency_seconds"):
-        assert f"vllm:{name}_bucket" in text
+        assert found[name] == value, name
+    assert 'finished_reason="length"' in client.get("/metrics").text
+    whole, queue, prefill, decode, inference = (
+        found[f"{name}_seconds_sum"]
+        for name in ("e2e_request_latency", "request_queue_time", "request_prefill_time", "request_decode_time", "request_inference_time")
+    )  # fmt: skip
+    assert (prefill, decode) > (0.015, 0.03)
+    assert queue > 0
+    assert prefill + decode == pytest.approx(inference)
+    assert queue + inference == pytest.approx(whole)
+    assert queue + prefill == pytest.approx(found["time_to_first_token_seconds_sum"])
 
 
 REFUSED = {
@@ -249,6 +267,7 @@ def nested(levels):
         "[1]",
         '"x"',
         "\xff",
+        '{"prompt": "\xff"}',
         "NaN",
         nested(100_000),
         '{"prompt": "x", "temperature": NaN}',
@@ -271,6 +290,60 @@ def test_poison_is_the_clients_fault(content, shared):
     assert reply.status_code == 400, reply.text
     assert reply.json()["error"]["type"] == "invalid_request_error"
     assert client.get("/health").status_code == 200
+
+
+POISON = [
+    {"n": 10**9},
+    {"n": 64},
+    {"max_tokens": 2**31 - 1},
+    {"prompt": "a" * 10_000_000},
+    {"prompt": [1] * 1_000_000},
+    {"stop": ["a" * 257]},
+    *(
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}}
+        for schema in (
+            {"type": "nonsense"},
+            {"type": "string", "pattern": "("},
+            {"$ref": "#/nowhere"},
+            json.loads('{"not":' * 40 + "{}" + "}" * 40),
+            {"enum": ["x" * 70_000]},
+            {"allOf": [{"type": "string", "pattern": f".*{letter}.*"} for letter in "abcdefghijklmnopqrstuvwxyz"]},
+        )
+    ),
+]
+
+
+def test_poison_fails_alone(serve):
+    """While an answer streams: each is refused with its reason, within its time, and the answer is whole."""
+    pytest.importorskip("llguidance")
+    client, engine = serve({"seconds": 0.015, "text": TEXT * 6}, max_body_bytes=2**24, prepare_seconds=3.0)
+    request = {"prompt": "a", "max_tokens": 300}
+    with client.stream("POST", "/v1/completions", json=request | {"stream": True}) as response:
+        lines = response.iter_lines()
+        next(lines)
+        for change in POISON:
+            reply = client.post("/v1/completions", json=request | change)
+            assert (reply.status_code, reply.json()["error"]["type"]) == (400, "invalid_request_error"), str(change)[
+                :99
+            ]
+        pieces = [json.loads(line[6:])["choices"][0] for line in lines if line.startswith("data: {")]
+    assert len(engine.added) == 1
+    assert pieces[-1]["finish_reason"] in ("stop", "length")
+
+
+def test_ten_megabytes_are_refused_before_they_are_read_to_the_end(serve):
+    client, engine = serve()
+    reply = client.post("/v1/completions", json={"prompt": "a" * 10_000_000})
+    assert (reply.status_code, reply.json()["error"]["type"]) == (413, "invalid_request_error")
+    assert not engine.added
+
+
+def test_what_is_cached_is_counted_once_a_prompt(serve):
+    client, engine = serve()
+    advance = engine.advance
+    engine.advance = lambda name, each: replace(advance(name, each), num_cached_tokens=100 * each.index + 1)
+    usage = client.post("/v1/completions", json={"prompt": "a", "n": 3, "max_tokens": 1}).json()["usage"]
+    assert usage["prompt_cache_hit_tokens"] == 1
 
 
 def test_other_errors_have_the_same_shape(serve):

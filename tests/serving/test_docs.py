@@ -21,6 +21,12 @@ def test_the_curl_examples(shared):
     assert done.stdout.endswith("data: [DONE]\n\n")
 
 
+def test_the_example_without_a_server(directory, capsys):
+    [example] = [block for language, block in BLOCKS if language == "python" and "LLM" in block]
+    exec(example.replace("runs/quickstart", str(directory)), {})
+    assert len(capsys.readouterr().out) > 30
+
+
 def test_every_metric_is_in_the_table(shared):
     client, _ = shared
     client.post("/v1/completions", json={"prompt": "a", "max_tokens": 1})

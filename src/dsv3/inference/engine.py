@@ -68,6 +68,8 @@ class Delta:
     """In the first delta of a continuation alone; of the first token there is none."""
     routing: list[list[list[int]]] | None = None
     """For each token, by MoE block, the experts that the token before it chose."""
+    admitted: float = 0.0
+    """When the continuation got its place in the batch, by `time.perf_counter`."""
 
 
 @dataclass
@@ -79,7 +81,10 @@ class EngineStats:
     kv_cache_usage: float = 0.0
     """0 to 1."""
     prompt_tokens: int = 0
+    """Of all continuations' prompts, computed or found."""
     generation_tokens: int = 0
+    tokens_read: int = 0
+    """By passes: of prompts, continuations and drafts."""
     prefix_cache_queries: int = 0
     """Prompts' tokens looked for in the cache."""
     prefix_cache_hits: int = 0
@@ -158,7 +163,6 @@ class Engine:
         self.by_id[request_id] = each
         each[0].siblings = each[1:]
         self.start(each[0])
-        self.counts.prompt_tokens += len(prompt_token_ids)
 
     def start(self, running: Running) -> None:
         """Hands a continuation to the scheduler."""
@@ -207,6 +211,7 @@ class Engine:
         if plan is None:
             return []
         works = {work.sequence: work for work in plan.works}
+        self.counts.tokens_read += sum(len(work.tokens) for work in plan.works)
         deltas = [
             self.publish(self.running[found.sequence], works[found.sequence], found) for found in self.runner.run(plan)
         ]
@@ -221,7 +226,9 @@ class Engine:
         if work.choice is None:
             self.scheduler.advance(request, work, found)
             return None
-        delta = Delta(request.request_id, request.index, "", [], num_cached_tokens=request.cached or 0)
+        delta = Delta(
+            request.request_id, request.index, "", [], num_cached_tokens=request.cached or 0, admitted=request.admitted
+        )
         fault = "the logits are not finite" if found.failed else request.matcher.failed if request.matcher else ""
         for token in [] if fault else found.tokens:
             request.tokens.append(token)
@@ -304,7 +311,8 @@ class Engine:
                 "running": len(scheduler.running),
                 "waiting": waiting,
                 "kv_cache_usage": scheduler.pool.usage,
-                "prefix_cache_queries": scheduler.queries,
+                "prompt_tokens": scheduler.queries,
+                "prefix_cache_queries": scheduler.queries if self.config.prefix_caching else 0,
                 "prefix_cache_hits": scheduler.hits,
                 "preemptions": scheduler.preemptions,
             }

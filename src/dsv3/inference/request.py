@@ -30,6 +30,8 @@ class Request:
     """Tokens from the first on that are in the cache."""
     cached: int | None = None
     """How many of the prompt's were there when it was first admitted."""
+    admitted: float = 0.0
+    """When that was, by `time.perf_counter`."""
     blocks: list[int] = field(default_factory=list)
     keys: list[Key] = field(default_factory=list)
     """Of the full blocks of its tokens, as far as they were asked for."""

@@ -1,5 +1,6 @@
 """Which tokens are read in the next pass. There are no phases: a request has tokens that are computed and others that are not."""
 
+import time
 from collections import deque
 
 from dsv3.inference.blocks import BlockPool
@@ -83,7 +84,7 @@ class Scheduler:
         request.blocks = found + [self.pool.take() for _ in range(lacking)]
         request.computed = len(found) * size
         if request.cached is None:
-            request.cached = request.computed
+            request.cached, request.admitted = request.computed, time.perf_counter()
             self.queries += total
             self.hits += request.computed
         return True

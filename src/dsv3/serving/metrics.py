@@ -14,29 +14,8 @@ from dsv3.inference.engine import Delta, EngineStats
 from dsv3.serving.worker import Worker
 
 SECONDS = (
-    0.001,
-    0.005,
-    0.01,
-    0.02,
-    0.04,
-    0.06,
-    0.08,
-    0.1,
-    0.25,
-    0.5,
-    0.75,
-    1,
-    2.5,
-    5,
-    7.5,
-    10,
-    20,
-    40,
-    80,
-    160,
-    640,
-    2560,
-)
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560
+)  # fmt: skip
 COUNTS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000, 200000)
 GAUGES = {
     "num_requests_running": ("running", "Requests in the batch."),
@@ -56,6 +35,21 @@ COUNTERS = {
 }
 """vLLM's names, the engine's fields, help."""
 
+HISTOGRAMS = {
+    "time_to_first_token_seconds": "From the request to its first token.",
+    "inter_token_latency_seconds": "Between two deltas of a sequence.",
+    "request_time_per_output_token_seconds": "Mean time of a sequence's tokens after the first.",
+    "e2e_request_latency_seconds": "From the request to its last token.",
+    "request_queue_time_seconds": "From the request to its place in the batch.",
+    "request_prefill_time_seconds": "From there to the first token.",
+    "request_decode_time_seconds": "From the first token to the last.",
+    "request_inference_time_seconds": "From the place in the batch to the last token.",
+    "request_prompt_tokens": "Tokens of a prompt.",
+    "request_generation_tokens": "Tokens of a continuation.",
+    "iteration_tokens_total": "Tokens read in a step.",
+}
+"""Those whose names end in `seconds` are of times, the others of counts."""
+
 
 class Metrics:
     """All figures of one server."""
@@ -65,19 +59,13 @@ class Metrics:
         self._worker = worker
         self.labels = {"model_name": name, "engine": "0"}
         self.registry.register(self)
-        self.first_token = self._histogram(
-            "time_to_first_token_seconds", SECONDS, "From the request to its first token."
-        )
-        self.between = self._histogram("inter_token_latency_seconds", SECONDS, "Between two deltas of a sequence.")
-        self.per_token = self._histogram(
-            "request_time_per_output_token_seconds", SECONDS, "Mean time of a sequence's tokens after the first."
-        )
-        self.whole = self._histogram("e2e_request_latency_seconds", SECONDS, "From the request to its last token.")
-        self.prompt = self._histogram("request_prompt_tokens", COUNTS, "Tokens of a prompt.")
-        self.generated = self._histogram("request_generation_tokens", COUNTS, "Tokens of a continuation.")
-        self.iteration = self._histogram(
-            "iteration_tokens_total", COUNTS, "Tokens of prompts and continuations a step."
-        )
+        self._histograms = {
+            name: Histogram(
+                f"vllm:{name}", text, list(self.labels), buckets=SECONDS if name.endswith("seconds") else COUNTS,
+                registry=self.registry,
+            ).labels(**self.labels)
+            for name, text in HISTOGRAMS.items()
+        }  # fmt: skip
         self._success = Counter(
             "vllm:request_success",
             "Continuations that ended.",
@@ -85,15 +73,15 @@ class Metrics:
             registry=self.registry,
         )
 
-    def _histogram(self, name: str, buckets: tuple[float, ...], text: str) -> Histogram:
-        histogram = Histogram(f"vllm:{name}", text, list(self.labels), buckets=buckets, registry=self.registry)
-        return histogram.labels(**self.labels)
+    def observe(self, **figures: float) -> None:
+        """One figure for each of these histograms."""
+        for name, figure in figures.items():
+            self._histograms[name].observe(figure)
 
     def step(self, before: EngineStats, after: EngineStats) -> None:
         """Observes one step of the engine."""
-        tokens = after.prompt_tokens + after.generation_tokens - before.prompt_tokens - before.generation_tokens
-        if tokens > 0:
-            self.iteration.observe(tokens)
+        if after.tokens_read > before.tokens_read:
+            self.observe(iteration_tokens_total=after.tokens_read - before.tokens_read)
 
     def success(self, reason: str) -> None:
         """Counts a continuation that ended."""
@@ -130,29 +118,35 @@ class Metrics:
 
 
 class Meter:
-    """The times of one request's sequences."""
+    """The times of one request's sequences; `began`: when it came, as all times by `time.perf_counter`."""
 
-    def __init__(self, metrics: Metrics, prompts: list[list[int]]):
-        self._metrics, self._prompts = metrics, prompts
-        self._began = time.perf_counter()
-        self._seen: dict[tuple[int, int], tuple[float, float, int]] = {}
+    def __init__(self, metrics: Metrics, prompts: list[list[int]], began: float):
+        self._metrics, self._prompts, self._began = metrics, prompts, began
+        self._seen: dict[tuple[int, int], tuple[float, float | None, int]] = {}
         """Of each sequence: when its first and its last delta came, and its tokens so far."""
 
     def observe(self, number: int, delta: Delta) -> None:
         """One delta of the prompt with that number."""
-        metrics, now, key = self._metrics, time.perf_counter(), (number, delta.index)
-        if key in self._seen:
-            first, last, tokens = self._seen[key]
-            metrics.between.observe(now - last)
+        observe, now, key = self._metrics.observe, time.perf_counter(), (number, delta.index)
+        first, last, tokens = self._seen.get(key, (now, None, 0))
+        if last is None:
+            observe(
+                time_to_first_token_seconds=now - self._began,
+                request_queue_time_seconds=delta.admitted - self._began,
+                request_prefill_time_seconds=now - delta.admitted,
+            )
         else:
-            first, tokens = now, 0
-            metrics.first_token.observe(now - self._began)
+            observe(inter_token_latency_seconds=now - last)
         tokens += len(delta.token_ids)
         self._seen[key] = (first, now, tokens)
         if delta.finish_reason is not None:
-            metrics.success(delta.finish_reason)
-            metrics.whole.observe(now - self._began)
-            metrics.prompt.observe(len(self._prompts[number]))
-            metrics.generated.observe(tokens)
+            self._metrics.success(delta.finish_reason)
+            observe(
+                e2e_request_latency_seconds=now - self._began,
+                request_decode_time_seconds=now - first,
+                request_inference_time_seconds=now - delta.admitted,
+                request_prompt_tokens=len(self._prompts[number]),
+                request_generation_tokens=tokens,
+            )
             if tokens > 1:
-                metrics.per_token.observe((now - first) / (tokens - 1))
+                observe(request_time_per_output_token_seconds=(now - first) / (tokens - 1))

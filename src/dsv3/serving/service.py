@@ -110,7 +110,7 @@ class Service:
     def _answer(
         self, stream: Stream, choices: Choices, usage: Usage, prompts: list[list[int]], request: Sampling
     ) -> Answer:
-        meter = Meter(self.metrics, prompts)
+        meter = Meter(self.metrics, prompts, stream.began)
         return Answer(stream.hand_over(), choices, usage, meter, request, self.settings)
 
     def _job(self, prompt: list[int], params: Any, request: Sampling, tenant: str) -> Job:

@@ -7,6 +7,7 @@ back by `call_soon_threadsafe`. When the thread ends other than by `stop`, every
 import asyncio
 import queue
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -105,6 +106,7 @@ class Stream:
 
     def __init__(self, worker: Worker, request_id: str, sequences: int):
         self.request_id, self._worker, self._left, self._sequences = request_id, worker, sequences, sequences
+        self.began = time.perf_counter()
         self._ids: dict[str, int] = {}
         """Prompts by the engine's name for them."""
         self._deltas: list[tuple[int, Delta]] = []
