@@ -69,6 +69,29 @@ def test_tokens_do_not_depend_on_how_they_are_computed(drafting_model, params, s
         assert 0.2 < stats.accepted_per_position[0] / stats.drafts < 0.98
 
 
+@pytest.mark.parametrize("drafts", [1, 3])
+def test_wrong_drafts_leave_nothing_in_the_first_modules_cache(drafting_model, drafts):
+    """It is that of one pass over what is known. Deeper modules read drafts that may be wrong: see docs/log.md."""
+
+    def begun(tokens, steps):
+        engine = Engine(drafting_model, None, EngineConfig(num_blocks=8, num_speculative_tokens=drafts))
+        engine.add("0", tokens, replace(GREEDY, max_tokens=100))
+        for _ in range(steps):
+            engine.step()
+        [running] = engine.running.values()
+        return engine, running.request
+
+    engine, request = begun(PROMPTS[0], 20)
+    stats = engine.stats()
+    assert 0 < stats.accepted_per_position[0] < stats.drafts
+    once, whole = begun(request.tokens, 1)
+    found, expected = (
+        each.runner.cache.read(drafting_model.mtp[0].block.name, one.blocks).flatten(0, 1)[: request.computed]
+        for each, one in ((engine, request), (once, whole))
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_drafts_save_passes(drafting_model):
     passes = []
     for drafts in (0, 2):

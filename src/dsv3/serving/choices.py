@@ -22,7 +22,7 @@ class ChatChoices:
     def __init__(self, request: ChatRequest, tokenizer: Tokenizer, usage: Usage, parsers: Sequence[Parser]):
         self._request, self._tokenizer, self._usage, self._parsers = request, tokenizer, usage, parsers
         self._parts: list[list[Part]] = [[] for _ in parsers]
-        self._ends: list[Json] = [{"logprobs": {"content": []} if request.logprobs else None} for _ in parsers]
+        self._ends: list[Json] = [{"logprobs": {} if request.logprobs else None} for _ in parsers]
 
     def opening(self) -> list[Json]:
         """Every choice begins with its role."""
@@ -42,11 +42,9 @@ class ChatChoices:
         if reason == "stop" and parser.calls:
             reason = "tool_calls"
         logprobs = chat_logprobs(self._tokenizer, delta.logprobs) if delta.logprobs is not None else None
-        if logprobs is not None and self._request.logprobs:
-            end["logprobs"]["content"] += logprobs["content"]
         extra = extras(self._request, delta)
-        for key, value in extra.items():
-            end.setdefault(key, []).extend(value)
+        grow(end, extra)
+        grow(end["logprobs"], logprobs)
         end["finish_reason"] = reason
         return {
             "index": delta.index, "delta": joined(parts), "logprobs": logprobs, "finish_reason": reason, **extra
@@ -76,7 +74,7 @@ class CompletionChoices:
         self._request, self._usage, self._prompts, self._echo = request, usage, prompts, echo
         count = len(prompts) * request.choices
         self._texts: list[list[str]] = [[] for _ in range(count)]
-        self._ends: list[Json] = [{"logprobs": None} for _ in range(count)]
+        self._ends: list[Json] = [{"logprobs": None if request.logprobs is None else {}} for _ in range(count)]
         self._shapes = [CompletionLogprobs(tokenizer) for _ in range(count)]
         self._begun: set[int] = set()
 
@@ -102,11 +100,9 @@ class CompletionChoices:
             shape = self._shapes[index].shape([*prompt_logprobs, *logprobs], self._prompts[number][0])
         end = self._ends[index]
         self._texts[index].append(text)
-        if shape is not None:
-            end["logprobs"] = {key: [*(end["logprobs"] or {}).get(key, ()), *value] for key, value in shape.items()}
         extra = extras(self._request, delta)
-        for key, value in extra.items():
-            end.setdefault(key, []).extend(value)
+        grow(end, extra)
+        grow(end["logprobs"], shape)
         end["finish_reason"] = delta.finish_reason
         return {"index": index, "text": text, "logprobs": shape, "finish_reason": delta.finish_reason, **extra}
 
@@ -126,6 +122,13 @@ def extras(request: Sampling, delta: Delta) -> Json:
     if request.return_routing:
         extra["routing"] = delta.routing or []
     return extra
+
+
+def grow(whole: Json | None, piece: Json | None) -> None:
+    """Appends a chunk's lists to the whole answer's."""
+    for key, values in (piece or {}).items():
+        assert whole is not None, "what was not asked for does not come"
+        whole.setdefault(key, []).extend(values)
 
 
 def joined(parts: list[Part]) -> Part:
