@@ -11,7 +11,7 @@ from dsv3.parallel.pipeline.executor import Executor
 from dsv3.parallel.pipeline.parts import hold
 from dsv3.parallel.pipeline.schedule import Schedule
 from dsv3.parallel.pipeline.schedules import make_schedule
-from dsv3.planning.parallel import divided
+from dsv3.planning.layout import divided
 from dsv3.precision.deferred import WeightGradients
 from dsv3.recipe.schema import Recipe
 
