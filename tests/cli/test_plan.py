@@ -22,23 +22,27 @@ def test_the_report_s_example(capsys):
 
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "deepseek-v3" / "pretrain.toml"
-REPORT = [
-    "plan", str(RECIPE), "training.micro_batch_size=1", "--schedule", "dual_pipe", "--pipeline", "16", "--data", "128", "--expert", "64",
-]  # fmt: skip
+SHARE = Path(__file__).parents[2] / "docs" / "results" / "share-h200.json"
 
 
 def test_the_report_s_recipe(capsys):
-    assert main.run([*REPORT, "--json"]) == 0
+    assert main.run(["plan", str(RECIPE), "--share", str(SHARE), "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
-    assert said["micro_batches"] == 120
-    assert len(said["memory"]) == 16
-    assert said["memory"][0]["blocks"][-1] == "mtp.0"
-    # 62.9M tokens in 19.93 s on the report's machine; here at 400 TFLOP/s and 50 GB/s, and as simulated.
-    assert 15 < said["time"] < 30
-    assert main.run(REPORT) == 0
+    assert (said["gpus"], len(said["memory"])) == (2048, 16)
+    steps = [(each["batch"], each["schedule"], each["micro_batches"]) for each in said["steps"]]
+    assert steps == [(3072, "one_f_one_b", 24), (3584, "one_f_one_b", 28), (15360, "dual_pipe", 120)]
+    # 62.9M tokens in 19.93 s on the report's machine.
+    assert 15 < said["steps"][-1]["total"] < 22
+    assert said["machine"]["layers"]["moe_layer"] == pytest.approx(28.7245e-3 / 4096, rel=1e-5)
+
+
+def test_any_layout_at_any_point(capsys):
+    layout = ["parallel.pipeline=8", "parallel.data=64", "parallel.expert=32", "parallel.schedule=dual_pipe_v"]
+    assert main.run(["plan", str(RECIPE), *layout, "--at", "200B", "--tflops", "500"]) == 0
     out = capsys.readouterr().out
-    assert "2,048 GPUs, batches of 15,360 sequences" in out
-    assert "dispatch of a block: " in out
+    assert "512 GPUs, 8 stages x 64, experts over 32" in out
+    assert re.search(r"200B +8,192 +dual_pipe_v +128 ", out)
+    assert "dispatch of a block, to other nodes: " in out
 
 
 def test_it_is_drawn(tmp_path):
@@ -57,16 +61,25 @@ def test_it_is_drawn(tmp_path):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--costs", "1,2"], "--costs '1,2': expected the times"),
-        (["--costs", "1,1,2,3"], "its part for weights \\(shorter\\)"),
-        (["--pipeline", "7"], "DualPipe on 7 ranks: expected an even number, such as 6 or 8"),
-        (["--microbatches", "8"], "expected at least 16"),
-        ([str(RECIPE)], "expected a recipe, .* or --microbatches"),
-        (["--out", "a.gif"], "expected a name that ends in .svg or .png"),
+        ([*SCHEDULE, "--costs", "1,2"], "--costs '1,2': expected the times"),
+        ([*SCHEDULE, "--costs", "1,1,2,3"], "its part for weights \\(shorter\\)"),
+        ([*SCHEDULE, "--pipeline", "7"], "dual_pipe on 7 ranks .*: expected an even number, such as 6 or 8"),
+        ([*SCHEDULE, "--microbatches", "8"], "expected 16"),
+        ([*SCHEDULE, str(RECIPE)], "expected a recipe, .* or --schedule"),
+        ([*SCHEDULE, "--out", "a.gif"], "expected a name that ends in .svg or .png"),
+        (["plan"], "expected a recipe, .* or --schedule"),
+        (["plan", str(RECIPE), "--pipeline", "8"], "parallel.pipeline=8"),
+        (["plan", str(RECIPE), "--tflops", "5", "--share", str(SHARE)], "leave one out"),
+        (["plan", str(RECIPE), "--bandwidth", "0"], "expected numbers above 0"),
+        (["plan", str(RECIPE), "--share", str(RECIPE)], "expected a file that `dsv3 bench train --share --json` wrote"),
+        (["plan", str(RECIPE), "--share", str(SHARE), "training.precision=fp32"], "with times in fp32"),
+        (["plan", str(RECIPE), "--share", str(SHARE), "data.sequence_length=2048"], "the recipe is of others"),
+        (["plan", str(RECIPE), "parallel.schedule_below=one_f_one"], "expected 'one_f_one_b'"),
+        (["plan", str(RECIPE), "--at", "15T"], "15T tokens is past the end"),
     ],
 )
 def test_refusals(options, said, capsys):
-    assert main.run([*SCHEDULE, *options]) == 2
+    assert main.run(options) == 2
     assert re.search(said, capsys.readouterr().err)
 
 

@@ -16,6 +16,16 @@ CONTENT = {
 }
 
 
+def test_layers_are_written_as_runs():
+    recipe = Recipe.from_dict(
+        CONTENT | {"model": {"preset": "tiny", "num_hidden_layers": 8}},
+        ["parallel.pipeline=2", "training.micro_batch_size=1", "parallel.schedule=dual_pipe_v"],
+    )
+    first, second = holdings(recipe)
+    assert (first.ranks, second.ranks) == (range(0, 1), range(1, 2))
+    assert [first.layers, second.layers] == ["0-2 7 mtp.0", "3-6"]
+
+
 @pytest.mark.parametrize(("data", "expert"), [(1, 1), (4, 2), (8, 8)])
 def test_the_table_is_what_a_rank_holds(data, expert):
     recipe = Recipe.from_dict(CONTENT, [f"parallel.data={data}", f"parallel.expert={expert}", "optimizer.moments=bf16"])

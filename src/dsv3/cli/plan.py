@@ -1,14 +1,13 @@
 """`dsv3 plan`: what a layout would do, before any GPU is rented."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, astuple
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
 import click
 
-from dsv3.cli.options import PATH, json_option
+from dsv3.cli.options import PATH, Quantity, json_option
 from dsv3.errors import UserError
 from dsv3.parallel.pipeline.schedule import Schedule
 from dsv3.parallel.pipeline.schedules import make_schedule
@@ -36,52 +35,53 @@ class CostsOption(click.ParamType):
 
 @click.command()
 @click.argument("recipe", type=PATH, required=False)
-@click.argument("overrides", nargs=-1)
-@click.option("--schedule", "name", default="dual_pipe_v", help="one_f_one_b, zero_bubble, dual_pipe or dual_pipe_v.")
-@click.option("--pipeline", "ranks", type=int, default=1, help="Ranks of the pipeline.")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option(
-    "--microbatches", "micro_batches", type=int, help="Micro-batches a step; a recipe's follow from its batch."
+    "--at",
+    type=Quantity(),
+    multiple=True,
+    metavar="TOKENS",
+    help="With a recipe: also the step at 100B; several times.",
 )
-@click.option("--costs", type=CostsOption(), help="Times of the passes of a chunk, in any unit; by default 1,2,1,3.")
-@click.option("--data", type=int, default=1, help="With a recipe: data-parallel ranks of each stage.")
-@click.option("--expert", type=int, default=1, help="With a recipe: those among them that share the experts.")
-@click.option("--tflops", type=float, default=400.0, help="With a recipe: what a GPU sustains.")
-@click.option("--bandwidth", type=float, default=50.0, help="With a recipe: GB/s from one GPU to others.")
-@click.option("--out", "path", type=PATH, help="Draw it: a name that ends in .svg or .png.")
+@click.option("--tflops", type=float, help="With a recipe: what a GPU sustains, 400 by default.")
+@click.option(
+    "--share", type=PATH, help="Instead of --tflops: layers' times, as `dsv3 bench train --share --json` wrote them."
+)
+@click.option("--bandwidth", type=float, default=50.0, help="With a recipe: GB/s of a GPU to other nodes.")
+@click.option("--nvlink", type=float, default=160.0, help="With a recipe: GB/s of a GPU within its node.")
+@click.option("--node", type=int, default=8, help="With a recipe: GPUs of a node.")
+@click.option("--schedule", "name", help="Without one: one_f_one_b, zero_bubble, dual_pipe or dual_pipe_v.")
+@click.option("--pipeline", "ranks", type=int, help="Without a recipe: ranks of the pipeline.")
+@click.option("--microbatches", "micro_batches", type=int, help="Without a recipe: micro-batches a step.")
+@click.option(
+    "--costs", type=CostsOption(), help="Without a recipe: times of a chunk's passes, in any unit; by default 1,2,1,3."
+)
+@click.option("--out", "path", type=PATH, help="Draw the schedule (a recipe's last): a name that ends in .svg or .png.")
 @json_option
 def plan(
-    recipe: Path | None, overrides: tuple[str, ...], name: str, ranks: int, micro_batches: int | None, costs: Costs | None,
-    data: int, expert: int, tflops: float, bandwidth: float, path: Path | None, as_json: bool,
+    recipe: Path | None, overrides: tuple[str, ...], at: tuple[int, ...], tflops: float | None, share: Path | None, bandwidth: float,
+    nvlink: float, node: int, name: str | None, ranks: int | None, micro_batches: int | None, costs: Costs | None,
+    path: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
-    """What training RECIPE [key=value ...] on many GPUs would take: memory, time and bubble of a step, wire traffic.
+    """What training RECIPE [key=value ...] on the GPUs of its [parallel] takes: memory, time and bubble of a step, wire traffic.
 
-    Without a recipe: time, bubble and activations of a pipeline schedule alone. With --out the schedule's picture.
+    Steps are those where the batch size changes its course, and at --at. Without a recipe: time, bubble and activations of a
+    pipeline schedule alone. With --out the schedule's picture.
     """
-    if (recipe is None) == (micro_batches is None) or (recipe is not None and costs is not None):
+    alone = (name, ranks, micro_batches)
+    if recipe is None and None not in alone:
+        schedule, timeline = plan_schedule(str(name), ranks or 0, micro_batches or 0, costs or Costs(), as_json)
+    elif recipe is not None and all(each is None for each in (*alone, costs)):
+        if tflops is not None and share is not None:
+            raise UserError("--tflops and --share both say how fast a GPU computes: leave one out")
+        rates = {"flops": (tflops or 400.0) * 1e12, "between": bandwidth * 1e9, "within": nvlink * 1e9}
+        if node < 1 or min(rates.values()) <= 0:
+            raise UserError("--tflops, --bandwidth, --nvlink, --node: expected numbers above 0")
+        schedule, timeline = plan_recipe(recipe, overrides, at, rates, node, share, as_json)
+    else:
         raise UserError(
-            "expected a recipe, whose micro-batches and costs follow from its network, or --microbatches (and --costs) without one"
-        )
-    if recipe is not None:
-        schedule, timeline, figures, unit = plan_recipe(
-            recipe, overrides, name, (ranks, data, expert), tflops * 1e12, bandwidth * 1e9, as_json
-        )
-    else:
-        assert micro_batches is not None
-        costs = costs or Costs()
-        schedule, unit = make_schedule(name, ranks, micro_batches), ""
-        timeline = simulate(schedule.programs, costs)
-        figures = {"costs": astuple(costs)}
-    peaks = [peak_activations(program) for program in schedule.programs]
-    total, bubble = timeline.total, timeline.bubble
-    count = len({each for rank in range(schedule.ranks) for each in schedule.micro_batches(rank, 0)})
-    if as_json:
-        common = {"schedule": name, "ranks": ranks, "stages": schedule.stages, "micro_batches": count}
-        measured = {"time": total, "bubble": bubble, "bubble_share": bubble / total, "peak_activations": peaks}
-        click.echo(json.dumps(common | figures | measured, indent=2))
-    else:
-        click.echo(
-            f"{name}: {schedule.stages} stages on {ranks} ranks, {count} micro-batches: time {total:.4g}{unit}, bubble "
-            f"{bubble:.4g}{unit} ({bubble / total:.1%}), activations of at most {max(peaks)} chunks a rank"
+            "expected a recipe, whose layout is in its [parallel] (parallel.pipeline=8, ... after it), or --schedule, --pipeline "
+            "and --microbatches without one"
         )
     if path is not None:
         from dsv3.stages.drawing import save
@@ -91,49 +91,50 @@ def plan(
         click.echo(f"drawn: {path}", err=as_json)
 
 
+def plan_schedule(name: str, ranks: int, micro_batches: int, costs: Costs, as_json: bool) -> tuple[Schedule, Timeline]:
+    """Prints a schedule's figures, in the unit of `costs`."""
+    schedule = make_schedule(name, ranks, micro_batches)
+    timeline = simulate(schedule.programs, costs)
+    peaks = [peak_activations(program) for program in schedule.programs]
+    total, bubble = timeline.total, timeline.bubble
+    if as_json:
+        asked = {
+            "schedule": name,
+            "ranks": ranks,
+            "stages": schedule.stages,
+            "micro_batches": micro_batches,
+            "costs": astuple(costs),
+        }
+        measured = {"time": total, "bubble": bubble, "bubble_share": bubble / total, "peak_activations": peaks}
+        click.echo(json.dumps(asked | measured, indent=2))
+    else:
+        click.echo(
+            f"{name}: {schedule.stages} stages on {ranks} ranks, {micro_batches} micro-batches: time {total:.4g}, bubble "
+            f"{bubble:.4g} ({bubble / total:.1%}), activations of at most {max(peaks)} chunks a rank"
+        )
+    return schedule, timeline
+
+
 def plan_recipe(
-    path: Path, overrides: Sequence[str], name: str, layout: tuple[int, int, int], rate: float, bandwidth: float,
+    path: Path, overrides: tuple[str, ...], at: tuple[int, ...], rates: dict[str, float], node: int, share: Path | None,
     as_json: bool,
-) -> tuple[Schedule, Timeline, dict[str, Any], str]:  # fmt: skip
-    """The plan of a recipe at its last batch size, on (pipeline, data, expert) ranks: prints what a schedule alone has not."""
-    from dsv3.planning.parallel import make_plan
-    from dsv3.recipe.schedule import Schedules
+) -> tuple[Schedule, Timeline]:  # fmt: skip
+    """Prints the plan of a recipe; the schedule of its last step."""
+    from dsv3.cli.plan_recipe import figures, make_plans, measured_layers, show
+    from dsv3.planning.parallel import Machine
     from dsv3.recipe.schema import Recipe
 
     recipe = Recipe.load(path, overrides)
-    training, (pipeline, data, expert) = recipe.training, layout
-    schedules = Schedules.resolve(recipe)
-    batch = schedules.batch_size.at(schedules.total_steps - 1, training.tokens - 1)
-    found = make_plan(
-        recipe.model.config(), name, pipeline=pipeline, data=data, expert=expert, batch=batch,
-        micro_batch=training.micro_batch_size or 1, length=recipe.data.sequence_length, rate=rate, bandwidth=bandwidth,
-        recompute=training.recompute, moment_bytes=2 if recipe.optimizer.moments == "bf16" else 4,
-        fp8=training.precision == "fp8",
-    )  # fmt: skip
-    memory = [found.memory(rank) for rank in range(pipeline)]
-    wire = {
-        "dispatch of a block": found.dispatch_bytes,
-        "combine of a block": found.combine_bytes,
-        "activation to the next stage": found.message_bytes,
-        "gradients and weights of a step": max(found.zero_bytes(rank) for rank in range(pipeline)),
-    }
-    if not as_json:
-        from dsv3.cli.ui import print_table
-
-        head = ["rank", "blocks", "parameters", "weights", "gradients", "moments", "activations", "GB in all"]
-        rows = [
-            (
-                str(rank),
-                " ".join(each.blocks),
-                f"{each.parameters / 1e9:.2f}B",
-                *(f"{size / 1e9:.1f}" for size in sizes),
-            )
-            for rank, each in enumerate(memory)
-            for sizes in [(each.weights, each.gradients, each.moments, each.activations, each.total)]
-        ]
-        click.echo(f"{path}: {pipeline * data:,} GPUs, batches of {batch:,} sequences")
-        print_table(head, [rows], left=(1,))
-        for what, size in wire.items():
-            click.echo(f"  {what}: {size / 1e6:,.1f} MB from each GPU")
-    figures = {"memory": [{**asdict(each), "total": each.total} for each in memory], "wire_bytes": wire}
-    return found.schedule, found.timeline, figures, " s"
+    layers = None if share is None else measured_layers(share, recipe)
+    plans = make_plans(recipe, at, Machine(**rates, node=node, layers=layers))
+    found = figures(recipe, plans)
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+    else:
+        parallel = recipe.parallel
+        click.echo(
+            f"{path}: {parallel.ranks:,} GPUs, {parallel.pipeline} stages x {parallel.data}, experts over {parallel.expert}"
+        )
+        show(found)
+    last = list(plans.values())[-1]
+    return last.schedule, last.timeline

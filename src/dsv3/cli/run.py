@@ -76,11 +76,13 @@ def print_layout(recipe: "Recipe") -> None:
     from dsv3.recipe.figures import human
 
     head = ("ranks", "layers", "experts", "parameters", "weights", "gradients", "moments")
+    held, experts = holdings(recipe), recipe.parallel.expert
+    shown = held if len(held) <= 32 else [each for n, each in enumerate(held) if n % experts in (0, experts - 1)]
     rows = [
         (
             few(each.ranks), each.layers, f"{each.experts.start}-{each.experts.stop - 1}", f"{each.parameters:,}",
-            *(f"{human(size)}B" for size in (each.weights, each.gradients, each.moments)),
+            *(f"{human(size)}B" for size in (each.weights, each.weights, each.moments)),
         )
-        for each in holdings(recipe)
+        for each in shown
     ]  # fmt: skip
     print_table(head, [rows])

@@ -1,45 +1,110 @@
-"""Who holds what in a parallel layout: the table at the start of a job, by arithmetic on its recipe."""
+"""Who holds what in a parallel layout, by arithmetic on its recipe: which blocks a stage has, which parameters a rank."""
 
 from dataclasses import dataclass
+from itertools import groupby
 
+from dsv3.model.config import ModelConfig
+from dsv3.parallel.pipeline.layout import Layout, balanced_layout
+from dsv3.parallel.pipeline.schedule import Placement
+from dsv3.parallel.pipeline.schedules import make_schedule
+from dsv3.planning.flops import block_flops, is_dense
 from dsv3.planning.parameters import count_parameters
+from dsv3.recipe.parallel import ParallelSection, least_micro_batches
 from dsv3.recipe.schema import Recipe
 
 
 @dataclass(frozen=True)
 class Holding:
-    """What some ranks of a job of one pipeline stage hold, each."""
+    """What some ranks of one place in the pipeline hold, each: those with the same experts."""
 
     ranks: range
-    layers: str
+    blocks: tuple[str, ...]
+    """By name (`Block.name`), from all its stages."""
     experts: range
     """Of every MoE block."""
-    parameters: int
-    weights: int
-    """Bytes in FP32."""
-    gradients: int
-    """Bytes in FP32."""
-    moments: int
-    """Bytes of Adam's two moments of this rank's share, to within a row a parameter; with Muon those of all that it holds, at most."""
+    shared: int
+    """Parameters beside the routed experts'; the router's correction biases are none."""
+    routed: int
+    """Parameters of these experts."""
+    updated: int
+    """Parameters whose moments the rank keeps: its share, to within a row a parameter; with Muon all, at most."""
+    moment_bytes: int
+
+    @property
+    def parameters(self) -> int:
+        """All of them."""
+        return self.shared + self.routed
+
+    @property
+    def weights(self) -> int:
+        """Bytes in FP32; gradients take as many."""
+        return 4 * self.parameters
+
+    @property
+    def moments(self) -> int:
+        """Bytes of Adam's two moments, at most where Muon keeps one."""
+        return 2 * self.moment_bytes * self.updated
+
+    @property
+    def layers(self) -> str:
+        """The blocks in short: `0-3 58-60 mtp.0`."""
+        numbers = [int(name) for name in self.blocks if name.isdigit()]
+        runs = [[n for _, n in run] for _, run in groupby(enumerate(numbers), key=lambda each: each[1] - each[0])]
+        written = [f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs]
+        return " ".join([*written, *(name for name in self.blocks if not name.isdigit())])
 
 
 def holdings(recipe: Recipe) -> list[Holding]:
-    """Those with the same experts together; the correction biases of the router, which are no parameters, are left out."""
+    """By place in the pipeline, then by experts: the rank e of place p is the first of entry p x `parallel.expert` + e."""
     config, parallel = recipe.model.config(), recipe.parallel
-    counts, each = count_parameters(config), config.n_routed_experts // recipe.parallel.expert
-    blocks = config.num_hidden_layers - config.num_dense_layers + config.num_nextn_predict_layers
-    experts = blocks * each * counts.expert
-    rest = counts.trained - blocks * config.n_routed_experts * (counts.expert + 1)
-    size = 2 * (2 if recipe.optimizer.moments == "bf16" else 4)
-    shares = experts * parallel.expert // parallel.data + rest // parallel.data
-    updated = shares if recipe.optimizer.kind == "adamw" else experts + rest
+    placed, each = placement(parallel), config.n_routed_experts // parallel.expert
+    layout = divided(config, 1 + max(map(max, placed)), recipe.data.sequence_length)
+    moment_bytes = 2 if recipe.optimizer.moments == "bf16" else 4
+    found = []
+    for place, stages in enumerate(placed):
+        blocks = tuple(name for stage in stages for name in layout.stages[stage])
+        sizes = [part_parameters(config, part) for part in set().union(*map(layout.parts, stages))]
+        shared, routed = sum(size for size, _ in sizes), sum(size for _, size in sizes) // parallel.expert
+        updated = shared // parallel.data + routed * parallel.expert // parallel.data
+        if recipe.optimizer.kind == "muon":
+            updated = shared + routed
+        first, end = place * parallel.data, (place + 1) * parallel.data
+        found += [
+            Holding(
+                range(first + e, end, parallel.expert), blocks, range(e * each, (e + 1) * each), shared, routed, updated,
+                moment_bytes,
+            )
+            for e in range(parallel.expert)
+        ]  # fmt: skip
+    return found
+
+
+def placement(parallel: ParallelSection) -> Placement:
+    """The stages of every rank of a pipeline, the same for all batch sizes."""
+    name, ranks = parallel.schedule, parallel.pipeline
+    return ((0,),) if ranks == 1 else make_schedule(name, ranks, least_micro_batches(name, ranks)).placement
+
+
+def divided(config: ModelConfig, stages: int, length: int) -> Layout:
+    """The blocks in so many stages that compute equally long, as nearly as can be, for sequences of `length` tokens.
+
+    Raises `UserError` where a stage would have no block.
+    """
     depth = config.num_nextn_predict_layers
-    layers = f"0-{config.num_hidden_layers - 1}" + (f" and {depth} MTP" if depth else "")
-    held = experts + rest
-    return [
-        Holding(
-            range(rank, parallel.data, parallel.expert), layers, range(rank * each, (rank + 1) * each),
-            held, 4 * held, 4 * held, size * updated,
-        )
-        for rank in range(parallel.expert)
-    ]  # fmt: skip
+    costs = [block_flops(config, [str(i)], False, length) for i in range(config.num_hidden_layers)]
+    last = block_flops(config, [f"mtp.{k}" for k in range(depth)], True, length)
+    return balanced_layout(costs, stages, 0.0, last, depth)
+
+
+def part_parameters(config: ModelConfig, part: str) -> tuple[int, int]:
+    """(parameters of a part beside routed experts, those of all its routed experts); names as of `Layout.parts`."""
+    counted = count_parameters(config)
+    if part in ("embed_tokens", "lm_head"):
+        return counted.embedding, 0
+    if part == "norm":
+        return config.hidden_size, 0
+    if is_dense(config, part.removeprefix("layers.")):
+        return counted.dense_block, 0
+    routed = config.n_routed_experts * counted.expert
+    whole = counted.mtp_module if part.startswith("mtp.") else counted.moe_block
+    return whole - routed - config.n_routed_experts, routed

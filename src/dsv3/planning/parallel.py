@@ -1,34 +1,60 @@
-"""What a layout over many GPUs costs, before any is rented: memory of each rank, wire traffic, time of a step.
+"""What a recipe's layout over many GPUs costs, before any is rented: memory of each rank, wire traffic, time of a step.
 
 Memory is what this code base keeps: weights and gradients in FP32 on every rank that holds them, moments shared out among the
 data-parallel ranks (ZeRO-1), copies of the matrices for their products (one in BF16, or two in FP8), and activations. Times
-follow from a rate of computation and a bandwidth that are given: measured ones, if there are any.
+follow from what a GPU computes and sends in a second, or from measured times of layers; docs/scale.md says what is left out.
 
 Legend: D hidden, I inner elements of an expert, K experts per token, E experts.
 """
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
-from math import comb
+from math import comb, inf
 
-from dsv3.errors import UserError
 from dsv3.model.config import ModelConfig
-from dsv3.parallel.pipeline.layout import Layout, balanced_layout
+from dsv3.parallel.pipeline.instructions import (
+    Backward,
+    Compute,
+    Forward,
+    InputGradient,
+    Overlapped,
+    WeightGradient,
+)
+from dsv3.parallel.pipeline.layout import Layout
 from dsv3.parallel.pipeline.schedule import Schedule
 from dsv3.parallel.pipeline.schedules import make_schedule
 from dsv3.parallel.pipeline.simulator import Costs, Timeline, peak_activations, simulate
-from dsv3.planning.parameters import Parameters, count_parameters
+from dsv3.planning.flops import block_flops, is_dense
+from dsv3.planning.layout import Holding, divided, holdings
+from dsv3.recipe.schema import Recipe
 
 TILED = 1 + 4 / 128
 """Bytes of an element of E4M3 with its share of the scale."""
 
 
 @dataclass(frozen=True)
+class Machine:
+    """What one GPU of a cluster does in a second."""
+
+    flops: float = 400e12
+    """FLOP/s sustained in the passes."""
+    between: float = 50e9
+    """Bytes/s to GPUs of other nodes; the report's is InfiniBand's."""
+    within: float = 160e9
+    """Bytes/s to GPUs of its own node; the report's is NVLink's."""
+    node: int = 8
+    """GPUs of a node."""
+    layers: Mapping[str, float] | None = None
+    """Seconds a token of `dense_layer`, `moe_layer` and `head`, forward and backward, in place of `flops`: DeepSeek-V3's, as
+    `dsv3 bench train --share` measures them. An MTP module counts as a layer and a head."""
+
+
+@dataclass(frozen=True)
 class RankMemory:
     """Bytes on one rank, and what they are for."""
 
-    blocks: tuple[str, ...]
+    layers: str
     parameters: int
     weights: int
     """FP32, and two bytes for copies."""
@@ -44,118 +70,180 @@ class RankMemory:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """One layout of one network. Sizes are counts; `rate` is FLOP/s that a GPU sustains, `bandwidth` bytes/s to other ranks."""
+class Step:
+    """Seconds of one optimizer step; those of the passes are means over the ranks of a pipeline, and add up with `bubble` and
+    `update` to `total`."""
 
-    config: ModelConfig
-    schedule: Schedule
-    layout: Layout
-    data: int
-    """Ranks of each pipeline stage."""
-    expert: int
-    """Those among them that share the experts of a block."""
-    tokens: int
-    """Of a micro-batch."""
-    length: int
-    """Of a sequence."""
-    rate: float
-    bandwidth: float
-    recompute: Collection[str] = ()
-    moment_bytes: int = 2
-    fp8: bool = False
+    total: float
+    forward: float
+    """Forward passes alone."""
+    backward: float
+    """Backward passes alone, with weights' gradients or without."""
+    weight_gradient: float
+    """Weights' gradients alone."""
+    pair: float
+    """A forward and a backward pass, overlapped."""
+    bubble: float
+    update: float
+    """Gradients summed, weights gathered; nothing hides it."""
+    exposed: float
+    """Of `total`, what it would save if nothing had to be sent."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One step of a recipe with `batch` sequences."""
+
+    recipe: Recipe
+    batch: int
+    machine: Machine
 
     @cached_property
-    def counted(self) -> Parameters:
-        """Of the whole network."""
-        return count_parameters(self.config)
+    def config(self) -> ModelConfig:
+        """The network."""
+        return self.recipe.model.config()
+
+    @cached_property
+    def micro_batches(self) -> int:
+        """Of one pipeline."""
+        return self.recipe.micro_batches(self.batch)
+
+    @cached_property
+    def tokens(self) -> int:
+        """Of a micro-batch."""
+        return self.batch // (self.recipe.parallel.data * self.micro_batches) * self.recipe.data.sequence_length
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        """Of this batch; without a pipeline one pass after the other."""
+        parallel = self.recipe.parallel
+        name = parallel.schedule if parallel.pipeline > 1 else "one_f_one_b"
+        return make_schedule(name, parallel.pipeline, self.micro_batches, parallel.schedule_below)
+
+    @cached_property
+    def layout(self) -> Layout:
+        """The blocks of each stage."""
+        return divided(self.config, self.schedule.stages, self.recipe.data.sequence_length)
+
+    @cached_property
+    def held(self) -> list[Holding]:
+        """By rank of the pipeline."""
+        return holdings(self.recipe)[:: self.recipe.parallel.expert]
+
+    @property
+    def fp8(self) -> bool:
+        """Whether products, and what is dispatched, are in FP8."""
+        return self.recipe.training.precision == "fp8"
 
     def memory(self, rank: int) -> RankMemory:
         """Of one rank of the pipeline, on each of its data-parallel ranks."""
-        parts = set().union(*map(self.layout.parts, self.schedule.held(rank)))
-        shared, experts = (sum(sizes) for sizes in zip(*map(self.part, parts), strict=True))
-        own = shared + experts
-        moments = 2 * self.moment_bytes * (shared // self.data + experts * self.expert // self.data)
-        blocks = tuple(name for stage in self.schedule.held(rank) for name in self.layout.stages[stage])
-        chunk = sum(self.kept(name) for name in blocks) / len(self.schedule.held(rank))
-        activations = peak_activations(self.schedule.programs[rank]) * chunk * self.tokens
-        return RankMemory(blocks, own, 6 * own, 4 * own, moments, round(activations))
+        held, recompute = self.held[rank], self.recipe.training.recompute
+        kept = sum(kept_bytes(self.config, is_dense(self.config, each), recompute, self.fp8) for each in held.blocks)
+        chunks = peak_activations(self.schedule.programs[rank]) / len(self.schedule.held(rank))
+        weights = held.weights + (0 if self.recipe.training.precision == "fp32" else 2 * held.parameters)
+        return RankMemory(
+            held.layers, held.parameters, weights, held.weights, held.moments, round(kept * chunks * self.tokens)
+        )
 
-    def part(self, name: str) -> tuple[int, int]:
-        """(parameters of a part on every rank that holds it, its experts' on one of the ranks that share them)."""
-        counted = self.counted
-        if name in ("embed_tokens", "lm_head"):
-            return counted.embedding, 0
-        if name == "norm":
-            return self.config.hidden_size, 0
-        if self.is_dense(name.removeprefix("layers.")):
-            return counted.dense_block, 0
-        experts = self.config.n_routed_experts * counted.expert
-        whole = counted.mtp_module if name.startswith("mtp.") else counted.moe_block
-        return whole - experts, experts // self.expert
-
-    def is_dense(self, block: str) -> bool:
-        """Whether a block of the main model has no experts."""
-        return block.isdigit() and int(block) < self.config.num_dense_layers
-
-    def kept(self, block: str) -> float:
-        """Bytes a token that a block keeps for the backward pass."""
-        return kept_bytes(self.config, self.is_dense(block), self.recompute, self.fp8)
+    def reached(self, experts: int) -> float:
+        """Share of the holders of so many experts that a token is sent to, where its groups, and experts in these, are chosen by chance."""
+        config = self.config
+        size = config.n_routed_experts // config.n_group
+        covered, each = max(1, experts // size), min(experts, size)
+        chosen, picked = config.topk_group * size, config.num_experts_per_tok
+        missed = sum(
+            comb(covered, met) * comb(config.n_group - covered, config.topk_group - met) * comb(chosen - met * each, picked)
+            for met in range(min(covered, config.topk_group) + 1)
+        )  # fmt: skip
+        return 1 - missed / comb(config.n_group, config.topk_group) / comb(chosen, picked)
 
     @cached_property
-    def ranks_per_token(self) -> float:
-        """Other ranks that a token is sent to, on average, where each choice of experts is as likely as any other."""
-        experts, chosen = self.config.n_routed_experts, self.config.num_experts_per_tok
-        elsewhere = comb(experts - experts // self.expert, chosen) / comb(experts, chosen)
-        return (self.expert - 1) * (1 - elsewhere)
+    def rows(self) -> tuple[float, float]:
+        """Rows a token of one dispatch: to other nodes, each once; from there to the other ranks of the node (see `parallel.dispatch`)."""
+        ranks = self.recipe.parallel.expert
+        width, each = min(self.machine.node, ranks), self.config.n_routed_experts // ranks
+        nodes = ranks // width
+        return (nodes - 1) * self.reached(each * width), (ranks - nodes) * self.reached(each)
 
     @property
-    def dispatch_bytes(self) -> float:
-        """Sent by a rank for one MoE block and one micro-batch; combine sends as many rows back, in BF16."""
-        width = self.config.hidden_size * (TILED if self.fp8 else 2)
-        return self.tokens * self.ranks_per_token * width
+    def row_bytes(self) -> tuple[float, float]:
+        """Of a dispatched row, its experts and weights included; of a combined one."""
+        hidden, beside = self.config.hidden_size, 8 * self.config.num_experts_per_tok
+        return hidden * (TILED if self.fp8 else 2) + beside, 2 * hidden
 
-    @property
-    def combine_bytes(self) -> float:
-        """As `dispatch_bytes`."""
-        return self.tokens * self.ranks_per_token * self.config.hidden_size * 2
+    @cached_property
+    def exchange(self) -> float:
+        """Seconds of dispatch and combine of one MoE block, one leg after the other; backward takes as long."""
+        between, within = self.rows
+        seconds = between / self.machine.between + within / self.machine.within
+        return self.tokens * sum(self.row_bytes) * seconds
+
+    @cached_property
+    def wire(self) -> dict[str, float]:
+        """Bytes that a GPU sends, by what for."""
+        (between, within), (there, back) = self.rows, self.row_bytes
+        return {
+            "dispatch of a block, to other nodes": self.tokens * between * there,
+            "dispatch of a block, within the node": self.tokens * within * there,
+            "combine of a block, to other nodes": self.tokens * between * back,
+            "combine of a block, within the node": self.tokens * within * back,
+            "activation to the next stage": self.message_bytes,
+            "gradients and weights of a step": max(map(self.update_bytes, range(len(self.held)))),
+        }
 
     @property
     def message_bytes(self) -> int:
         """An activation between two stages, or its gradient: BF16."""
         return 2 * self.tokens * self.config.hidden_size
 
-    def zero_bytes(self, rank: int) -> float:
-        """Sent by a data-parallel rank for one step: FP32 gradients to those that update them, updated weights to all."""
-        parts = set().union(*map(self.layout.parts, self.schedule.held(rank)))
-        shared, experts = (sum(sizes) for sizes in zip(*map(self.part, parts), strict=True))
-        others = self.data // self.expert
-        return 8 * (shared * (self.data - 1) / self.data + experts * (others - 1) / others)
+    def update_bytes(self, rank: int) -> float:
+        """Sent by a rank for one step: FP32 gradients to those that update them, updated weights to all, and gradients of its shares
+        of what another rank of the pipeline holds too."""
+        held, parallel = self.held[rank], self.recipe.parallel
+        others = parallel.data // parallel.expert
+        shared = held.shared * (parallel.data - 1) / parallel.data
+        twice = self.recipe.parallel.pipeline > 1 and self.recipe.parallel.schedule == "dual_pipe"
+        return 8 * (shared + held.routed * (others - 1) / others) + (4 * held.updated if twice else 0)
+
+    def compute(self, stage: int) -> float:
+        """Seconds of a chunk, forward and backward."""
+        blocks, last, times = self.layout.stages[stage], stage == self.layout.last, self.machine.layers
+        if times is None:
+            flops = block_flops(self.config, blocks, last, self.recipe.data.sequence_length)
+            return self.tokens * flops / self.machine.flops
+        dense = sum(is_dense(self.config, name) for name in blocks)
+        heads = last + sum(name.startswith("mtp.") for name in blocks)
+        seconds = dense * times["dense_layer"] + (len(blocks) - dense) * times["moe_layer"] + heads * times["head"]
+        return self.tokens * seconds
 
     def costs(self, stage: int) -> Costs:
-        """Seconds of a chunk. Alone, a pass waits for its tokens; in a pair, the longer of both hides the other."""
-        compute = self.tokens * block_flops(self.config, self.layout, stage, self.length) / 3 / self.rate
-        moe = sum(not self.is_dense(name) for name in self.layout.stages[stage])
-        sent = moe * (self.dispatch_bytes + self.combine_bytes) / self.bandwidth
-        pair = max(3 * compute, 2 * sent)
-        return Costs(compute + sent, 2 * compute + sent, compute, pair, self.message_bytes / self.bandwidth)
+        """Seconds of a chunk, a third for each of forward, inputs' and weights' gradients. Alone, a pass waits for its tokens; in a
+        pair, the longer of both hides the other."""
+        third = self.compute(stage) / 3
+        sent = self.exchange * sum(not is_dense(self.config, name) for name in self.layout.stages[stage])
+        message = self.message_bytes / self.machine.between
+        return Costs(third + sent, 2 * third + sent, third, max(3 * third, 2 * sent), message)
 
     @cached_property
     def timeline(self) -> Timeline:
-        """Of a step, without the optimizer's."""
+        """Of a step, without the update."""
         return simulate(self.schedule.programs, [self.costs(stage) for stage in range(self.schedule.stages)])
 
+    @cached_property
+    def step(self) -> Step:
+        """What a step takes. Data-parallel ranks are taken to be on different nodes."""
+        passes, ranks = self.timeline.total, len(self.held)
 
-def block_flops(config: ModelConfig, layout: Layout, stage: int, length: int) -> float:
-    """FLOPs a token of a stage, forward and backward, attention's causal half included."""
-    counted = count_parameters(config)
-    attention = config.num_attention_heads * (config.qk_head_dim + config.v_head_dim) * length / 2
-    total = 0.0
-    for name in layout.stages[stage]:
-        dense = name.isdigit() and int(name) < config.num_dense_layers
-        mtp = name.startswith("mtp.")
-        parameters = counted.mtp_module_active + counted.embedding if mtp else counted.moe_block_active
-        total += (counted.dense_block if dense else parameters) + attention
-    return 6 * (total + (counted.embedding if stage == layout.last else 0))
+        def spent(*kinds: type[Compute]) -> float:
+            own = (each for rank in self.timeline.spans for each in rank if isinstance(each.instruction, kinds))
+            return sum(each.end - each.start for each in own) / ranks
+
+        update = max(map(self.update_bytes, range(ranks))) / self.machine.between
+        free = replace(self, machine=replace(self.machine, between=inf, within=inf)).timeline.total
+        return Step(
+            passes + update, spent(Forward), spent(Backward, InputGradient), spent(WeightGradient), spent(Overlapped),
+            passes - spent(Forward, Backward, InputGradient, WeightGradient, Overlapped), update, passes + update - free,
+        )  # fmt: skip
 
 
 def kept_bytes(config: ModelConfig, dense: bool, recompute: Collection[str], fp8: bool = False) -> float:
@@ -181,30 +269,3 @@ def kept_bytes(config: ModelConfig, dense: bool, recompute: Collection[str], fp8
     kept += 2 * chosen * hidden + 4 * inner * (chosen + always)
     kept += 0 if "norms" in recompute else 2 * (2 * hidden + low + latent)
     return kept + (0 if "swiglu" in recompute else 2 * inner * (chosen + always))
-
-
-def make_plan(
-    config: ModelConfig, name: str, *, pipeline: int, data: int, expert: int, batch: int, micro_batch: int, length: int,
-    rate: float, bandwidth: float, recompute: Collection[str] = (), moment_bytes: int = 2, fp8: bool = False,
-) -> Plan:  # fmt: skip
-    """The plan of a batch of `batch` sequences. Blocks are divided so that all stages compute equally long.
-
-    Raises `UserError` for numbers that do not divide one another, and where the schedule or the division cannot be had.
-    """
-    if data % expert or config.n_routed_experts % expert:
-        raise UserError(
-            f"{expert} expert ranks: expected a divisor of {data} data-parallel ranks and of {config.n_routed_experts} experts"
-        )
-    if batch % (data * micro_batch):
-        raise UserError(
-            f"a batch of {batch} sequences on {data} data-parallel ranks, {micro_batch} at a time: expected a multiple of "
-            f"{data * micro_batch}"
-        )
-    schedule = make_schedule(name, pipeline, batch // (data * micro_batch))
-    one = Layout((tuple(map(str, range(config.num_hidden_layers))),))
-    costs = [block_flops(config, Layout(((name,), ())), 0, length) for name in one.stages[0]]
-    depth = config.num_nextn_predict_layers
-    ends = Layout(((), tuple(f"mtp.{k}" for k in range(depth))))
-    layout = balanced_layout(costs, schedule.stages, 0.0, block_flops(config, ends, 1, length), depth)
-    tokens = micro_batch * length
-    return Plan(config, schedule, layout, data, expert, tokens, length, rate, bandwidth, recompute, moment_bytes, fp8)
