@@ -19,15 +19,8 @@ from torch import Tensor
 
 from dsv3.disk import replace_file, sha256, sync
 from dsv3.errors import RunError, UserError, nearest
-from dsv3.weights.parts import Place, all_regions, regions
-from dsv3.weights.tensor_directory import (
-    ChunkReader,
-    ChunkWriter,
-    check_files,
-    read_layout,
-    read_tensors,
-    write_tensors,
-)
+from dsv3.weights.parts import Place, all_regions
+from dsv3.weights.tensor_directory import ChunkWriter, check_files, read_layout, read_tensors
 
 log = logging.getLogger(__name__)
 STATE = "state.json"
@@ -51,20 +44,13 @@ def save_checkpoint(
     directories to copy, by their name in the checkpoint. Raises `RunError` when it cannot be written; then whatever was
     there is there still.
     """
-    partial = directory.parent / PARTIAL
-    try:
-        begin(partial)
-        write_tensors(partial, flatten(tensors))
-        commit(partial, directory, state, files)
-    except (OSError, RunError) as error:
-        raise not_saved(directory, error) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    flat = flatten(tensors)
+    save_parts(directory, flat, {name: Place(tuple(each.shape)) for name, each in flat.items()}, state, files)
 
 
 def save_parts(
     directory: Path, tensors: Mapping[str, Tensor], places: Mapping[str, Place], state: Mapping[str, Any],
-    files: Mapping[str, Path | bytes], rank: int, exchange: Callable[[Any], list[Any]],
+    files: Mapping[str, Path | bytes], rank: int = 0, exchange: Callable[[Any], list[Any]] = lambda own: [own],
 ) -> None:  # fmt: skip
     """`save_checkpoint` by several ranks that share a file system: each writes a file with what it holds of every tensor.
 
@@ -102,7 +88,10 @@ def save_parts(
 
         together(finish, rank == 0)
     except (OSError, RunError) as error:
-        raise not_saved(directory, error) from error
+        raise RunError(
+            f"could not save the checkpoint {directory} ({error}). Earlier checkpoints are untouched; "
+            "make room or choose another directory, then resume"
+        ) from error
     finally:
         if rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
@@ -125,14 +114,6 @@ def commit(partial: Path, directory: Path, state: Mapping[str, Any], files: Mapp
     replace_directory(partial, directory)
     replace_file(directory.parent / LATEST, directory.name + "\n")
     sync(directory.parent)
-
-
-def not_saved(directory: Path, error: Exception) -> RunError:
-    """What to say of it."""
-    return RunError(
-        f"could not save the checkpoint {directory} ({error}). Earlier checkpoints are untouched; "
-        "make room or choose another directory, then resume"
-    )
 
 
 def checksums(directory: Path) -> dict[str, str]:
@@ -229,13 +210,7 @@ def load_checkpoint(
             f"{directory} holds {len(unexpected)} tensors that this run has no place for ({', '.join(unexpected[:3])}): "
             "it is a checkpoint of another config"
         )
-    if places is None:
-        read_tensors(directory, wanted)
-        return state
-    reader = ChunkReader(directory)
-    for name, tensor in wanted.items():
-        for region, values in regions(name, tensor, places[name]):
-            values.copy_(reader.read(region))
+    read_tensors(directory, wanted, places)
     return state
 
 
