@@ -36,27 +36,21 @@ NUMBERED = re.compile(r"[^.].*?(\d+)")
 
 
 def save_checkpoint(
-    directory: Path, tensors: Mapping[str, Any], state: Mapping[str, Any], files: Mapping[str, Path | bytes]
-) -> None:
+    directory: Path, tensors: Mapping[str, Any], state: Mapping[str, Any], files: Mapping[str, Path | bytes],
+    places: Mapping[str, Place] | None = None, rank: int = 0, exchange: Callable[[Any], list[Any]] = lambda own: [own],
+) -> None:  # fmt: skip
     """Writes a checkpoint, replacing one of the same name, and points `latest` to it.
 
     `tensors` is a dict of tensors, nested to any depth; `state` is what JSON can hold; `files` are contents, or files and
     directories to copy, by their name in the checkpoint. Raises `RunError` when it cannot be written; then whatever was
     there is there still.
+
+    Several ranks that share a file system call it together, each with its own tensors and, in `places`, where these lie in the
+    whole ones; `exchange` gives each what all ranks passed to it, in their order. Where one rank fails, all raise `RunError`.
     """
-    flat = flatten(tensors)
-    save_parts(directory, flat, {name: Place(tuple(each.shape)) for name, each in flat.items()}, state, files)
-
-
-def save_parts(
-    directory: Path, tensors: Mapping[str, Tensor], places: Mapping[str, Place], state: Mapping[str, Any],
-    files: Mapping[str, Path | bytes], rank: int = 0, exchange: Callable[[Any], list[Any]] = lambda own: [own],
-) -> None:  # fmt: skip
-    """`save_checkpoint` by several ranks that share a file system: each writes a file with what it holds of every tensor.
-
-    Every rank calls it, with the names of its own tensors; `exchange` gives each what all ranks passed to it, in their order. Where
-    one rank fails, all raise `RunError`.
-    """
+    tensors = flatten(tensors)
+    if places is None:
+        places = {name: Place(tuple(each.shape)) for name, each in tensors.items()}
     partial = directory.parent / PARTIAL
     own = all_regions(tensors, places)
 
