@@ -54,6 +54,10 @@ def test_the_figures_are_those_of_the_shards_and_a_second_time_nothing_is_built(
     assert [{**row, "tokens_per_second": None} for row in figures.values()] == [
         {**row, "tokens_per_second": None} for row in again.values()
     ]
+    sources = f'data.sources=[{{name="texts", uri="{texts}"}}]'
+    rest = ["data.validation_fraction=0.2", "model.vocab_size=400", "--out", tmp_path / "other"]
+    said = run(capsys, "data", "build", REDUCED, sources, *rest)[1]
+    assert all(text in said for text in ("bytes/token", "tokens/second", "texts/validation"))
 
 
 def test_another_rate_builds_the_training_sets_alone(tmp_path, texts, capsys):
@@ -85,17 +89,6 @@ def test_a_damaged_set_is_named_and_built_anew_once_it_is_deleted(tmp_path, text
     shutil.rmtree(damaged)
     _, err = build(capsys, tmp_path / "out", texts)
     assert err.count(": started") == 1
-
-
-def test_the_table_is_printed(tmp_path, texts, capsys):
-    sources = f'data.sources=[{{name="texts", uri="{texts}"}}]'
-    code, said, _ = run(
-        capsys, "data", "build", REDUCED, sources, "data.validation_fraction=0.2", "model.vocab_size=400", "--out", tmp_path / "out",
-    )  # fmt: skip
-    assert code == 0
-    assert "bytes/token" in said
-    assert "tokens/second" in said
-    assert "texts/validation" in said
 
 
 def test_a_tokenizer_of_ones_own(tmp_path, texts, capsys):

@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -81,8 +79,3 @@ def test_it_is_drawn(tmp_path):
 def test_refusals(options, said, capsys):
     assert main.run(options) == 2
     assert re.search(said, capsys.readouterr().err)
-
-
-def test_it_needs_no_torch():
-    code = f"import sys; from dsv3.cli import main; main.run({SCHEDULE!r}); sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode == 0

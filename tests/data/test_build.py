@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from dsv3.data import build, token_shard_writer, workers
-from dsv3.data.joined import joined_newline_splits
 from dsv3.data.sources import documents, hash_fraction
 from dsv3.data.token_shards import ShardSet
 from dsv3.errors import RunError, UserError
@@ -31,13 +30,6 @@ def every(directory):
     return [found.document(index).tolist() for index in range(len(found))]
 
 
-def unfim(ids, tokenizer):
-    if tokenizer.fim_begin_id not in ids:
-        return ids
-    hole, end = ids.index(tokenizer.fim_hole_id), ids.index(tokenizer.fim_end_id)
-    return [ids[0], *ids[2:hole], *ids[end + 1 : -1], *ids[hole + 1 : end], ids[-1]]
-
-
 def test_documents_are_framed_and_complete(corpus, tokenizer, tmp_path):
     manifest = build_set(corpus, "train", tokenizer, tmp_path / "out", seed=0)
     texts = [document.text for document in documents(corpus, "train", seed=0)]
@@ -49,37 +41,6 @@ def test_documents_are_framed_and_complete(corpus, tokenizer, tmp_path):
     }  # fmt: skip
     assert manifest.origin["uri"] == corpus
     assert (manifest.origin["split"], manifest.origin["seed"], manifest.origin["fim_rate"]) == ("train", 0, 0.0)
-
-
-def test_rearranged_documents_hold_the_same_text(corpus, tokenizer, tmp_path):
-    build_set(corpus, "train", tokenizer, tmp_path / "plain", seed=0)
-    build_set(corpus, "train", tokenizer, tmp_path / "fim", seed=0, fim_rate=0.5)
-    plain, fim = every(tmp_path / "plain"), every(tmp_path / "fim")
-    assert 10 < sum(tokenizer.fim_begin_id in ids for ids in fim) < 50
-    for whole, changed in zip(plain, fim, strict=True):
-        assert changed[0] == tokenizer.bos_id
-        assert changed[-1] == tokenizer.eos_id
-        assert tokenizer.decode(unfim(changed, tokenizer)) == tokenizer.decode(whole)
-
-
-def test_documents_are_cut_between_lines(corpus, tokenizer, tmp_path):
-    build_set(corpus, "train", tokenizer, tmp_path, seed=0, fim_rate=1.0, fim_unit="line")
-    for ids in every(tmp_path):
-        hole, end = ids.index(tokenizer.fim_hole_id), ids.index(tokenizer.fim_end_id)
-        parts = [tokenizer.decode(part) for part in (ids[2:hole], ids[hole + 1 : end], ids[end + 1 : -1])]
-        assert all(part.endswith("\n") for part in parts if part)
-
-
-def test_joined_tokens_are_split_at_the_rate(corpus, tokenizer, tmp_path):
-    splits = joined_newline_splits(tokenizer)
-    counts = []
-    for rate in (0.0, 0.5, 1.0):
-        build_set(corpus, "train", tokenizer, tmp_path / str(rate), seed=0, split_joined_rate=rate, fim_rate=0.2)
-        found = every(tmp_path / str(rate))
-        counts.append(sum(token in splits for ids in found for token in ids))
-    assert counts[0] > counts[1] > counts[2] == 0
-    first, last = every(tmp_path / "0.0"), every(tmp_path / "1.0")
-    assert [tokenizer.decode(ids) for ids in first] == [tokenizer.decode(ids) for ids in last]
 
 
 def test_the_seed_decides_and_the_batch_does_not(corpus, tokenizer, tmp_path, monkeypatch):

@@ -23,15 +23,16 @@ def test_a_document_is_its_tokens_between_bos_and_eos(batch, tokenizer):
         assert ids.tolist() == [tokenizer.bos_id, *tokenizer.encode(document.text), tokenizer.eos_id]
 
 
-def test_rates_seeds_and_documents_decide_one_by_one(batch, tokenizer):
+@pytest.mark.parametrize("unit", ["character", "line"])
+def test_rates_seeds_and_documents_decide_one_by_one(batch, tokenizer, unit):
     """By the rule written out: a generator a document first chooses and cuts it, then splits token by token."""
     seed, fim_rate, split_rate = 7, 0.4, 0.5
     splits = joined_newline_splits(tokenizer)
-    found = DocumentEncoder(tokenizer, Encoding(seed, fim_rate, split_rate)).encode(batch)
+    found = DocumentEncoder(tokenizer, Encoding(seed, fim_rate, split_rate, unit)).encode(batch)
     rearranged = split = 0
     for document, ids in zip(batch, found, strict=True):
         rng = Random(f"{seed}:{document.id}")
-        parts = fim_document(document.text, rng, fim_rate)
+        parts = fim_document(document.text, rng, fim_rate, unit)
         bodies = []
         for text in parts or [document.text]:
             body = []
@@ -50,7 +51,7 @@ def test_rates_seeds_and_documents_decide_one_by_one(batch, tokenizer):
         assert ids.tolist() == [tokenizer.bos_id, *bodies[0], tokenizer.eos_id]
     assert 0.25 < rearranged / len(batch) < 0.55
     assert split > 10
-    alone = DocumentEncoder(tokenizer, Encoding(seed, fim_rate, split_rate))
+    alone = DocumentEncoder(tokenizer, Encoding(seed, fim_rate, split_rate, unit))
     assert all(np.array_equal(alone.encode([d])[0], ids) for d, ids in zip(batch, found, strict=True))
 
 

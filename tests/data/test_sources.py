@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv3.data.files import Document, SkipReport
-from dsv3.data.library import STDLIB
-from dsv3.data.sources import NEEDLE, TINYPY, documents, fingerprint, hash_fraction, sample
+from dsv3.data.sources import documents, fingerprint, hash_fraction, sample
 from dsv3.errors import RunError, UserError
 
 
@@ -127,6 +126,9 @@ def test_one_character_cannot_be_divided(tmp_path):
     assert [d.text for d in documents(str(tmp_path), "train", seed=0)] == ["字"]
     with pytest.raises(UserError, match="none of its 1 documents falls into the validation split"):
         list(documents(str(tmp_path), "validation", seed=0))
+    (tmp_path / "a.txt").write_text("only one")
+    with pytest.raises(UserError, match="none of its 1 documents falls into the validation split"):
+        list(documents(str(tmp_path), "validation", seed=0, validation_fraction=0.0))
 
 
 def test_a_source_that_disappears_ends_the_build(tmp_path):
@@ -224,12 +226,6 @@ def test_empty_corpora_are_refused(tmp_path):
         list(documents(str(tmp_path), "train", seed=0))
 
 
-def test_an_empty_split_is_refused(tmp_path):
-    (tmp_path / "a.txt").write_text("only one")
-    with pytest.raises(UserError, match="none of its 1 documents falls into the validation split"):
-        list(documents(str(tmp_path), "validation", seed=0, validation_fraction=0.0))
-
-
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root reads everything")
 def test_unreadable_files_are_reported(tmp_path):
     corpus(tmp_path)
@@ -238,8 +234,3 @@ def test_unreadable_files_are_reported(tmp_path):
     report = SkipReport()
     list(documents(str(tmp_path), "train", seed=0, report=report))
     assert "Permission denied" in report.named[0]
-
-
-def test_every_builtin_is_known():
-    known = (STDLIB, TINYPY, NEEDLE)
-    assert known == ("builtin:stdlib", "builtin:tinypy", "builtin:needle")

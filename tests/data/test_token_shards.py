@@ -25,7 +25,6 @@ def test_round_trip(tmp_path, vocab_size, dtype, shard_bytes):
         assert found.document(index).dtype == dtype
         assert found.name(index) == name
     assert found.lengths.tolist() == [4, 2, 1002]
-    assert found.byte_lengths.tolist() == [9, 0, 4000]
     assert not found.document(0).flags.writeable
     with pytest.raises(IndexError):
         found.document(3)
@@ -78,18 +77,17 @@ def test_damage_is_refused(tmp_path):
         ShardSet.open(tmp_path)
 
 
-def test_every_file_is_compared_with_its_hash_by_one_of_the_ranks(tmp_path):
+def test_every_file_is_compared_with_its_hash(tmp_path):
     begin(tmp_path, many(), {})
     found = ShardSet.open(tmp_path)
     assert len(found.manifest.shards) == 3
-    for rank in range(2):
-        found.verify(rank, 2)
+    found.verify()
     for name in ("tokens-00001.bin", "documents-00002.npy", "documents-00000.names"):
         data = bytearray((tmp_path / name).read_bytes())
         data[-1] ^= 1
         (tmp_path / name).write_bytes(data)
         with pytest.raises(UserError, match=rf"{name} is damaged: its sha256 is .*delete .* and run again"):
-            [found.verify(rank, 2) for rank in range(2)]
+            found.verify()
         data[-1] ^= 1
         (tmp_path / name).write_bytes(data)
     (tmp_path / "tokens-00002.bin").unlink()

@@ -78,7 +78,7 @@ def test_a_model_finds_what_is_within_its_sight():
 def test_one_wrong_token_fails():
     made = trial(TOKENIZER, 160, 0.5, "0")
     wrong = Trial([*made.ids[:-1], (made.ids[-1] + 1) % 500], made.answer)
-    assert known(Reader(1000), [made, wrong], "cpu") == [True, False]
+    assert known(Reader(1000), [made, wrong], torch.device("cpu")) == [True, False]
 
 
 def test_passing_is_what_greedy_decoding_writes():
@@ -89,8 +89,8 @@ def test_passing_is_what_greedy_decoding_writes():
         prompt = made.ids[: -made.answer]
         greedy = SamplingParams(temperature=0.0, max_tokens=made.answer, ignore_eos=True)
         answer = llm.generate([prompt], greedy)[0].outputs[0].token_ids
-        assert not known(model, [made], "cpu")[0]
-        assert known(model, [Trial([*prompt, *answer], len(answer))], "cpu")[0]
+        assert not known(model, [made], torch.device("cpu"))[0]
+        assert known(model, [Trial([*prompt, *answer], len(answer))], torch.device("cpu"))[0]
 
 
 def test_the_model_s_mode_comes_back_and_short_texts_are_refused():

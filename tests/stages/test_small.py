@@ -29,11 +29,6 @@ def test_it_is_a_deepseek_v3_of_twelve_blocks_trained_in_fp8_from_what_is_instal
     assert {"bpb", "tinypy", "mtp"} == set(recipe.evaluation.tasks)
 
 
-def test_a_dry_run_prints_its_plan(capsys):
-    assert main.run(["pretrain", str(RECIPE), "--dry-run"]) == 0
-    assert "42,000,000 tokens in 2,564 steps, sequences of 2,048" in capsys.readouterr().out
-
-
 @pytest.mark.prove
 def test_scaled_down_it_runs_to_its_scores(tmp_path, capsys):
     corpus = tmp_path / "corpus"

@@ -26,13 +26,13 @@ def filled_with(directory):
 def gate(monkeypatch):
     """Holds every save until it is set."""
     gate = threading.Event()
-    write = checkpoint.write_tensors
+    write = checkpoint.ChunkWriter.write
 
     def waiting(*args):
         assert gate.wait(30)
-        write(*args)
+        return write(*args)
 
-    monkeypatch.setattr(checkpoint, "write_tensors", waiting)
+    monkeypatch.setattr(checkpoint.ChunkWriter, "write", waiting)
     return gate
 
 
@@ -71,7 +71,7 @@ def full(*_):
 def test_an_error_comes_up_at_the_next_look_and_only_once(tmp_path, monkeypatch):
     saver = Saver()
     with monkeypatch.context() as broken:
-        broken.setattr(checkpoint, "write_tensors", full)
+        broken.setattr(checkpoint.ChunkWriter, "write", full)
         saver.save(tmp_path / "step-1", tensors(1), {}, {})
         saver.wait()
         with pytest.raises(RunError, match=r"could not save the checkpoint .*step-1.*No space left"):
@@ -98,7 +98,7 @@ def test_leaving_by_another_error_finishes_the_save_and_hides_nothing(tmp_path, 
     with pytest.raises(ZeroDivisionError):
         save_and_fail(tmp_path / "step-1", 1)
     assert filled_with(tmp_path / "step-1") == 1
-    monkeypatch.setattr(checkpoint, "write_tensors", full)
+    monkeypatch.setattr(checkpoint.ChunkWriter, "write", full)
     with caplog.at_level(logging.WARNING), pytest.raises(ZeroDivisionError):
         save_and_fail(tmp_path / "step-2", 2)
     assert "step-2" in caplog.text
@@ -112,7 +112,7 @@ def test_old_checkpoints_go_once_the_new_one_is_whole(tmp_path, monkeypatch):
     kept = [path.name for path in sorted(tmp_path.glob("step-*"))]
     assert kept == ["step-00000004", "step-00000006", "step-00000007"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", *kept]
-    monkeypatch.setattr(checkpoint, "write_tensors", full)
+    monkeypatch.setattr(checkpoint.ChunkWriter, "write", full)
     saver.save(tmp_path / "step-00000009", tensors(9), {}, {})
     with pytest.raises(RunError):
         saver.finish()

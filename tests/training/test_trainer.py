@@ -402,7 +402,7 @@ def test_a_full_disk_while_saving_leaves_the_earlier_checkpoint(tmp_path, make_t
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    poison_after(trainer, 3, lambda: monkeypatch.setattr("dsv3.weights.checkpoint.write_tensors", full))
+    poison_after(trainer, 3, lambda: monkeypatch.setattr("dsv3.weights.checkpoint.ChunkWriter.write", full))
     with pytest.raises(RunError, match=r"could not save the checkpoint .*step-00000004.*No space left"):
         trainer.run()
     monkeypatch.undo()

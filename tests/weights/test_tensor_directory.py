@@ -7,7 +7,8 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from dsv3.errors import UserError
-from dsv3.weights.tensor_directory import check_files, read_layout, read_tensors, write_tensors
+from dsv3.weights.checkpoint import save_checkpoint
+from dsv3.weights.tensor_directory import check_files, read_layout, read_tensors
 
 
 class RunsCommand:
@@ -30,7 +31,8 @@ def replace_metadata(directory, metadata):
 
 @pytest.fixture
 def directory(tmp_path):
-    write_tensors(tmp_path / "saved", {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)})
+    tensors = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}
+    save_checkpoint(tmp_path / "saved", tensors, {}, {})
     return tmp_path / "saved"
 
 
@@ -94,8 +96,8 @@ def test_layout_and_tensors(directory):
 
 
 def test_a_view_of_a_large_tensor_is_stored_alone(tmp_path):
-    write_tensors(tmp_path, {"view": torch.zeros(1_000_000)[:10]})
-    assert sum(file.stat().st_size for file in tmp_path.iterdir()) < 100_000
+    save_checkpoint(tmp_path / "saved", {"view": torch.zeros(1_000_000)[:10]}, {}, {})
+    assert sum(file.stat().st_size for file in (tmp_path / "saved").iterdir()) < 100_000
 
 
 def test_ctrl_c_while_writing_is_passed_on(tmp_path, monkeypatch):
@@ -104,4 +106,4 @@ def test_ctrl_c_while_writing_is_passed_on(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        write_tensors(tmp_path, {"a": torch.zeros(1)})
+        save_checkpoint(tmp_path / "saved", {"a": torch.zeros(1)}, {}, {})

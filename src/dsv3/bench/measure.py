@@ -4,12 +4,10 @@ Speeds drift on every machine, between runs by more than most differences worth 
 round drifts far less.
 """
 
-import json
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -73,11 +71,6 @@ class Result:
     machine: Mapping[str, str] = field(default_factory=lambda: machine(torch.device("cpu")))
     versions: Mapping[str, str] = field(default_factory=versions)
     command: str = field(default_factory=command)
-
-    def write(self, path: Path) -> None:
-        """Writes the JSON file, with its directory where there is none."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(asdict(self), indent=1) + "\n")
 
 
 def take_turns(

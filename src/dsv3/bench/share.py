@@ -93,7 +93,7 @@ class Share:
 
 
 def bench_share(
-    precision: Literal["bf16", "fp8"], mtp: bool, rates: Rates, steps: int = 1, progress: Progress = lambda **_: None
+    precision: Literal["bf16", "fp8"], mtp: bool, rates: Rates, progress: Progress = lambda **_: None
 ) -> Share:
     """Measures on the current GPU, whose `rates` were measured."""
     times, optimizer, budget, peak = list[float](), 0.0, dict[str, float](), 0
@@ -101,7 +101,7 @@ def bench_share(
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         step = Step(dense, moe, mtp, precision)
-        passes, update = step.timed(steps)
+        passes, update = step.timed()
         times.append(passes / MICRO_BATCHES)
         peak = max(peak, torch.cuda.max_memory_allocated())
         if number == 0:
@@ -146,10 +146,9 @@ class Step:
         norms = self.optimizer.clip()
         self.optimizer.step(1e-6, ~norms["all"].isfinite())
 
-    def timed(self, steps: int) -> tuple[float, float]:
+    def timed(self) -> tuple[float, float]:
         """Milliseconds of a step's passes, and of its update, after two steps that do not count."""
-        passes = update = 0.0
-        for number in range(steps + 2):
+        for _ in range(3):
             marks = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
             marks[0].record()
             for micro in range(MICRO_BATCHES):
@@ -158,10 +157,7 @@ class Step:
             self.update()
             marks[2].record()
             torch.cuda.synchronize()
-            if number >= 2:
-                passes += marks[0].elapsed_time(marks[1]) / steps
-                update += marks[1].elapsed_time(marks[2]) / steps
-        return passes, update
+        return marks[0].elapsed_time(marks[1]), marks[1].elapsed_time(marks[2])
 
     def budget(self) -> dict[str, float]:
         """Where one micro-batch's time goes: milliseconds by kind of kernel."""

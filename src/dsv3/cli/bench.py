@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -92,7 +93,6 @@ def decode(
 def show_overhead(recipe: Path | None, steps: int, json_path: Path | None) -> None:
     """Measures and prints `dsv3 bench train --overhead`."""
     import tempfile
-    from dataclasses import asdict
 
     from dsv3.bench.overhead import TARGET, bench_overhead
     from dsv3.cli.run import recipe_beside
@@ -122,8 +122,6 @@ def show_overhead(recipe: Path | None, steps: int, json_path: Path | None) -> No
 @json_file_option
 def memory(preset: str, batch: int, length: int, device: str, json_path: Path | None) -> None:
     """Memory of a training step in BF16 and FP8, and what each of the report's ways to save some of it saves."""
-    from dataclasses import asdict
-
     from dsv3.bench.memory import BF16, TECHNIQUES, bench_memory
     from dsv3.cli.ui import Progress, print_table
     from dsv3.model.device import pick_device
@@ -192,8 +190,7 @@ def print_result(result: Result, json_path: Path | None) -> None:
     for name, found in result.checks.items():
         click.echo(f"{name}: {found}")
     if json_path is not None:
-        result.write(json_path)
-        click.echo(f"written: {json_path}")
+        write_json(json_path, asdict(result))
 
 
 def verdict(value: Spread, target: float | None) -> tuple[str, str, str]:

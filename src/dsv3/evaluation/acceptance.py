@@ -12,7 +12,7 @@ import torch
 
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.errors import UserError
-from dsv3.evaluation.bits_per_byte import cut, pad
+from dsv3.evaluation.bits_per_byte import pad, windows_of
 from dsv3.evaluation.mode import evaluating
 from dsv3.model.block import Pass
 from dsv3.model.micro_batch import default_positions
@@ -29,7 +29,6 @@ def acceptance(
     *,
     sequence_length: int,
     batch_rows: int,
-    device: torch.device | str = "cpu",
 ) -> list[float]:
     """The share of positions where drafts 1 to k are accepted, for each depth k; windows are those of bits per byte.
 
@@ -38,12 +37,11 @@ def acceptance(
     depth = len(model.mtp)
     if not depth:
         raise UserError("the model has no MTP modules (num_nextn_predict_layers = 0): leave mtp out of the tasks")
-    windows = [window for text in texts for window in cut([tokenizer.bos_id, *tokenizer.encode(text)], sequence_length)]
-    windows = sorted((each for each in windows if len(each) > depth + 1), key=len, reverse=True)
+    windows = [each for each in windows_of(texts, tokenizer, sequence_length) if len(each) > depth + 1]
     if not windows:
         raise UserError(f"MTP acceptance: none of {len(texts)} texts has {depth + 1} tokens")
-    accepted, drafted = torch.zeros(depth, dtype=torch.int64, device=device), 0
-    with evaluating(model):
+    with evaluating(model) as device:
+        accepted, drafted = torch.zeros(depth, dtype=torch.int64, device=device), 0
         for first in range(0, len(windows), batch_rows):
             inputs, targets = (each.to(device) for each in pad(windows[first : first + batch_rows]))
             kept = accepted_drafts(model, inputs) & (targets[:, depth:] != IGNORE)

@@ -27,7 +27,6 @@ def bits_per_byte(
     *,
     sequence_length: int,
     batch_rows: int,
-    device: torch.device | str = "cpu",
 ) -> float:
     """The negative log2-likelihood of all `texts` together over their length in UTF-8; each is a document.
 
@@ -41,11 +40,9 @@ def bits_per_byte(
         raise UserError(
             f"bits per byte of {len(texts)} texts without a byte: expected at least one character of held-out text"
         )
-    windows = [window for text in texts for window in cut([tokenizer.bos_id, *tokenizer.encode(text)], sequence_length)]
-    # Windows of like length share a batch, so that little of it is padding.
-    windows.sort(key=len, reverse=True)
+    windows = windows_of(texts, tokenizer, sequence_length)
     nats = 0.0
-    with evaluating(model):
+    with evaluating(model) as device:
         for first in range(0, len(windows), batch_rows):
             inputs, targets = pad(windows[first : first + batch_rows])
             logits = model(inputs.to(device)).logits
@@ -54,6 +51,12 @@ def bits_per_byte(
             )
             nats += losses.double().sum().item()
     return nats / math.log(2) / bytes_
+
+
+def windows_of(texts: Sequence[str], tokenizer: Tokenizer, sequence_length: int) -> list[Sequence[int]]:
+    """Those of all texts, the longest first: windows of like length share a batch, so that little of it is padding."""
+    windows = [window for text in texts for window in cut([tokenizer.bos_id, *tokenizer.encode(text)], sequence_length)]
+    return sorted(windows, key=len, reverse=True)
 
 
 def cut(tokens: Sequence[int], sequence_length: int) -> list[Sequence[int]]:

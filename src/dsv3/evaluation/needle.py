@@ -51,7 +51,6 @@ def needle(
     depths: Sequence[float],
     samples: int,
     seed: int = 0,
-    device: torch.device | str = "cpu",
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Haystack:
     """`samples` trials of every length (in tokens) and depth; the same at each call with the same seed.
@@ -59,7 +58,7 @@ def needle(
     `progress(done, total)` counts lengths. Raises `UserError` for a length that does not hold needle, question and answer.
     """
     rows = []
-    with evaluating(model):
+    with evaluating(model) as device:
         for done, length in enumerate(lengths):
             progress(done, len(lengths))
             trials = [
@@ -112,7 +111,7 @@ def trial(tokenizer: Tokenizer, length: int, depth: float, seed: str) -> Trial:
     return Trial([tokenizer.bos_id, *before, *needle, *after, *asked, *told], len(told))
 
 
-def known(model: DeepSeekV3, trials: Sequence[Trial], device: torch.device | str) -> list[bool]:
+def known(model: DeepSeekV3, trials: Sequence[Trial], device: torch.device) -> list[bool]:
     """Whether the model would answer each of the trials, which are equally long."""
     ids = torch.tensor([trial.ids for trial in trials], device=device)
     hidden = model(ids).hidden

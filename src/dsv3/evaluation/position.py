@@ -42,7 +42,6 @@ def loss_by_position(
     length: int,
     shares: int = 8,
     slide: bool = False,
-    device: torch.device | str = "cpu",
 ) -> LossByPosition:
     """Scores as many rows as the texts fill side by side; with `slide` as many that slide, and at least two a share.
 
@@ -63,7 +62,7 @@ def loss_by_position(
     # As in training, every token is a target once: rows share their last and first token.
     rows = torch.tensor([ids[k * step : k * step + length + 1] for k in range(count)])
     losses_RS = torch.empty(count, shares, dtype=torch.float64)
-    with evaluating(model):
+    with evaluating(model) as device:
         a_pass = max(TOKENS_A_PASS // length, 1)
         for part, into in zip(rows.split(a_pass), losses_RS.split(a_pass), strict=True):
             tokens = part.to(device)

@@ -41,15 +41,18 @@ def run_tasks(
     `bits_per_byte` is `{source: bits}`; `pass_at_1` `{"tinypy": {"passed", "total"}}`, with `failures` beside it; `needle`
     the fields of `Haystack`; `loss_by_position` those of `LossByPosition` by source; `mtp_acceptance` `{source: shares by depth}`.
     """
-    device = model.lm_head.weight.device
     found: dict[str, Any] = {}
-    if "bpb" in wanted.tasks:
-        found["bits_per_byte"] = {}
+    windows = {"sequence_length": length, "batch_rows": BATCH_ROWS}
+
+    def of_each(task: str, score: Callable[[list[str]], Any]) -> dict[str, Any]:
+        scores = {}
         for done, (name, held_out) in enumerate(texts.items(), 1):
-            found["bits_per_byte"][name] = bits_per_byte(
-                model, tokenizer, held_out, sequence_length=length, batch_rows=BATCH_ROWS, device=device
-            )
-            progress("bpb", done, len(texts))
+            scores[name] = score(held_out)
+            progress(task, done, len(texts))
+        return scores
+
+    if "bpb" in wanted.tasks:
+        found["bits_per_byte"] = of_each("bpb", lambda texts: bits_per_byte(model, tokenizer, texts, **windows))
     if "tinypy" in wanted.tasks and wanted.tinypy_tasks:
         llm, greedy = LLM.of(model, tokenizer, SMALL_CACHE), SamplingParams(temperature=0.0, max_tokens=ANSWER_TOKENS)
 
@@ -66,21 +69,13 @@ def run_tasks(
         depths = [k / (wanted.needle_depths - 1) for k in range(wanted.needle_depths)]
         haystack = needle(
             model, tokenizer, lengths=wanted.needle_lengths or [length * k // 4 for k in range(1, 5)], depths=depths,
-            samples=wanted.needle_samples, device=device, progress=lambda done, total: progress("needle", done, total),
+            samples=wanted.needle_samples, progress=lambda done, total: progress("needle", done, total),
         )  # fmt: skip
         found["needle"] = asdict(haystack)
     if "position" in wanted.tasks:
-        found["loss_by_position"] = {}
-        for done, (name, held_out) in enumerate(texts.items(), 1):
-            found["loss_by_position"][name] = asdict(
-                loss_by_position(model, tokenizer, held_out, length=length, slide=True, device=device)
-            )
-            progress("position", done, len(texts))
+        found["loss_by_position"] = of_each(
+            "position", lambda texts: asdict(loss_by_position(model, tokenizer, texts, length=length, slide=True))
+        )
     if "mtp" in wanted.tasks:
-        found["mtp_acceptance"] = {}
-        for done, (name, held_out) in enumerate(texts.items(), 1):
-            found["mtp_acceptance"][name] = acceptance(
-                model, tokenizer, held_out, sequence_length=length, batch_rows=BATCH_ROWS, device=device
-            )
-            progress("mtp", done, len(texts))
+        found["mtp_acceptance"] = of_each("mtp", lambda texts: acceptance(model, tokenizer, texts, **windows))
     return found

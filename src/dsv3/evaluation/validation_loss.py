@@ -38,11 +38,10 @@ class ValidationLoss:
     @torch.no_grad()
     def __call__(self, model: DeepSeekV3) -> dict[str, float]:
         """Source -> nats a token. The model runs in evaluation mode and is put back into its mode after."""
-        with evaluating(model):
-            return {name: self._loss(model, loader) for name, loader in self._loaders.items()}
+        with evaluating(model) as device:
+            return {name: self._loss(model, loader, device) for name, loader in self._loaders.items()}
 
-    def _loss(self, model: DeepSeekV3, loader: Loader) -> float:
-        device = model.lm_head.weight.device
+    def _loss(self, model: DeepSeekV3, loader: Loader, device: torch.device) -> float:
         nats, count = torch.zeros((), dtype=torch.float64, device=device), 0
         rows = min(self._most, loader.plans[0].rows)
         for first in range(0, rows, BATCH_ROWS):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dsv3.ops.kernels.available import no_triton
-from dsv3.ops.operation import Implementation, Operation, anything
+from dsv3.ops.operation import Implementation, Operation, anything, kernel
 
 PART = 2**26
 """Elements the reference updates at a time: what is computed in FP32 on the way takes a few of these and not a few weights."""
@@ -32,16 +32,6 @@ def reference(
         part.addcdiv_(mean * (keep / corrections[0]), root, value=-lr)
 
 
-def triton(
-    weight: Tensor, grad: Tensor, first: Tensor, second: Tensor, step: Tensor, keep: Tensor,
-    lr: float, betas: tuple[float, float], eps: float, weight_decay: float,
-) -> None:  # fmt: skip
-    """All of it read once and written once."""
-    from dsv3.ops.kernels.adamw import update
-
-    update(weight, grad, first, second, step, keep, lr, betas, eps, weight_decay)
-
-
 def triton_serves(weight: Tensor, grad: Tensor, first: Tensor, second: Tensor, *rest: object) -> str | None:
     """Why it does not."""
     if not all(each.is_contiguous() for each in (weight, grad, first, second)):
@@ -50,7 +40,11 @@ def triton_serves(weight: Tensor, grad: Tensor, first: Tensor, second: Tensor, *
 
 
 adamw = Operation(
-    "adamw", [Implementation("triton", triton, triton_serves), Implementation("reference", reference, anything)]
+    "adamw",
+    [
+        Implementation("triton", kernel("adamw", "update"), triton_serves),
+        Implementation("reference", reference, anything),
+    ],
 )
 """`adamw(weight, grad, first, second, step, keep, lr, betas, eps, weight_decay)` changes weight (FP32), and the moments first and
 second (BF16, of its shape) in place. `step` (FP32 scalar) counts this update; where `keep` (FP32 scalar) is 0 and not 1, nothing

@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
-from torch.nn.attention.bias import causal_lower_right
 
 from dsv3.ops.kernels.available import no_triton
 from dsv3.ops.operation import Implementation, Operation, anything
@@ -235,6 +234,9 @@ def behind_context_reference(q_BTHQ: Tensor, k_BSHQ: Tensor, v_BSHV: Tensor, sca
 
 def behind_context_sdpa(q_BTHQ: Tensor, k_BSHQ: Tensor, v_BSHV: Tensor, scale: float) -> Tensor:
     """Torch's attention, whose flash kernels want values as wide as keys."""
+    # Here, because it brings all of torch.compile with it, a second or more of every program's start.
+    from torch.nn.attention.bias import causal_lower_right
+
     values = F.pad(v_BSHV, (0, max(q_BTHQ.shape[3] - v_BSHV.shape[3], 0)))
     out: Tensor = F.scaled_dot_product_attention(
         q_BTHQ.transpose(1, 2),

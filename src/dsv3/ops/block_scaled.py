@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dsv3.errors import UserError
 from dsv3.ops.kernels.available import no_triton
-from dsv3.ops.operation import Implementation, Operation, anything
+from dsv3.ops.operation import Implementation, Operation, anything, kernel
 from dsv3.ops.tiles import E4M3_MAX, scale_of
 
 BLOCK = 128
@@ -40,23 +40,9 @@ def blocks_reference(weight_OI: Tensor, power_of_two: bool = False) -> tuple[Ten
     return values[..., :rows, :columns].contiguous(), scale
 
 
-def blocks_triton(weight_OI: Tensor, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
-    """One program a block."""
-    from dsv3.ops.kernels.blocks import quantize_blocks
-
-    return quantize_blocks(weight_OI, power_of_two)
-
-
 def transposed_reference(values_OI: Tensor, scale_PQ: Tensor) -> tuple[Tensor, Tensor]:
     """The definition."""
     return values_OI.transpose(-1, -2).contiguous(), scale_PQ.transpose(-1, -2).contiguous()
-
-
-def transposed_triton(values_OI: Tensor, scale_PQ: Tensor) -> tuple[Tensor, Tensor]:
-    """One program a block."""
-    from dsv3.ops.kernels.blocks import transpose_blocks
-
-    return transpose_blocks(values_OI, scale_PQ)
 
 
 def not_by_triton(matrix_OI: Tensor, other: object = None) -> str | None:
@@ -99,7 +85,7 @@ def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
 quantize_blocks = Operation(
     "quantize_blocks",
     [
-        Implementation("triton", blocks_triton, weight_not_by_triton),
+        Implementation("triton", kernel("blocks", "quantize_blocks"), weight_not_by_triton),
         Implementation("reference", blocks_reference, anything),
     ],
 )
@@ -110,7 +96,7 @@ values of zero, so that whatever is computed with it is NaN too."""
 transpose_blocks = Operation(
     "transpose_blocks",
     [
-        Implementation("triton", transposed_triton, not_by_triton),
+        Implementation("triton", kernel("blocks", "transpose_blocks"), not_by_triton),
         Implementation("reference", transposed_reference, anything),
     ],
 )

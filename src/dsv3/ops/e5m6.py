@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsv3.ops.kernels.available import no_triton
-from dsv3.ops.operation import Implementation, Operation, anything
+from dsv3.ops.operation import Implementation, Operation, anything, kernel
 from dsv3.ops.tiles import TILE, empty_scale, scale_of
 
 DROPPED = 4
@@ -55,23 +55,9 @@ def unpack_reference(tiles: PackedTiles, dtype: torch.dtype = torch.bfloat16) ->
     return (half[:, : tiles.columns].float() * factor).to(dtype)
 
 
-def pack_triton(x_RK: Tensor) -> PackedTiles:
-    """One program for some rows of one tile."""
-    from dsv3.ops.kernels.e5m6 import pack
-
-    return pack(x_RK)
-
-
 def pack_triton_serves(x_RK: Tensor) -> str | None:
     """Why it does not."""
     return no_triton(x_RK) if x_RK.stride(1) == 1 and x_RK.numel() else "needs elements, and adjacent columns"
-
-
-def unpack_triton(tiles: PackedTiles, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """One program for some rows of one tile."""
-    from dsv3.ops.kernels.e5m6 import unpack
-
-    return unpack(tiles, dtype)
 
 
 def unpack_triton_serves(tiles: PackedTiles, dtype: torch.dtype = torch.bfloat16) -> str | None:
@@ -81,14 +67,17 @@ def unpack_triton_serves(tiles: PackedTiles, dtype: torch.dtype = torch.bfloat16
 
 pack_e5m6 = Operation(
     "pack_e5m6",
-    [Implementation("triton", pack_triton, pack_triton_serves), Implementation("reference", pack_reference, anything)],
+    [
+        Implementation("triton", kernel("e5m6", "pack"), pack_triton_serves),
+        Implementation("reference", pack_reference, anything),
+    ],
 )
 """`pack_e5m6(x [R, K] BF16 or FP32) -> PackedTiles`. BF16 is rounded once; FP32 passes through half precision."""
 
 unpack_e5m6 = Operation(
     "unpack_e5m6",
     [
-        Implementation("triton", unpack_triton, unpack_triton_serves),
+        Implementation("triton", kernel("e5m6", "unpack"), unpack_triton_serves),
         Implementation("reference", unpack_reference, anything),
     ],
 )

@@ -5,6 +5,7 @@ How many rows each expert has is known to the device alone: nothing here waits f
 Legend: R rows, E experts, N elements out, K elements in, P = ceil(N / 128), Q = ceil(K / 128).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from dsv3.ops.gemm_fp8 import reference as gemm_reference
 from dsv3.ops.grouped_linear import segments
 from dsv3.ops.kernels.available import no_gluon, no_triton
 from dsv3.ops.kernels.deep_gemm import no_deep_gemm
-from dsv3.ops.operation import Implementation, Operation
+from dsv3.ops.operation import Implementation, Operation, kernel
 from dsv3.ops.tiles import TILE, Tiles
 
 
@@ -31,13 +32,9 @@ def columns_of(tiles: Tiles, start: int, end: int) -> Tiles:
 
 
 def reference(
-    x: Tiles,
-    weight_ENK: Tensor,
-    scale_EPQ: Tensor,
-    counts_E: Tensor,
-    out_dtype: torch.dtype = torch.bfloat16,
+    x: Tiles, weight_ENK: Tensor, scale_EPQ: Tensor, counts_E: Tensor, out_dtype: torch.dtype = torch.bfloat16,
     aligned: bool = False,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """The definition: a loop over experts."""
     out = torch.zeros(len(x.values), weight_ENK.shape[1], dtype=out_dtype, device=x.values.device)
     for e, start, end in segments(counts_E):
@@ -46,13 +43,9 @@ def reference(
 
 
 def masked_reference(
-    x: Tiles,
-    weight_ENK: Tensor,
-    scale_EPQ: Tensor,
-    counts_E: Tensor,
-    rows_per_group: int,
+    x: Tiles, weight_ENK: Tensor, scale_EPQ: Tensor, counts_E: Tensor, rows_per_group: int,
     out_dtype: torch.dtype = torch.bfloat16,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """The definition: a loop over experts. Rows behind a group's are zeros here."""
     experts, across, _ = weight_ENK.shape
     out = torch.zeros(experts, rows_per_group, across, dtype=out_dtype, device=x.values.device)
@@ -71,14 +64,7 @@ def wgrad_reference(grad: Tiles, x: Tiles, counts_E: Tensor, out: Tensor | None 
     return out
 
 
-def disagree(
-    x: Tiles,
-    weight_ENK: Tensor,
-    scale_EPQ: Tensor,
-    counts_E: Tensor,
-    out_dtype: torch.dtype = torch.bfloat16,
-    aligned: bool = False,
-) -> str | None:
+def disagree(x: Tiles, weight_ENK: Tensor, scale_EPQ: Tensor, counts_E: Tensor, *_: Any, **named: Any) -> str | None:
     """What is wrong with the shapes."""
     if x.values.shape[1] != weight_ENK.shape[2]:
         return f"the rows have {x.values.shape[1]} elements, the weight's {weight_ENK.shape[2]}"
@@ -91,12 +77,7 @@ def disagree(
 
 
 def masked_disagree(
-    x: Tiles,
-    weight_ENK: Tensor,
-    scale_EPQ: Tensor,
-    counts_E: Tensor,
-    rows_per_group: int,
-    out_dtype: torch.dtype = torch.bfloat16,
+    x: Tiles, weight_ENK: Tensor, scale_EPQ: Tensor, counts_E: Tensor, rows_per_group: int, *_: Any, **named: Any
 ) -> str | None:
     """What is wrong with the shapes."""
     if len(x.values) != len(weight_ENK) * rows_per_group:
@@ -114,14 +95,21 @@ def wgrad_disagree(grad: Tiles, x: Tiles, counts_E: Tensor, out: Tensor | None =
     return None
 
 
-def deep_gemm(
-    x: Tiles,
-    weight_ENK: Tensor,
-    scale_EPQ: Tensor,
-    counts_E: Tensor,
-    out_dtype: torch.dtype = torch.bfloat16,
-    aligned: bool = False,
-) -> Tensor:
+def without_promise(file: str) -> Callable[..., Tensor]:
+    """A kernel for groups of any size: it has no use for `aligned`."""
+    run = kernel(file, "contiguous")
+
+    def product(
+        x: Tiles, weight_ENK: Tensor, scale_EPQ: Tensor, counts_E: Tensor, out_dtype: torch.dtype = torch.bfloat16,
+        aligned: bool = False,
+    ) -> Tensor:  # fmt: skip
+        out: Tensor = run(x, weight_ENK, scale_EPQ, counts_E, out_dtype)
+        return out
+
+    return product
+
+
+def deep_gemm(x: Tiles, weight_ENK: Tensor, scale_EPQ: Tensor, counts_E: Tensor, *_: Any, **named: Any) -> Tensor:
     """The plugin."""
     from dsv3.ops.kernels.deep_gemm import contiguous
 
@@ -129,13 +117,9 @@ def deep_gemm(
 
 
 def deep_gemm_serves(
-    x: Tiles,
-    weight_ENK: Tensor,
-    scale_EPQ: Tensor,
-    counts_E: Tensor,
-    out_dtype: torch.dtype = torch.bfloat16,
+    x: Tiles, weight_ENK: Tensor, scale_EPQ: Tensor, counts_E: Tensor, out_dtype: torch.dtype = torch.bfloat16,
     aligned: bool = False,
-) -> str | None:
+) -> str | None:  # fmt: skip
     """Why it does not."""
     if not aligned:
         return "needs groups of multiples of 128 rows, and the caller's word for it"
@@ -144,37 +128,9 @@ def deep_gemm_serves(
     return disagree(x, weight_ENK, scale_EPQ, counts_E) or no_triton(x.values, weight_ENK) or no_deep_gemm()
 
 
-def triton(
-    x: Tiles,
-    weight_ENK: Tensor,
-    scale_EPQ: Tensor,
-    counts_E: Tensor,
-    out_dtype: torch.dtype = torch.bfloat16,
-    aligned: bool = False,
-) -> Tensor:
-    """The kernel."""
-    from dsv3.ops.kernels.grouped_gemm_fp8 import contiguous
-
-    return contiguous(x, weight_ENK, scale_EPQ, counts_E, out_dtype)
-
-
 def triton_serves(x: Tiles, weight_ENK: Tensor, *rest: Any, **named: Any) -> str | None:
     """Why it does not."""
     return disagree(x, weight_ENK, *rest, **named) or no_bulk_copies(x.values, weight_ENK)
-
-
-def gluon(
-    x: Tiles,
-    weight_ENK: Tensor,
-    scale_EPQ: Tensor,
-    counts_E: Tensor,
-    out_dtype: torch.dtype = torch.bfloat16,
-    aligned: bool = False,
-) -> Tensor:
-    """The kernel whose warps share the work out."""
-    from dsv3.ops.kernels.grouped_gemm_fp8_gluon import contiguous
-
-    return contiguous(x, weight_ENK, scale_EPQ, counts_E, out_dtype)
 
 
 def gluon_serves(x: Tiles, weight_ENK: Tensor, *rest: Any, **named: Any) -> str | None:
@@ -182,20 +138,6 @@ def gluon_serves(x: Tiles, weight_ENK: Tensor, *rest: Any, **named: Any) -> str 
     if len(x.values) <= 64 * len(weight_ENK):
         return "pays from 64 rows an expert"
     return triton_serves(x, weight_ENK, *rest, **named) or no_gluon(x.values.device)
-
-
-def masked_triton(
-    x: Tiles,
-    weight_ENK: Tensor,
-    scale_EPQ: Tensor,
-    counts_E: Tensor,
-    rows_per_group: int,
-    out_dtype: torch.dtype = torch.bfloat16,
-) -> Tensor:
-    """The kernel. What lies behind a group's rows is not initialised."""
-    from dsv3.ops.kernels.grouped_gemm_fp8_masked import masked
-
-    return masked(x, weight_ENK, scale_EPQ, counts_E, rows_per_group, out_dtype)
 
 
 def masked_triton_serves(x: Tiles, weight_ENK: Tensor, *rest: Any, **named: Any) -> str | None:
@@ -219,8 +161,8 @@ grouped_gemm_fp8 = Operation(
     "grouped_gemm_fp8",
     [
         Implementation("deep_gemm", deep_gemm, deep_gemm_serves),
-        Implementation("gluon", gluon, gluon_serves),
-        Implementation("triton", triton, triton_serves),
+        Implementation("gluon", without_promise("grouped_gemm_fp8_gluon"), gluon_serves),
+        Implementation("triton", without_promise("grouped_gemm_fp8"), triton_serves),
         Implementation("reference", reference, disagree),
     ],
 )
@@ -235,7 +177,7 @@ for shapes that do not agree.
 grouped_gemm_fp8_masked = Operation(
     "grouped_gemm_fp8_masked",
     [
-        Implementation("triton", masked_triton, masked_triton_serves),
+        Implementation("triton", kernel("grouped_gemm_fp8_masked", "masked"), masked_triton_serves),
         Implementation("reference", masked_reference, masked_disagree),
     ],
 )

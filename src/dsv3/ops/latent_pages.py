@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dsv3.ops.kernels.available import no_triton
-from dsv3.ops.operation import Implementation, Operation
+from dsv3.ops.operation import Implementation, Operation, kernel
 from dsv3.ops.tiles import TILE, rows_reference
 
 PAGE = 64
@@ -54,13 +54,6 @@ def reference(pages: Tensor, slots_N: Tensor, latent_NC: Tensor, key_NR: Tensor)
     pages.view(-1, pages.shape[2])[slots_N[kept]] = tokens[kept]
 
 
-def triton(pages: Tensor, slots_N: Tensor, latent_NC: Tensor, key_NR: Tensor) -> None:
-    """One program a token."""
-    from dsv3.ops.kernels.latent_pages import store
-
-    store(pages, slots_N, latent_NC, key_NR)
-
-
 def disagree(pages: Tensor, slots_N: Tensor, latent_NC: Tensor, key_NR: Tensor) -> str | None:
     """What is wrong with the shapes."""
     latent, rotated = latent_NC.shape[1], key_NR.shape[1]
@@ -83,7 +76,10 @@ def triton_serves(pages: Tensor, slots_N: Tensor, latent_NC: Tensor, key_NR: Ten
 
 store_latents = Operation(
     "store_latents",
-    [Implementation("triton", triton, triton_serves), Implementation("reference", reference, disagree)],
+    [
+        Implementation("triton", kernel("latent_pages", "store"), triton_serves),
+        Implementation("reference", reference, disagree),
+    ],
 )
 """`store_latents(pages, slots [N] int, latent [N, C], key [N, R])`: writes token n to pages[slot // 64, slot % 64], in place.
 

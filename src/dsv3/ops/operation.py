@@ -6,11 +6,14 @@
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dsv3.errors import UserError, nearest
+from dsv3.ops.kernels.available import no_triton
 
 
 @dataclass(frozen=True)
@@ -58,8 +61,22 @@ def forced_implementations() -> dict[str, str]:
     return dict(pair.split("=") for pair in pairs)
 
 
+def kernel(file: str, function: str) -> Callable[..., Any]:
+    """A function of `ops/kernels/`, whose file is imported when it is called: Triton is not everywhere."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return getattr(import_module(f"dsv3.ops.kernels.{file}"), function)(*args, **kwargs)
+
+    return run
+
+
 def anything(*args: Any, **kwargs: Any) -> None:
     """The `supports` of a reference twin."""
+
+
+def on_gpu(*args: Any) -> str | None:
+    """The `supports` of kernels that take the call's tensors as they come."""
+    return no_triton(*(each for each in args if isinstance(each, Tensor)))
 
 
 def in_training(*args: Any, **kwargs: Any) -> str | None:

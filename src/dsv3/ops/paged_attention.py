@@ -13,7 +13,7 @@ from torch import Tensor
 from dsv3.ops.kernels.available import no_gluon, no_triton
 from dsv3.ops.kernels.flash_mla import no_flash_mla
 from dsv3.ops.latent_pages import PAGE, packed_size, unpack
-from dsv3.ops.operation import Implementation, Operation
+from dsv3.ops.operation import Implementation, Operation, kernel
 
 Attended = tuple[Tensor, Tensor]
 """[B, T, H, C] in the queries' dtype, and FP32 [B, T, H]: the logarithm of the sum of exponentials."""
@@ -84,13 +84,6 @@ def disagree(
     return None
 
 
-def flash_mla(*arguments: Any) -> Attended:
-    """The plugin."""
-    from dsv3.ops.kernels.flash_mla import decode
-
-    return decode(*arguments)
-
-
 def flash_mla_serves(q_BTHL: Tensor, pages: Tensor, *rest: Any) -> str | None:
     """Why it does not."""
     if pages.dtype != torch.bfloat16:
@@ -98,13 +91,6 @@ def flash_mla_serves(q_BTHL: Tensor, pages: Tensor, *rest: Any) -> str | None:
     if q_BTHL.shape[1] * q_BTHL.shape[2] < 128:
         return "pays from 128 heads and tokens of a sequence"
     return gluon_serves(q_BTHL, pages, *rest) or no_flash_mla()
-
-
-def gluon(*arguments: Any) -> Attended:
-    """The kernel whose warps share the work out."""
-    from dsv3.ops.kernels.paged_attention_gluon import decode
-
-    return decode(*arguments)
 
 
 def gluon_serves(
@@ -115,13 +101,6 @@ def gluon_serves(
         return f"needs latents of 512 elements and rotated keys of 64, not {latent} and {q_BTHL.shape[3] - latent}"
     reason = triton_serves(q_BTHL, pages, table_BM, lengths_B, latent, scale)
     return reason or no_gluon(q_BTHL.device)
-
-
-def triton(*arguments: Any) -> Attended:
-    """The kernel."""
-    from dsv3.ops.kernels.paged_attention import decode
-
-    return decode(*arguments)
 
 
 def triton_serves(
@@ -142,9 +121,9 @@ def triton_serves(
 paged_latent_attention = Operation(
     "paged_latent_attention",
     [
-        Implementation("flash_mla", flash_mla, flash_mla_serves),
-        Implementation("gluon", gluon, gluon_serves),
-        Implementation("triton", triton, triton_serves),
+        Implementation("flash_mla", kernel("flash_mla", "decode"), flash_mla_serves),
+        Implementation("gluon", kernel("paged_attention_gluon", "decode"), gluon_serves),
+        Implementation("triton", kernel("paged_attention", "decode"), triton_serves),
         Implementation("gathered", gathered, gathered_serves),
         Implementation("reference", reference, disagree),
     ],

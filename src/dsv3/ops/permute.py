@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dsv3.ops.kernels.available import no_triton
-from dsv3.ops.operation import Implementation, Operation, anything
+from dsv3.ops.operation import Implementation, Operation, anything, on_gpu
 
 
 @dataclass(frozen=True)
@@ -212,16 +212,6 @@ class Summed(torch.autograd.Function):
         return grad_RD, grad_weight_TK.to(weight_TK.dtype), None
 
 
-def copies_on_gpu(x_TD: Tensor, to: Permutation) -> str | None:
-    """See `no_triton`."""
-    return no_triton(x_TD)
-
-
-def sums_on_gpu(rows_RD: Tensor, weight_TK: Tensor, to: Permutation) -> str | None:
-    """See `no_triton`."""
-    return no_triton(rows_RD, weight_TK)
-
-
 sort_by_expert = Operation(
     "sort_by_expert",
     [
@@ -241,7 +231,7 @@ nobody's. Products in FP8 need groups of whole tiles (n = 128)."""
 permute = Operation(
     "permute",
     [
-        Implementation("triton", Copied.apply, copies_on_gpu),
+        Implementation("triton", Copied.apply, on_gpu),
         Implementation("gather", Gather.apply, anything),
         Implementation("reference", permute_reference, anything),
     ],
@@ -253,7 +243,7 @@ Rows that are not real hold finite values that mean nothing: zeros, or token 0. 
 unpermute = Operation(
     "unpermute",
     [
-        Implementation("triton", Summed.apply, sums_on_gpu),
+        Implementation("triton", Summed.apply, on_gpu),
         Implementation("weighted_sum", WeightedSum.apply, anything),
         Implementation("reference", unpermute_reference, anything),
     ],

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv3.ops.kernels.available import no_triton
-from dsv3.ops.operation import Implementation, Operation, anything
+from dsv3.ops.operation import Implementation, Operation, anything, on_gpu
 
 
 def rotated(x_BTHR: Tensor, turn_BTF: Tensor) -> Tensor:
@@ -75,20 +74,10 @@ class KeysAndValues(torch.autograd.Function):
         return *keys_backward(grad_keys, grad_values, ctx.content), None
 
 
-def rotate_triton_serves(x: Tensor, turn_BTF: Tensor) -> str | None:
-    """Why it does not."""
-    return no_triton(x, turn_BTF)
-
-
-def keys_triton_serves(kv: Tensor, key_BTR: Tensor, content: int) -> str | None:
-    """Why it does not."""
-    return no_triton(kv, key_BTR)
-
-
 rotate_heads = Operation(
     "rotate_heads",
     [
-        Implementation("triton", Rotate.apply, rotate_triton_serves),
+        Implementation("triton", Rotate.apply, on_gpu),
         Implementation("reference", rotate_reference, anything),
     ],
 )
@@ -97,7 +86,7 @@ rotate_heads = Operation(
 keys_and_values = Operation(
     "keys_and_values",
     [
-        Implementation("triton", KeysAndValues.apply, keys_triton_serves),
+        Implementation("triton", KeysAndValues.apply, on_gpu),
         Implementation("reference", keys_reference, anything),
     ],
 )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dsv3.ops.kernels.available import no_triton
-from dsv3.ops.operation import Implementation, Operation, anything
+from dsv3.ops.operation import Implementation, Operation, anything, kernel
 
 TILE = 128
 E4M3_MAX = 448.0
@@ -91,41 +91,6 @@ def transpose_reference(tiles: Tiles, power_of_two: bool = False) -> Tiles:
     return rows_reference(dequantize_reference(tiles, torch.float32).t(), power_of_two)
 
 
-def rows_triton(x_RK: Tensor, power_of_two: bool = False) -> Tiles:
-    """One program for some rows of one tile."""
-    from dsv3.ops.kernels.tiles import quantize_rows
-
-    return quantize_rows(x_RK, power_of_two)
-
-
-def columns_triton(x_RK: Tensor, power_of_two: bool = False) -> Tiles:
-    """One program for 128 rows of some channels."""
-    from dsv3.ops.kernels.tiles import quantize_columns
-
-    return quantize_columns(x_RK, power_of_two)
-
-
-def both_triton(x_RK: Tensor, power_of_two: bool = False) -> tuple[Tiles, Tiles]:
-    """One program for 128 rows of 128 channels, which are read once."""
-    from dsv3.ops.kernels.tiles import quantize_both
-
-    return quantize_both(x_RK, power_of_two)
-
-
-def dequantize_triton(tiles: Tiles, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """One program for some rows of one tile."""
-    from dsv3.ops.kernels.tiles import dequantize_rows
-
-    return dequantize_rows(tiles, dtype)
-
-
-def transpose_triton(tiles: Tiles, power_of_two: bool = False) -> Tiles:
-    """One program for 128 rows of 128 channels; the matrix in between stays in registers."""
-    from dsv3.ops.kernels.tiles import transpose_tiles
-
-    return transpose_tiles(tiles, power_of_two)
-
-
 def not_quantised_by_triton(x_RK: Tensor, power_of_two: bool = False) -> str | None:
     """The reason why the kernels do not serve; None when they do."""
     if x_RK.dim() != 2 or x_RK.stride(1) != 1:
@@ -145,7 +110,7 @@ def not_read_by_triton(tiles: Tiles, *option: object, **named: object) -> str | 
 quantize_rows = Operation(
     "quantize_rows",
     [
-        Implementation("triton", rows_triton, not_quantised_by_triton),
+        Implementation("triton", kernel("tiles", "quantize_rows"), not_quantised_by_triton),
         Implementation("reference", rows_reference, anything),
     ],
 )
@@ -154,7 +119,7 @@ quantize_rows = Operation(
 quantize_columns = Operation(
     "quantize_columns",
     [
-        Implementation("triton", columns_triton, not_quantised_by_triton),
+        Implementation("triton", kernel("tiles", "quantize_columns"), not_quantised_by_triton),
         Implementation("reference", columns_reference, anything),
     ],
 )
@@ -163,7 +128,7 @@ quantize_columns = Operation(
 quantize_both = Operation(
     "quantize_both",
     [
-        Implementation("triton", both_triton, not_quantised_by_triton),
+        Implementation("triton", kernel("tiles", "quantize_both"), not_quantised_by_triton),
         Implementation("reference", both_reference, anything),
     ],
 )
@@ -172,7 +137,7 @@ quantize_both = Operation(
 dequantize_rows = Operation(
     "dequantize_rows",
     [
-        Implementation("triton", dequantize_triton, not_read_by_triton),
+        Implementation("triton", kernel("tiles", "dequantize_rows"), not_read_by_triton),
         Implementation("reference", dequantize_reference, anything),
     ],
 )
@@ -181,7 +146,7 @@ dequantize_rows = Operation(
 transpose_tiles = Operation(
     "transpose_tiles",
     [
-        Implementation("triton", transpose_triton, not_read_by_triton),
+        Implementation("triton", kernel("tiles", "transpose_tiles"), not_read_by_triton),
         Implementation("reference", transpose_reference, anything),
     ],
 )

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dsv3.parallel.group import Group
 from dsv3.training.timing import timed
-from dsv3.weights.checkpoint import flatten, prune_checkpoints, save_checkpoint, save_parts
+from dsv3.weights.checkpoint import flatten, prune_checkpoints, save_checkpoint
 from dsv3.weights.parts import Place
 
 log = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ class Saver:
         files: Mapping[str, Path | bytes],
         places: Mapping[str, Place] | None = None,
     ) -> None:
-        """As `save_checkpoint`, or with `places` as `save_parts`, in a thread; raises what went wrong in the save before."""
+        """`save_checkpoint` in a thread; raises what went wrong in the save before."""
         with timed(self.spent, "waiting"):
             self.finish()
         given = flatten(tensors)
@@ -82,10 +82,7 @@ class Saver:
                 copied.synchronize()
                 self.spent["copying"] = self.spent.get("copying", 0.0) + begun.elapsed_time(copied) / 1000
             with timed(self.spent, "writing"), timed(self.spent, "processor", time.thread_time):
-                if places is None:
-                    save_checkpoint(directory, self.copy, state, files)
-                else:
-                    save_parts(directory, self.copy, places, state, files, self.group.rank, self.group.objects)
+                save_checkpoint(directory, self.copy, state, files, places, self.group.rank, self.group.objects)
                 if self.keep_last is not None and self.group.rank == 0:
                     prune_checkpoints(directory.parent, self.keep_last, self.keep_every_steps)
 

@@ -19,15 +19,8 @@ from torch import Tensor
 
 from dsv3.disk import replace_file, sha256, sync
 from dsv3.errors import RunError, UserError, nearest
-from dsv3.weights.parts import Place, all_regions, regions
-from dsv3.weights.tensor_directory import (
-    ChunkReader,
-    ChunkWriter,
-    check_files,
-    read_layout,
-    read_tensors,
-    write_tensors,
-)
+from dsv3.weights.parts import Place, all_regions
+from dsv3.weights.tensor_directory import ChunkWriter, check_files, read_layout, read_tensors
 
 log = logging.getLogger(__name__)
 STATE = "state.json"
@@ -43,34 +36,21 @@ NUMBERED = re.compile(r"[^.].*?(\d+)")
 
 
 def save_checkpoint(
-    directory: Path, tensors: Mapping[str, Any], state: Mapping[str, Any], files: Mapping[str, Path | bytes]
-) -> None:
+    directory: Path, tensors: Mapping[str, Any], state: Mapping[str, Any], files: Mapping[str, Path | bytes],
+    places: Mapping[str, Place] | None = None, rank: int = 0, exchange: Callable[[Any], list[Any]] = lambda own: [own],
+) -> None:  # fmt: skip
     """Writes a checkpoint, replacing one of the same name, and points `latest` to it.
 
     `tensors` is a dict of tensors, nested to any depth; `state` is what JSON can hold; `files` are contents, or files and
     directories to copy, by their name in the checkpoint. Raises `RunError` when it cannot be written; then whatever was
     there is there still.
+
+    Several ranks that share a file system call it together, each with its own tensors and, in `places`, where these lie in the
+    whole ones; `exchange` gives each what all ranks passed to it, in their order. Where one rank fails, all raise `RunError`.
     """
-    partial = directory.parent / PARTIAL
-    try:
-        begin(partial)
-        write_tensors(partial, flatten(tensors))
-        commit(partial, directory, state, files)
-    except (OSError, RunError) as error:
-        raise not_saved(directory, error) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def save_parts(
-    directory: Path, tensors: Mapping[str, Tensor], places: Mapping[str, Place], state: Mapping[str, Any],
-    files: Mapping[str, Path | bytes], rank: int, exchange: Callable[[Any], list[Any]],
-) -> None:  # fmt: skip
-    """`save_checkpoint` by several ranks that share a file system: each writes a file with what it holds of every tensor.
-
-    Every rank calls it, with the names of its own tensors; `exchange` gives each what all ranks passed to it, in their order. Where
-    one rank fails, all raise `RunError`.
-    """
+    tensors = flatten(tensors)
+    if places is None:
+        places = {name: Place(tuple(each.shape)) for name, each in tensors.items()}
     partial = directory.parent / PARTIAL
     own = all_regions(tensors, places)
 
@@ -102,7 +82,10 @@ def save_parts(
 
         together(finish, rank == 0)
     except (OSError, RunError) as error:
-        raise not_saved(directory, error) from error
+        raise RunError(
+            f"could not save the checkpoint {directory} ({error}). Earlier checkpoints are untouched; "
+            "make room or choose another directory, then resume"
+        ) from error
     finally:
         if rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
@@ -125,14 +108,6 @@ def commit(partial: Path, directory: Path, state: Mapping[str, Any], files: Mapp
     replace_directory(partial, directory)
     replace_file(directory.parent / LATEST, directory.name + "\n")
     sync(directory.parent)
-
-
-def not_saved(directory: Path, error: Exception) -> RunError:
-    """What to say of it."""
-    return RunError(
-        f"could not save the checkpoint {directory} ({error}). Earlier checkpoints are untouched; "
-        "make room or choose another directory, then resume"
-    )
 
 
 def checksums(directory: Path) -> dict[str, str]:
@@ -233,19 +208,8 @@ def load_checkpoint(
             f"{directory} holds {len(unexpected)} tensors that this run has no place for ({', '.join(unexpected[:3])}): "
             "it is a checkpoint of another config"
         )
-    read_into(directory, wanted, places)
+    read_tensors(directory, wanted, places)
     return state
-
-
-def read_into(directory: Path, tensors: Mapping[str, Tensor], places: Mapping[str, Place] | None = None) -> None:
-    """Fills tensors that the checkpoint has, or with `places` parts of what it has."""
-    if places is None:
-        read_tensors(directory, tensors)
-        return
-    reader = ChunkReader(directory)
-    for name, tensor in tensors.items():
-        for region, values in regions(name, tensor, places[name]):
-            values.copy_(reader.read(region))
 
 
 def latest_checkpoint(parent: Path, every_byte: bool = False) -> Path | None:

@@ -21,11 +21,11 @@ class Place(NamedTuple):
 
 def regions(name: str, tensor: Tensor, place: Place) -> Iterator[tuple[Region, Tensor]]:
     """The boxes that the rows make in the whole tensor, each within one matrix of a stack, and views of their values."""
-    if len(place.shape) < 2:
-        if tensor.numel():
+    if len(place.shape) < 2 or 0 in place.shape:
+        if tensor.numel() or 0 in place.shape:
             yield Region(name, (place.first,) * len(place.shape), tuple(tensor.shape)), tensor
         return
-    values, matrix = tensor.reshape(-1, tensor.shape[-1]), place.shape[-2]
+    values, matrix = tensor.view(-1, tensor.shape[-1]), place.shape[-2]
     row, end = place.first, place.first + len(values)
     while row < end:
         number, inside = divmod(row, matrix)

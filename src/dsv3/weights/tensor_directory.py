@@ -4,17 +4,14 @@ A tensor is stored whole or as chunks, each of which can be read by itself; stac
 """
 
 import pickle
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner, create_default_global_save_plan
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -26,8 +23,9 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
-from dsv3.errors import RunError, UserError
-from dsv3.weights.chunks import ExpertByExpert, Region, chunk_item, part_of
+from dsv3.errors import UserError
+from dsv3.weights.chunks import Region, chunk_item, part_of
+from dsv3.weights.parts import Place, regions
 
 METADATA = ".metadata"
 KNOWN = {
@@ -88,32 +86,15 @@ class Writer(dcp.FileSystemWriter):
         return StorageMeta(save_id=self.save_id)
 
 
-def write_tensors(directory: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes all tensors into an empty directory and waits until they are on the disk; `RunError` when they do not fit."""
-    with single_process():
-        try:
-            dcp.save(dict(tensors), storage_writer=Writer(directory), planner=ExpertByExpert())
-        except CheckpointException as error:
-            cause = first_cause(error)
-            if not isinstance(cause, Exception):
-                raise cause from None
-            raise RunError(f"could not write the tensors of {directory}: {cause}") from cause
+def read_tensors(directory: Path, into: Mapping[str, Tensor], places: Mapping[str, Place] | None = None) -> None:
+    """Fills the given tensors in place, cast to their dtype; the directory may hold more. See `read_layout` for checks.
 
-
-def read_tensors(directory: Path, into: Mapping[str, Tensor]) -> None:
-    """Fills the given tensors in place, cast to their dtype; the directory may hold more. See `read_layout` for checks."""
-    # torch 2.11 goes on without metadata when reading it fails, and then knows nothing of the reason.
-    Reader(directory).read_metadata()
-    with single_process():
-        try:
-            dcp.load(dict(into), storage_reader=Reader(directory))
-        except CheckpointException as error:
-            cause = first_cause(error)
-            if isinstance(cause, UserError) or not isinstance(cause, Exception):
-                raise cause from None
-            raise UserError(
-                f"the tensors of {directory} cannot be read ({cause}): the checkpoint is damaged"
-            ) from cause
+    With `places`, tensors are parts of what is stored, however that was divided when it was written.
+    """
+    reader = ChunkReader(directory)
+    for name, tensor in into.items():
+        for region, values in regions(name, tensor, Place(tuple(tensor.shape)) if places is None else places[name]):
+            values.copy_(reader.read(region))
 
 
 def read_layout(directory: Path) -> dict[str, tuple[torch.dtype, torch.Size]]:
@@ -224,7 +205,7 @@ def place_of(result: WriteResult) -> tuple[str, int, int]:
     return result.storage_data.relative_path, result.storage_data.offset, result.storage_data.length
 
 
-class From(ExpertByExpert):
+class From(DefaultSavePlanner):
     """Tells torch's writer where values come from: a function."""
 
     def __init__(self, read: Callable[[Region], Tensor]):
@@ -250,22 +231,9 @@ def check_files(directory: Path) -> None:
             raise UserError(f"{file} has {size:,} bytes, expected {end:,}: the checkpoint is incomplete")
 
 
-def first_cause(error: CheckpointException) -> BaseException:
-    """What went wrong on the first rank that failed."""
-    return system_error(next(each for each, _ in error.failures.values()))
-
-
 def system_error(error: BaseException) -> BaseException:
     """The system's own error, where torch's writer hides one behind its; otherwise the error itself."""
     cause = error
     while cause.__context__ is not None:
         cause = cause.__context__
     return cause if isinstance(cause, OSError) else error
-
-
-@contextmanager
-def single_process() -> Iterator[None]:
-    """Without a process group one process saves and loads alone, which is meant and needs no warning."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield

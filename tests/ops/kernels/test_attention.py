@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from dsv3.ops.attention import attention, ends, in_blocks, parts, reference, starts
+from dsv3.ops.attention import ends, in_blocks, parts, reference, starts
+from tests.ops.poisoned import inside
 
 pytest.importorskip("triton")
 if torch.cuda.is_available():
@@ -13,14 +14,6 @@ from dsv3.ops.kernels.attention import Config, backward, forward
 from dsv3.ops.kernels.documents import bounds
 
 SMALL = Config(32, 16, 4, 2)
-
-
-def inside(x):
-    """x as a part of a tensor that holds NaN elsewhere."""
-    batch, length, heads, width = x.shape
-    poisoned = torch.full((batch, length + 3, heads + 1, width + 16), torch.nan)
-    view = poisoned[:, :length, :heads, :width]
-    return view.copy_(x)
 
 
 def heads(batch, length, query, value, seed=0):
@@ -98,8 +91,3 @@ def test_widths_that_blocks_fill():
     assert [parts(width) for width in (192, 96, 32)] == [(128, 64), (64, 32), (32, 0)]
     assert all(in_blocks(*widths) for widths in ((192, 128), (96, 64), (32, 32), (128, 16)))
     assert not any(in_blocks(*widths) for widths in ((12, 8), (8, 16), (24, 16), (112, 16), (256, 128), (192, 96)))
-
-
-def test_without_a_gpu_the_twins_serve():
-    q, k, v, _ = heads(1, 4, 48, 16)
-    assert dict(attention.explain(q, k, v, 0.2, torch.zeros(1, 4)))["triton"] == "needs tensors on a GPU"

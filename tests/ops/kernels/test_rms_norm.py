@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from dsv3.ops.rms_norm import backward_reference, reference, rms_norm_backward, rms_norm_tiles
+from dsv3.ops.rms_norm import backward_reference, reference
 from dsv3.ops.tiles import dequantize_reference, empty_tiles, rows_reference
+from tests.ops.poisoned import inside
 
 pytest.importorskip("triton")
 if torch.cuda.is_available():
@@ -13,13 +14,6 @@ if torch.cuda.is_available():
 from dsv3.ops.kernels import rms_norm as kernels
 
 SHAPES = [(1, 128), (1, 1), (7, 300), (13, 40), (3, 1536)]
-
-
-def inside(x):
-    """x as a part of a matrix that holds NaN elsewhere."""
-    poisoned = torch.full((x.shape[0] + 3, x.shape[1] + 16), torch.nan)
-    poisoned[: x.shape[0], : x.shape[1]] = x
-    return poisoned[: x.shape[0], : x.shape[1]]
 
 
 @pytest.mark.parametrize("power_of_two", [False, True])
@@ -48,11 +42,3 @@ def test_backward(shape, programs):
         backward_reference(grad, x, weight, 1e-2),
     ):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5)
-
-
-def test_without_a_gpu_the_twins_serve():
-    x, weight = torch.randn(3, 16), torch.ones(16)
-    assert rms_norm_tiles.explain(x, weight, 1e-6)[0] == ("triton", "needs tensors on a GPU")
-    assert rms_norm_backward.explain(x, x, weight, 1e-6)[0] == ("triton", "needs tensors on a GPU")
-    normed, tiles = rms_norm_tiles(x, weight, 1e-6)
-    assert torch.equal(rows_reference(normed).scale, tiles.scale)

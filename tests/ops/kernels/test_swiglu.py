@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from dsv3.ops.swiglu import activation, backward_reference, reference, swiglu_backward, swiglu_tiles, tiles_reference
+from dsv3.ops.swiglu import activation, backward_reference, reference, tiles_reference
 from dsv3.ops.tiles import dequantize_reference, empty_tiles, rows_reference
+from tests.ops.poisoned import inside
 
 pytest.importorskip("triton")
 if torch.cuda.is_available():
@@ -13,13 +14,6 @@ if torch.cuda.is_available():
 from dsv3.ops.kernels import swiglu as kernels
 
 SHAPES = [(1, 128), (1, 1), (40, 130), (5, 300), (0, 128)]
-
-
-def inside(x):
-    """x as a part of a matrix that holds NaN elsewhere."""
-    poisoned = torch.full((x.shape[0] + 3, x.shape[1] + 16), torch.nan)
-    poisoned[: x.shape[0], : x.shape[1]] = x
-    return poisoned[: x.shape[0], : x.shape[1]]
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -70,10 +64,3 @@ def test_infinities_mark_their_tile():
     assert tiles.scale.isnan().tolist() == tiles_reference(gate_up).scale.isnan().tolist()
     assert tiles.scale.isnan().tolist() == [[False, False], [True, False]]
     assert tiles.values[1, :128].eq(0).all()
-
-
-def test_without_a_gpu_the_twins_serve():
-    gate_up = torch.randn(3, 16)
-    assert swiglu_tiles.explain(gate_up)[0] == ("triton", "needs tensors on a GPU")
-    assert swiglu_backward.explain(gate_up[:, :8], gate_up)[0] == ("triton", "needs tensors on a GPU")
-    assert swiglu_tiles(gate_up).values.shape == (3, 8)

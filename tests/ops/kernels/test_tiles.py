@@ -17,6 +17,7 @@ from dsv3.ops.tiles import (
     scale_of,
     transpose_tiles,
 )
+from tests.ops.poisoned import inside
 
 pytest.importorskip("triton")
 if torch.cuda.is_available():
@@ -43,14 +44,8 @@ def same(found, expected):
     assert (found.scale.shape, found.scale.stride()) == (expected.scale.shape, expected.scale.stride())
     # The interpreter's fused multiply-add rounds twice.
     torch.testing.assert_close(found.scale, expected.scale, rtol=2.4e-7, atol=0, equal_nan=True)
-    torch.testing.assert_close(found.values, expected.values, rtol=1e-6, atol=0)
-
-
-def inside(x):
-    """x as a part of a matrix that holds NaN elsewhere."""
-    poisoned = torch.full((x.shape[0] + 3, x.shape[1] + 16), torch.nan)
-    poisoned[: x.shape[0], : x.shape[1]] = x
-    return poisoned[: x.shape[0], : x.shape[1]]
+    # A quotient that has no full mantissa left may be a step off.
+    torch.testing.assert_close(found.values, expected.values, rtol=1e-6, atol=1.5e-45)
 
 
 def matrix(shape, seed=0):

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from dsv3.bench.kernels.case import Case, Work
-from dsv3.ops.kernels.flash_mla import no_flash_mla
+from dsv3.ops.kernels import flash_mla
 from dsv3.ops.latent_pages import PAGE, packed_size, store_latents
-from dsv3.ops.paged_attention import flash_mla, paged_latent_attention
+from dsv3.ops.paged_attention import paged_latent_attention
 
 LATENT, ROTATED = 512, 64
 SCALE = 192**-0.5
@@ -77,8 +77,8 @@ def attention(
         if each.name != "flash_mla" and each.supports(*arguments) is None
     )
     plugin: Work | None = None
-    if not packed and no_flash_mla() is None:
-        plugin = recorded(partial(flash_mla, *arguments), device)
+    if not packed and flash_mla.no_flash_mla() is None:
+        plugin = recorded(partial(flash_mla.decode, *arguments), device)
     return Case(
         op=f"paged_latent_attention{', packed' if packed else ''}",
         shape=f"{batch}x{tokens}, {heads} heads, {length} tokens",
