@@ -6,7 +6,6 @@ from pathlib import Path
 from dsv3.parallel.mesh import Mesh
 from dsv3.recipe.schema import Recipe
 from dsv3.stages.pretrain import pretraining_stages
-from dsv3.stages.report import write_report
 from dsv3.stages.runner import Stage
 from dsv3.training.trainer import Progress
 
@@ -21,5 +20,11 @@ def quickstart_stages(
 ) -> list[Stage]:
     """From text to `out/report.html`; `allow` as for `pretraining_stages`."""
     page = out / "report.html"
-    report = Stage("report", {}, page, lambda: write_report(out, page))
+
+    def draw() -> None:
+        from dsv3.stages.report import write_report  # brings in Matplotlib, which other runs do not need
+
+        write_report(out, page)
+
+    report = Stage("report", {}, page, draw)
     return [*pretraining_stages(recipe, out, progress, note, allow, mesh), report]
