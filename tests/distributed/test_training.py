@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from dsv3.parallel.pipeline.schedules import SCHEDULES
 from tests.distributed.training import train
 
 EXACT = ("step", "tokens", "batch_size", "max_vio", "dead_experts", "load")
@@ -31,8 +32,8 @@ def assert_same(results, directory, serial, serial_directory, atol=2e-5):
         assert {key: mine.get(key) for key in EXACT} == {key: other.get(key) for key in EXACT}
         for key in CLOSE:
             compare(mine[key], other[key])
+    assert set().union(*(tensors for tensors, _, _ in results)) == serial.keys()
     for tensors, held, _ in results:
-        assert tensors.keys() == serial.keys()
         for name, tensor in tensors.items():
             expected = serial[name][held[name].start : held[name].stop] if name in held else serial[name]
             torch.testing.assert_close(tensor, expected, atol=atol, rtol=1e-4, msg=name)
@@ -68,6 +69,17 @@ def test_two_ranks_train_as_one_process(
     expected, directory, _ = serial(*overrides)
     results = two_ranks.run(train, str(shard_directory), str(tmp_path), [*layout, *overrides], per_node)
     assert_same(results, tmp_path, expected, directory, atol)
+
+
+DEEPER = ("model.num_hidden_layers=5", "training.micro_batch_size=2")
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_pipeline_trains_as_one_process(two_ranks, shard_directory, tmp_path, serial, schedule):
+    expected, directory, _ = serial(*DEEPER)
+    layout = ["parallel.pipeline=2", f"parallel.schedule={schedule}"]
+    results = two_ranks.run(train, str(shard_directory), str(tmp_path), [*layout, *DEEPER], 2)
+    assert_same(results, tmp_path, expected, directory)
 
 
 @pytest.mark.prove

@@ -7,7 +7,7 @@ from dsv3.bench.memory import Live
 from dsv3.errors import UserError
 from dsv3.model.config import ModelConfig
 from dsv3.model.transformer import DeepSeekV3
-from dsv3.parallel.pipeline.executor import hold
+from dsv3.parallel.pipeline.parts import hold
 from dsv3.planning.flops import training_flops_per_token
 from dsv3.planning.parallel import block_flops, kept_bytes, make_plan
 from dsv3.planning.parameters import count_parameters

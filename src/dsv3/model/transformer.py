@@ -3,6 +3,7 @@
 Legend: B sequences, T tokens, D hidden, V vocabulary.
 """
 
+import hashlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -109,20 +110,20 @@ class DeepSeekV3(nn.Module):
     def initialize(self, std: float | Literal["fan_in"] | None = None, seed: int = 0) -> "DeepSeekV3":
         """Normal weights: one `std` for all (the report: 0.006; None: the config's `initializer_range`), or 1 / sqrt(inputs).
 
-        Norm gains become 1 and routing biases 0. The values depend on the seed alone. With "fan_in" the projections
-        that write to the residual stream are divided by sqrt(2 blocks), and the embedding and the head get 1 and
-        1 / sqrt(inputs). Experts have the same values on whatever rank they are.
+        Norm gains become 1 and routing biases 0. With "fan_in" the projections that write to the residual stream are
+        divided by sqrt(2 blocks), and the embedding and the head get 1 and 1 / sqrt(inputs). A weight's values depend on the
+        seed and its name alone: they are the same on whatever rank it is, and whatever else is there.
         """
         std = self.config.initializer_range if std is None else std
-        generator = torch.Generator().manual_seed(seed)
-        held = self.held_experts()
+        generator, held = torch.Generator(), self.held_experts()
         for name, parameter in self.named_parameters():
             if parameter.dim() == 1:
                 nn.init.ones_(parameter)
                 continue
-            scale = std if std != "fan_in" else fan_in_std(name, parameter, len(self.layers))
+            scale = std if std != "fan_in" else fan_in_std(name, parameter, self.config.num_hidden_layers)
             here = held.get(parameter, range(len(parameter)))
             whole = self.config.n_routed_experts if parameter in held else len(parameter)
+            generator.manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7]))
             values = torch.empty(whole, *parameter.shape[1:]).normal_(0.0, scale, generator=generator)
             with torch.no_grad():
                 parameter.copy_(values[here.start : here.stop])

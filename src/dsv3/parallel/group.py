@@ -72,6 +72,25 @@ class Group:
             gather(out.flatten(), part, group=self.handle)
         return out
 
+    def post(self, sent: Sequence[tuple[Tensor, int]], received: Sequence[tuple[Tensor, int]]) -> list[Any]:
+        """Begins to send tensors to ranks, and to receive others from ranks, in the order given; what `wait` must be given."""
+        calls = [(dist.isend, *each) for each in sent] + [(dist.irecv, *each) for each in received]
+        return dist.batch_isend_irecv(
+            [dist.P2POp(call, tensor, group=self.handle, group_peer=peer) for call, tensor, peer in calls]
+        )
+
+    def wait(self, works: list[Any], what: str) -> None:
+        """Waits for what `post` began; once, as gloo would never come back from a second time."""
+        while works:
+            with self.activity.communicating(what):
+                works.pop().wait()
+
+    def swap(self, tensor: Tensor, peer: int) -> Tensor:
+        """What another rank, which calls this as well, has in the place of this tensor."""
+        other = torch.empty_like(tensor)
+        self.wait(self.post([(tensor, peer)], [(other, peer)]), f"swapping with rank {peer} of {self.name}")
+        return other
+
     def objects(self, own: Any) -> list[Any]:
         """What every rank has, in order: anything that can be pickled."""
         if self.handle is None:

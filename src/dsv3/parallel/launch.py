@@ -35,11 +35,6 @@ def launched(recipe: Recipe, timeout: timedelta = TIMEOUT) -> Iterator[Mesh]:
     if size == 1:
         yield Mesh()
         return
-    if recipe.parallel.pipeline > 1:
-        raise UserError(
-            f"parallel.pipeline = {recipe.parallel.pipeline}: training over pipeline stages is not there yet; set "
-            f"parallel.pipeline=1 parallel.data={size}"
-        )
     per_node, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", size)), torch.cuda.device_count()
     on_gpu = recipe.training.device != "cpu" and gpus > 0
     if on_gpu and not dist.is_nccl_available():

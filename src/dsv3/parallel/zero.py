@@ -3,7 +3,8 @@
 A share is some rows of the parameter: of a matrix, of a stack of experts laid out as one, or elements of a gain. It is a view:
 weights lie on every rank once, whole; gradients are summed in FP32 to the rank whose share they are of, optimizer state
 exists for the share alone, and updated shares are gathered into the whole. Experts are shared among the ranks that hold the
-same ones, everything else among all data-parallel ranks.
+same ones, everything else among all data-parallel ranks. What two ranks of a pipeline hold (DualPipe's stages, and the embedding
+where MTP reads it elsewhere), both update by the sum of their gradients, a sum of two numbers, which is the same on both.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from dsv3.model.transformer import DeepSeekV3
 from dsv3.parallel.group import Group
 from dsv3.parallel.mesh import Mesh
+from dsv3.parallel.pipeline.parts import Holders, part_of
 from dsv3.weights.parts import Place
 
 BUCKET = 2**26
@@ -23,8 +25,12 @@ BUCKET = 2**26
 class Shares:
     """This rank's share of every parameter of a model; of a rank alone, the parameters themselves."""
 
-    def __init__(self, model: DeepSeekV3, mesh: Mesh, whole: Collection[nn.Parameter] = ()):
-        """Parameters among `whole` are updated by every rank, for update rules that need all of a matrix."""
+    def __init__(
+        self, model: DeepSeekV3, mesh: Mesh, whole: Collection[nn.Parameter] = (), holders: Holders | None = None
+    ):
+        """Parameters among `whole` are updated by every rank, for update rules that need all of a matrix. `holders` are those of
+        the pipeline's parts, if there is one."""
+        self.holders = holders or {}
         self.parameters = dict(model.named_parameters())
         self.held, self.experts = model.held_experts(), model.config.n_routed_experts
         self.whole = set(whole)
@@ -35,6 +41,14 @@ class Shares:
     def group(self, parameter: nn.Parameter) -> Group:
         """The ranks that have the same parameter."""
         return self.mesh.expert_data if parameter in self.held else self.mesh.data
+
+    def ranks(self, name: str) -> tuple[int, ...]:
+        """Those of the pipeline that hold a parameter or buffer of this rank; the first counts and writes it."""
+        return self.holders.get(part_of(name), (self.mesh.pipeline.rank,))
+
+    def speaks(self, name: str) -> bool:
+        """Whether this rank is the first of these."""
+        return self.ranks(name)[0] == self.mesh.pipeline.rank
 
     def divided(self, parameter: nn.Parameter) -> bool:
         """Whether each of these ranks has a share of its own."""
@@ -53,8 +67,9 @@ class Shares:
         parameter = self.parameters.get(name)
         held = None if parameter is None else self.held.get(parameter)
         if parameter is None or held is None:
-            return Place(tuple(tensor.shape), 0, self.mesh.data.rank == 0)
-        return Place((self.experts, *tensor.shape[1:]), held.start * tensor.shape[1], self.mesh.expert_data.rank == 0)
+            return Place(tuple(tensor.shape), 0, self.mesh.data.rank == 0 and self.speaks(name))
+        written = self.mesh.expert_data.rank == 0 and self.speaks(name)
+        return Place((self.experts, *tensor.shape[1:]), held.start * tensor.shape[1], written)
 
     def place(self, name: str) -> Place:
         """The same of this rank's share."""
@@ -62,7 +77,9 @@ class Shares:
         place, group = self.whole_place(name, parameter), self.group(parameter)
         if not self.divided(parameter):
             return place
-        return place._replace(first=place.first + group.rank * share_of(parameter, group.size), written=True)
+        return place._replace(
+            first=place.first + group.rank * share_of(parameter, group.size), written=self.speaks(name)
+        )
 
     def reduce(self) -> None:
         """Sums the parameters' gradients over the ranks into those of the shares, and frees them."""
@@ -76,6 +93,10 @@ class Shares:
         for parameter in self.parameters.values():
             if parameter.grad is not None:
                 self.group(parameter).sum_(parameter.grad)
+        for name, share in self.own.items():
+            for peer in self.ranks(name):
+                if peer != self.mesh.pipeline.rank and share.grad is not None and share.numel():
+                    share.grad.add_(self.mesh.pipeline.swap(share.grad, peer))
 
     def gather(self) -> None:
         """Brings every share that has been updated to all ranks, and frees its gradient."""
@@ -115,15 +136,17 @@ class Shares:
 
     def norms(self, norms: dict[str, Tensor]) -> dict[str, Tensor]:
         """Norms of all gradients from those of the shares of this rank, by name; every element counts once."""
-        if self.mesh.data.size == 1:
+        if self.mesh.data.size == self.mesh.pipeline.size == 1:
             return norms
-        squares = self.mesh.data.sum_(torch.stack(list(norms.values())).square())
+        squares = torch.stack(list(norms.values())).square()
+        for group in (self.mesh.data, self.mesh.pipeline):
+            group.sum_(squares)
         return dict(zip(norms, squares.sqrt(), strict=True))
 
     def counts(self, name: str) -> bool:
         """Whether this rank's gradient of a parameter is part of the norm: that of one rank, where all have the same."""
         parameter = self.parameters[name]
-        return self.divided(parameter) or self.group(parameter).rank == 0
+        return self.speaks(name) and (self.divided(parameter) or self.group(parameter).rank == 0)
 
 
 def as_rows(tensor: Tensor | None) -> Tensor:

@@ -183,6 +183,18 @@ def kept_bytes(config: ModelConfig, dense: bool, recompute: Collection[str], fp8
     return kept + (0 if "swiglu" in recompute else 2 * inner * (chosen + always))
 
 
+def divided(config: ModelConfig, stages: int, length: int) -> Layout:
+    """The blocks in so many stages that compute equally long, as nearly as can be, for sequences of `length` tokens.
+
+    Raises `UserError` where a stage would have no block.
+    """
+    depth = config.num_nextn_predict_layers
+    alone = (Layout(((str(i),), ())) for i in range(config.num_hidden_layers))
+    ends = Layout(((), tuple(f"mtp.{k}" for k in range(depth))))
+    costs = [block_flops(config, each, 0, length) for each in alone]
+    return balanced_layout(costs, stages, 0.0, block_flops(config, ends, 1, length), depth)
+
+
 def make_plan(
     config: ModelConfig, name: str, *, pipeline: int, data: int, expert: int, batch: int, micro_batch: int, length: int,
     rate: float, bandwidth: float, recompute: Collection[str] = (), moment_bytes: int = 2, fp8: bool = False,
@@ -201,10 +213,6 @@ def make_plan(
             f"{data * micro_batch}"
         )
     schedule = make_schedule(name, pipeline, batch // (data * micro_batch))
-    one = Layout((tuple(map(str, range(config.num_hidden_layers))),))
-    costs = [block_flops(config, Layout(((name,), ())), 0, length) for name in one.stages[0]]
-    depth = config.num_nextn_predict_layers
-    ends = Layout(((), tuple(f"mtp.{k}" for k in range(depth))))
-    layout = balanced_layout(costs, schedule.stages, 0.0, block_flops(config, ends, 1, length), depth)
+    layout = divided(config, schedule.stages, length)
     tokens = micro_batch * length
     return Plan(config, schedule, layout, data, expert, tokens, length, rate, bandwidth, recompute, moment_bytes, fp8)

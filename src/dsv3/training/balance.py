@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from dsv3.model.transformer import DeepSeekV3
+from dsv3.parallel.group import Group
 
 OVERLOADED = 2.0
 """Times the mean load, from which on an expert counts as overloaded."""
@@ -33,13 +34,20 @@ def update_biases(model: DeepSeekV3, load: dict[str, Tensor], speed: float, keep
             block.moe.gate.e_score_correction_bias.add_(direction, alpha=speed)
 
 
-def routing_biases(model: DeepSeekV3, load: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The bias (FP32 [E]) of every block that has a load."""
-    return {
+def routing_biases(model: DeepSeekV3, load: dict[str, Tensor], pipeline: Group | None = None) -> dict[str, Tensor]:
+    """The bias (FP32 [E]) of every block that has a load, on whatever rank of the pipeline it is."""
+    found = {
         block.name: block.moe.gate.e_score_correction_bias
         for block in model.blocks()
         if block.moe is not None and block.name in load
     }
+    if pipeline is None or pipeline.size == 1 or not load:
+        return found
+    # With how many have it: DualPipe holds every block twice.
+    absent = torch.zeros(next(iter(load.values())).numel() + 1, device=next(model.parameters()).device)
+    rows = [torch.cat([found[name], absent.new_ones(1)]) if name in found else absent for name in load]
+    summed = pipeline.sum_(torch.stack(rows))
+    return dict(zip(load, summed[:, :-1] / summed[:, -1:], strict=True))
 
 
 def mean_by_block(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ class Average:
     def __init__(self, model: DeepSeekV3, decay: float):
         self.decay = decay
         self.weights = model.state_dict()
-        self.device = model.lm_head.weight.device
+        self.device = next(model.parameters()).device
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.copied: torch.cuda.Event | None = None
         size = sum(each.numel() for each in self.weights.values())

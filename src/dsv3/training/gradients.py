@@ -1,13 +1,13 @@
 """The gradient of a whole batch, micro-batch by micro-batch."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dsv3.data.loader import Batch
-from dsv3.model.micro_batch import targets
+from dsv3.model.micro_batch import MicroBatch, targets
 from dsv3.model.transformer import DeepSeekV3, Losses
 from dsv3.ops.cross_entropy import IGNORE
 from dsv3.parallel.group import Group
@@ -39,14 +39,25 @@ Passes = Callable[[DeepSeekV3, Inputs, Setting], tuple[Tensor, dict[str, Tensor]
 """Adds a micro-batch's gradients to the parameters'; its figures and load, as `batch_gradients` returns the batch's."""
 
 
+Together = Callable[[DeepSeekV3, Sequence[MicroBatch]], tuple[Tensor, dict[str, Tensor]]]
+"""The same of several micro-batches at once: their mean figures and summed load."""
+
+
+def micro_batch(
+    model: DeepSeekV3, inputs: Inputs, setting: Setting, frequency: Mapping[str, Tensor] | None = None
+) -> MicroBatch:
+    """The micro-batch as a network reads it."""
+    return MicroBatch.of(
+        model.config, inputs.tokens, valid=inputs.valid, positions=inputs.positions, segment_ids=inputs.segment_ids,
+        divisor=inputs.divisor, frequency=frequency, **setting._asdict(),
+    )  # fmt: skip
+
+
 def forward(
     model: DeepSeekV3, inputs: Inputs, setting: Setting, frequency: Mapping[str, Tensor] | None = None
 ) -> Losses:
     """The losses of one micro-batch."""
-    return model.loss(
-        inputs.tokens, valid=inputs.valid, positions=inputs.positions, segment_ids=inputs.segment_ids,
-        divisor=inputs.divisor, frequency=frequency, **setting._asdict(),
-    )  # fmt: skip
+    return model.losses(micro_batch(model, inputs, setting, frequency))
 
 
 def passes(
@@ -69,15 +80,16 @@ def batch_gradients(
     batch_wise: bool = False,
     run: Passes = passes,
     data: Group | None = None,
+    together: Together | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Accumulates the batch's gradients in the parameters; waits for no GPU.
 
     Returns its losses (FP32 [2 + MTP depth]: the main one, the balance loss without alpha, MTP's) and its load (int64 [E]
-    by block). `batch_wise`: see `DeepSeekV3.loss`. `run` makes a micro-batch's passes. With the ranks of `data`, the batch is all
-    of theirs together: losses and load are its, and the sum of the ranks' gradients is its gradient.
+    by block). `batch_wise`: see `DeepSeekV3.loss`. `run` makes a micro-batch's passes, or `together` those of all. With the ranks
+    of `data`, the batch is all of theirs together: losses and load are its, and the sum of the ranks' gradients is its gradient.
     """
     data = data or Group("data")
-    rows, device = len(batch.tokens), model.lm_head.weight.device
+    rows, device = len(batch.tokens), next(model.parameters()).device
     micro = micro_batch_size or rows
     count = rows // micro * data.size
     segments = batch.segment_ids if document_mask else None
@@ -95,7 +107,9 @@ def batch_gradients(
         )
 
     starts = range(0, rows, micro)
-    if batch_wise and count > 1:
+    if together is not None:
+        found = [together(model, [micro_batch(model, inputs(start), setting) for start in starts])]
+    elif batch_wise and count > 1:
         # The first micro-batch's gradient needs the loads of the last one: they are counted in a pass of their own.
         with torch.no_grad():
             frequency = mean_by_block([forward(model, inputs(start), setting).frequency for start in starts])

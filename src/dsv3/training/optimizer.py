@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dsv3.model.transformer import DeepSeekV3
 from dsv3.parallel.mesh import Mesh
+from dsv3.parallel.pipeline.parts import Holders
 from dsv3.parallel.zero import Shares
 from dsv3.recipe.schema import OptimizerSection
 from dsv3.training.adamw import AdamWInBF16
@@ -100,6 +101,7 @@ class Optimizer:
         section: OptimizerSection,
         muon_dtype: torch.dtype = torch.float32,
         mesh: Mesh | None = None,
+        holders: Holders | None = None,
     ):
         self.section, self.mesh = section, mesh or Mesh()
         hidden = {
@@ -107,8 +109,11 @@ class Optimizer:
         }
         self.keep_gradients = False
         """Whether gradients are cleared by zeros, in the memory where they are."""
-        self.shares = Shares(model, self.mesh, hidden)
+        self.shares = Shares(model, self.mesh, hidden, holders)
         self.names = {share: name for name, share in self.shares.own.items() if share.numel()}
+        own = [module_group(name, share.dim()) for name, share in self.shares.own.items()]
+        self.groups = list(dict.fromkeys(group for each in self.mesh.pipeline.objects(own) for group in each))
+        """Those of the parameters of all stages."""
         muon = [share for share in self.names if share in hidden]
         rest = [share for share in self.names if share not in hidden]
         groups = [
@@ -143,15 +148,17 @@ class Optimizer:
         """Sums the gradient over the ranks, and shortens it to the recipe's global norm where it is longer; the norms it had,
         FP32 scalars.
 
-        One for each group of modules that has a gradient, and that of them all as "all".
+        One for each group of modules that has a gradient, of a pipeline each group, and that of them all as "all".
         """
         self.shares.reduce()
         gradients: dict[str, list[Tensor]] = defaultdict(list)
-        zero = torch.zeros((), device=next(iter(self.names)).device)
+        zero = torch.zeros((), device=next(iter(self.shares.own.values())).device)
+        for group in self.groups if self.mesh.pipeline.size > 1 else []:
+            gradients[group].append(zero)
         for name, share in self.shares.own.items():
             if share.grad is not None:
-                group = gradients[module_group(name, share.dim())]
-                group.append(share.grad if share.numel() and self.shares.counts(name) else zero)
+                counted = share.numel() and self.shares.counts(name)
+                gradients[module_group(name, share.dim())].append(share.grad if counted else zero)
         norms = self.shares.norms({group: nn.utils.get_total_norm(each) for group, each in gradients.items()})
         norms["all"] = torch.linalg.vector_norm(torch.stack(list(norms.values())))
         nn.utils.clip_grads_with_norm_(self.names, self.section.clip_norm, norms["all"])
@@ -176,9 +183,10 @@ class Optimizer:
 
     def places(self) -> dict[str, Place]:
         """Where each of `tensors` lies in the whole one."""
-        one = Place((), 0, self.mesh.data.rank == 0)
         return {
-            name: self.shares.place(name.rpartition(".")[0]) if tensor.dim() else one
+            name: self.shares.place(name.rpartition(".")[0])
+            if tensor.dim()
+            else Place((), 0, self.mesh.data.rank == 0 and self.shares.speaks(name))
             for name, tensor in self.tensors().items()
         }
 

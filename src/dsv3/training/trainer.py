@@ -19,10 +19,12 @@ from torch import Tensor
 
 from dsv3.data.loader import Batch, Loader
 from dsv3.errors import RunError
+from dsv3.evaluation.mode import evaluating
 from dsv3.model.device import pick_device
 from dsv3.model.transformer import DeepSeekV3
 from dsv3.parallel.dispatch import ExpertParallel
 from dsv3.parallel.mesh import Mesh
+from dsv3.parallel.pipeline.parts import bring_together
 from dsv3.recipe.schedule import Schedules
 from dsv3.recipe.schema import Recipe
 from dsv3.training.balance import routing_biases, update_biases
@@ -34,6 +36,7 @@ from dsv3.training.interrupt import Interrupted, stopping_on_interrupt
 from dsv3.training.metrics import Metrics
 from dsv3.training.not_finite import first_not_finite
 from dsv3.training.optimizer import Optimizer
+from dsv3.training.pipelined import Pipelined
 from dsv3.training.records import Recorder, Step
 from dsv3.training.replay import Replay
 from dsv3.training.resume import find_continuation, refuse
@@ -42,7 +45,7 @@ from dsv3.training.saver import Saver
 from dsv3.training.sinks import check_sinks, open_sinks
 from dsv3.training.timing import timed
 from dsv3.training.transfer import Transfer, moment
-from dsv3.weights.checkpoint import EMA, EMA_GROUP, MODEL_GROUP, latest_checkpoint, load_checkpoint
+from dsv3.weights.checkpoint import EMA, EMA_GROUP, MODEL_GROUP, flatten, latest_checkpoint, load_checkpoint
 from dsv3.weights.parts import Place
 
 log = logging.getLogger(__name__)
@@ -84,14 +87,14 @@ class Trainer:
             if self.mesh.world.size > 1:
                 self.device = torch.device("cuda", torch.cuda.current_device())  # as `parallel.launch` has set it
             torch.cuda.set_device(self.device)
-        dtype = COMPUTE_DTYPES[training.precision]
-        dispatcher = ExpertParallel(self.mesh, training.precision == "fp8") if self.mesh.expert.size > 1 else None
-        model = DeepSeekV3(recipe.model.config(), dtype, dispatcher)
-        self.model = model.initialize(training.initialization, training.seed).to(self.device)
+        self.dtype = COMPUTE_DTYPES[training.precision]
+        pipeline = self.mesh.pipeline
+        self.pipelined = Pipelined(recipe, pipeline, self.skeleton) if pipeline.size > 1 else None
+        self.model = self.network(self.skeleton() if self.pipelined is None else self.pipelined.own())
+        self.model.initialize(training.initialization, training.seed)
         self.model.recompute(training.recompute)
-        if training.precision == "fp8":
-            self.model.compute_in_fp8(scaling=training.fp8_scaling)
-        self.optimizer = Optimizer(self.model, recipe.optimizer, dtype, self.mesh)
+        holders = None if self.pipelined is None else self.pipelined.holders
+        self.optimizer = Optimizer(self.model, recipe.optimizer, self.dtype, self.mesh, holders)
         self.passes: Passes = passes
         if training.cuda_graphs and self.device.type == "cuda" and training.precision != "fp32":
             if self.mesh.world.size == 1:
@@ -114,6 +117,22 @@ class Trainer:
         self.stop = False
         self.spent: dict[str, float] = {}
         """Seconds of the loop in what is not the step itself, by name; see `dsv3 bench train --overhead`."""
+
+    def skeleton(self) -> DeepSeekV3:
+        """The recipe's whole network, on no device."""
+        fp8, spread = self.recipe.training.precision == "fp8", self.mesh.expert.size > 1
+        with torch.device("meta"):
+            return DeepSeekV3(
+                self.recipe.model.config(), self.dtype, ExpertParallel(self.mesh, fp8) if spread else None
+            )
+
+    def network(self, skeleton: DeepSeekV3) -> DeepSeekV3:
+        """The skeleton, or a part of it, with memory on the device, in the recipe's precision."""
+        model = skeleton.to_empty(device=self.device)
+        if self.recipe.training.precision == "fp8":
+            gradients = None if self.pipelined is None else self.pipelined.gradients
+            model.compute_in_fp8(gradients, self.recipe.training.fp8_scaling)
+        return model
 
     def run(self) -> None:
         """Trains to the recipe's last token. Ctrl-C finishes the step, saves and raises `Interrupted`."""
@@ -188,7 +207,9 @@ class Trainer:
             measured = {"losses": losses, "skipped": ~keep}
             measured |= {f"norm {group}": norm for group, norm in norms.items()}
             measured |= {f"load {name}": each for name, each in load.items()}
-            measured |= {f"bias {name}": each for name, each in routing_biases(self.model, load).items()}
+            measured |= {
+                f"bias {name}": each for name, each in routing_biases(self.model, load, self.mesh.pipeline).items()
+            }
             scheduled = {
                 "learning_rate": learning_rate, "mtp_weight": mtp_weight, "bias_update_speed": speed, "batch_size": size,
             }  # fmt: skip
@@ -204,6 +225,7 @@ class Trainer:
             self.model, batch, training.micro_batch_size,
             document_mask=masked, mtp_weight=mtp_weight, balance_alpha=training.balance_alpha,
             batch_wise=training.balance == "batch", run=run, data=self.mesh.data,
+            together=None if self.pipelined is None else self.pipelined.passes,
         )  # fmt: skip
 
     def record(self, metrics: Metrics | None, delay: int) -> None:
@@ -245,27 +267,37 @@ class Trainer:
     def run_evaluation(self, metrics: Metrics | None) -> None:
         """Calls the evaluation that was handed in, on the weights and on their average, and writes what it found.
 
-        The first rank does; where experts are spread, all do the same, because each computes with its experts for all.
+        The first rank does; where experts are spread, all of its stage do the same, because each computes with its experts for
+        all. Those of other stages bring them theirs.
         """
         if self.evaluate is None:
             return
         self.mesh.activity.begin("evaluation")
-        if self.mesh.first or self.mesh.expert.size > 1:
+        if self.mesh.data.rank == 0 or self.mesh.expert.size > 1:
             self.evaluate_here(self.evaluate, metrics)
         self.mesh.world.objects(None)
 
     def evaluate_here(self, evaluate: Evaluate, metrics: Metrics | None) -> None:
         """On this rank."""
-        self.model.eval()
-        found = evaluate(self.model)
+        found = self.scores(evaluate)
         if self.average is not None and self.step_count:
             with self.average.in_place():
-                found = {**found, "ema": evaluate(self.model)}
-        self.model.train()
+                found = {**found, "ema": self.scores(evaluate)}
         if metrics is None:
             return
         at = {"step": self.step_count, "tokens": self.token_count, "seconds": round(self.seconds, 3)}
         metrics.evaluation({**at, **found})
+
+    def scores(self, evaluate: Evaluate) -> dict[str, Any]:
+        """What the evaluation found in the weights of now; nothing on ranks of a pipeline but the first."""
+        model: DeepSeekV3 | None = self.model
+        if self.pipelined is not None:
+            model = self.network(self.skeleton()) if self.mesh.pipeline.rank == 0 else None
+            bring_together(self.model, model, self.pipelined.holders, self.mesh.pipeline)
+        if model is None:
+            return {}
+        with evaluating(model):
+            return evaluate(model)
 
     @property
     def checkpoint_directory(self) -> Path:
@@ -314,7 +346,9 @@ class Trainer:
         averaged = Recipe.from_dict(state["recipe"]).training.ema_decay is not None
         if self.average is not None and not averaged:
             del tensors[EMA_GROUP]
-        load_checkpoint(found.directory, tensors, leave=[] if self.average is not None else [EMA], places=self.places())
+        leave = [] if self.average is not None else [EMA]
+        elsewhere = {name for names in self.mesh.world.objects(list(flatten(tensors))) for name in names}
+        load_checkpoint(found.directory, tensors, leave, self.places(), elsewhere)
         if self.average is not None and averaged:
             self.average.updates = state["updates of the average"]
         elif self.average is not None:

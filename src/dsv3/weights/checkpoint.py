@@ -11,7 +11,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -201,12 +201,15 @@ def prune_checkpoints(parent: Path, keep_last: int, keep_every_steps: int | None
 
 
 def load_checkpoint(
-    directory: Path, tensors: Mapping[str, Any], leave: Sequence[str] = (), places: Mapping[str, Place] | None = None
-) -> dict[str, Any]:
+    directory: Path, tensors: Mapping[str, Any], leave: Sequence[str] = (), places: Mapping[str, Place] | None = None,
+    elsewhere: Collection[str] = (),
+) -> dict[str, Any]:  # fmt: skip
     """Fills the given tensors (as for `save_checkpoint`) in place and returns the state.
 
-    Those that `places` names are parts of what the checkpoint holds, however that was divided when it was written. Tensors whose names begin with one of `leave` may be there and are not read. Raises `UserError` when the checkpoint is
-    incomplete, or its other tensors have other names, shapes or dtypes than those given; then nothing was loaded.
+    Those that `places` names are parts of what the checkpoint holds, however that was divided when it was written. Tensors
+    that are `elsewhere` on other ranks, or whose names begin with one of `leave`, may be there and are not read. Raises
+    `UserError` when the checkpoint is incomplete, or its other tensors have other names, shapes or dtypes than those given; then
+    nothing was loaded.
     """
     state = read_state(directory)
     check_files(directory)
@@ -223,20 +226,26 @@ def load_checkpoint(
                 f"{directory}: {name} is {dtype} {list(shape)}, expected {tensor.dtype} {list(expected)}: "
                 "it is a checkpoint of another config"
             )
-    unexpected = [name for name in found if name not in wanted and not name.startswith(tuple(leave))]
+    known = {*wanted, *elsewhere}
+    unexpected = [name for name in found if name not in known and not name.startswith(tuple(leave))]
     if unexpected:
         raise UserError(
             f"{directory} holds {len(unexpected)} tensors that this run has no place for ({', '.join(unexpected[:3])}): "
             "it is a checkpoint of another config"
         )
+    read_into(directory, wanted, places)
+    return state
+
+
+def read_into(directory: Path, tensors: Mapping[str, Tensor], places: Mapping[str, Place] | None = None) -> None:
+    """Fills tensors that the checkpoint has, or with `places` parts of what it has."""
     if places is None:
-        read_tensors(directory, wanted)
-        return state
+        read_tensors(directory, tensors)
+        return
     reader = ChunkReader(directory)
-    for name, tensor in wanted.items():
+    for name, tensor in tensors.items():
         for region, values in regions(name, tensor, places[name]):
             values.copy_(reader.read(region))
-    return state
 
 
 def latest_checkpoint(parent: Path, every_byte: bool = False) -> Path | None:

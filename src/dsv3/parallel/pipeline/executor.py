@@ -3,16 +3,16 @@
 Its twin is the serial run: losses and gradients are the same up to the order of sums.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import zip_longest
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from dsv3.errors import UserError
 from dsv3.model.micro_batch import MicroBatch
 from dsv3.model.transformer import DeepSeekV3, count
+from dsv3.parallel.group import Group
 from dsv3.parallel.pipeline.instructions import (
     Backward,
     Chunk,
@@ -32,78 +32,60 @@ from dsv3.precision.deferred import WeightGradients
 
 
 class Executor:
-    """One rank of a pipeline. `group` is the pipeline's, of as many ranks as the schedule has.
+    """One rank of a pipeline, which `group` is.
 
-    `model` holds at least the rank's parts of the network (see `hold`); `gradients` is what its FP8 layers were given, where it
-    has any. `begin` is told every instruction before it runs.
+    `model` holds at least the rank's parts of the network (see `parts.hold`); `gradients` is what its FP8 layers were given,
+    where it has any.
     """
 
-    def __init__(
-        self,
-        model: DeepSeekV3,
-        layout: Layout,
-        schedule: Schedule,
-        group: dist.ProcessGroup | None = None,
-        gradients: WeightGradients | None = None,
-        begin: Callable[[str], None] | None = None,
-    ):
-        ranks = dist.get_world_size(group)
-        if (len(layout.stages), ranks) != (schedule.stages, schedule.ranks):
-            raise UserError(
-                f"{schedule.name} has {schedule.stages} stages on {schedule.ranks} ranks; the layout has "
-                f"{len(layout.stages)} stages, and the group {ranks} ranks"
-            )
-        self.model, self.layout, self.schedule, self.group, self.begin = model, layout, schedule, group, begin
-        self.rank = dist.get_rank(group)
+    def __init__(self, model: DeepSeekV3, layout: Layout, group: Group, gradients: WeightGradients | None = None):
+        self.model, self.layout, self.group = model, layout, group
         self.gradients = gradients or WeightGradients()
         model.defer_weight_gradients(self.gradients)
         self.device = next(model.parameters()).device
         self.side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
-    def run(self, batch: Sequence[MicroBatch]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Adds the batch's gradients to the parameters held here; those of parts that two ranks hold are the sum of both.
+    def run(self, schedule: Schedule, batch: Sequence[MicroBatch]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Adds the batch's gradients to the parameters held here: of those that two ranks hold, each has its part.
 
         Every rank is given all micro-batches, as many as the schedule has. Returns on every rank what the serial
         `batch_gradients` does: the means of main loss, balance loss without alpha and MTP losses (FP32), and the load (int64
-        [E] by MoE block). Raises `UserError` for a batch-wise balance loss, and `RunError` when another rank has gone.
+        [E] by MoE block). Raises `UserError` for a batch-wise balance loss and a schedule for another pipeline, and `RunError`
+        when another rank has gone.
         """
+        if (len(self.layout.stages), self.group.size) != (schedule.stages, schedule.ranks):
+            raise UserError(
+                f"{schedule.name} has {schedule.stages} stages on {schedule.ranks} ranks; the layout has "
+                f"{len(self.layout.stages)} stages, and the group {self.group.size} ranks"
+            )
         if any(rows.shared.batch_wise for rows in batch):
             raise UserError(
                 "a balance loss over the whole batch needs the loads of all micro-batches before the first gradient, and a "
                 "pipeline does not know them: use training.balance = 'bias' or 'sequence', or parallel.pipeline = 1"
             )
-        run = Run(self, batch)
-        for instructions in grouped(self.schedule.programs[self.rank]):
-            if self.begin is not None:
-                self.begin(", ".join(map(str, instructions)))
+        run, activity = Run(self, schedule, batch), self.group.activity
+        before = activity.instruction
+        for instructions in grouped(schedule.programs[self.group.rank]):
+            activity.begin(f"{before}: {', '.join(map(str, instructions))}")
             run.do(instructions)
+        activity.begin(before)
         run.mail.finish()
-        self.sum_shared(run.mail)
+        for name, parameter in self.model.named_parameters():
+            # Where only the other rank that holds it had passes through it. MTP that takes no part has no gradient anywhere.
+            if parameter.grad is None and (batch[0].mtp_weight > 0 or not name.startswith("mtp.")):
+                parameter.grad = torch.zeros_like(parameter)
         return run.figures()
-
-    def sum_shared(self, mail: Mail) -> None:
-        """Gradients of what another rank holds too. Two numbers have the same sum on both."""
-        for part, ranks in self.layout.holders(self.schedule).items():
-            if len(ranks) == 1 or self.rank not in ranks:
-                continue
-            (peer,) = set(ranks) - {self.rank}
-            found = [each for name, each in self.model.named_parameters() if name.startswith(f"{part}.")]
-            for each in found:
-                each.grad = torch.zeros_like(each) if each.grad is None else each.grad
-            own = [each.grad for each in found if each.grad is not None]
-            for mine, other in zip(own, mail.swap(own, peer), strict=True):
-                mine.add_(other)
 
 
 class Run:
     """One batch."""
 
-    def __init__(self, executor: Executor, batch: Sequence[MicroBatch]):
+    def __init__(self, executor: Executor, schedule: Schedule, batch: Sequence[MicroBatch]):
         self.executor, self.batch = executor, batch
         model, layout, mtp = executor.model, executor.layout, batch[0].mtp_weight > 0
         self.steps = {
             stage: segments(model, layout.stages[stage], stage == 0, stage == layout.last, mtp)
-            for stage in executor.schedule.held(executor.rank)
+            for stage in schedule.held(executor.group.rank)
         }
         self.mail = Mail(executor.group)
         self.under_way: dict[tuple[int, int], Passage] = {}
@@ -207,25 +189,11 @@ class Run:
 
     def figures(self) -> tuple[Tensor, dict[str, Tensor]]:
         """See `Executor.run`."""
-        dist.all_reduce(self.losses, group=self.executor.group)
-        dist.all_reduce(self.load, group=self.executor.group)
-        return self.losses / len(self.batch), dict(zip(self.names, self.load, strict=True))
+        losses, load = (self.executor.group.sum_(each) for each in (self.losses, self.load))
+        return losses / len(self.batch), dict(zip(self.names, load, strict=True))
 
 
 def perform(work: Sequence[Work]) -> None:
     """One after the other."""
     for each in work:
         each()
-
-
-def hold(model: DeepSeekV3, parts: set[str]) -> DeepSeekV3:
-    """The model without what is not among these parts (names as of `Layout.parts`): blocks, embedding, final norm, head.
-
-    What is left keeps its names, so that whatever walks `model.blocks()` or the parameters meets what is here and no more.
-    """
-    for owner, prefix in ((model, ""), (model.layers, "layers."), (model.mtp, "mtp.")):
-        assert isinstance(owner, nn.Module)
-        for name in [name for name, _ in owner.named_children()]:
-            if f"{prefix}{name}" not in parts and (prefix or name not in ("layers", "mtp")):
-                delattr(owner, name)
-    return model

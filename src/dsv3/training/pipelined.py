@@ -1,0 +1,50 @@
+"""A rank's stages of a network in training: what it builds and holds, its passes, the whole network for an evaluation."""
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from dsv3.model.micro_batch import MicroBatch
+from dsv3.model.transformer import DeepSeekV3
+from dsv3.parallel.group import Group
+from dsv3.parallel.pipeline.executor import Executor
+from dsv3.parallel.pipeline.parts import hold
+from dsv3.parallel.pipeline.schedule import Schedule
+from dsv3.parallel.pipeline.schedules import make_schedule
+from dsv3.planning.parallel import divided
+from dsv3.precision.deferred import WeightGradients
+from dsv3.recipe.schema import Recipe
+
+Build = Callable[[], DeepSeekV3]
+
+
+class Pipelined:
+    """One rank of the pipeline that `group` is. `build` makes the network without values, on no device.
+
+    Raises `UserError` for a network or a number of ranks that the recipe's schedule cannot divide.
+    """
+
+    def __init__(self, recipe: Recipe, group: Group, build: Build):
+        self.group, self.build, self.name = group, build, recipe.parallel.schedule
+        # Who holds what is the same for every number of micro-batches.
+        widest = make_schedule(self.name, group.size, 2 * group.size)
+        self.layout = divided(recipe.model.config(), widest.stages, recipe.data.sequence_length)
+        self.holders = self.layout.holders(widest)
+        self.parts = {part for part, ranks in self.holders.items() if group.rank in ranks}
+        self.gradients = WeightGradients()
+        self.schedules: dict[int, Schedule] = {}
+        """By the number of micro-batches."""
+        self.executor: Executor | None = None
+
+    def own(self) -> DeepSeekV3:
+        """This rank's part of the network, without values, on no device."""
+        return hold(self.build(), self.parts)
+
+    def passes(self, model: DeepSeekV3, batch: Sequence[MicroBatch]) -> tuple[Tensor, dict[str, Tensor]]:
+        """See `Executor.run`; `model` is `own`, with values."""
+        count = len(batch)
+        if count not in self.schedules:
+            self.schedules[count] = make_schedule(self.name, self.group.size, count)
+        if self.executor is None:
+            self.executor = Executor(model, self.layout, self.group, self.gradients)
+        return self.executor.run(self.schedules[count], batch)
