@@ -59,7 +59,7 @@ def serial(config, count, options, fp8=False):
 
 def pipelined(config, name, ranks, count, options, recompute, fp8=False):
     """The same from one rank, with its part of the gradients it holds; twice, because nothing may be left from the first batch."""
-    schedule = make_schedule(name, ranks, count)
+    schedule = make_schedule(name, ranks, count, "one_f_one_b")
     blocks = [1.0] * config.num_hidden_layers
     layout = balanced_layout(blocks, schedule.stages, 0.2, 1.0, config.num_nextn_predict_layers)
     parts = set().union(*map(layout.parts, schedule.held(dist.get_rank())))
@@ -100,6 +100,14 @@ def test_losses_and_gradients_are_those_of_the_serial_run(two_ranks, name):
     first, second = (set(theirs) for _, _, theirs in found)
     # DualPipe holds everything twice; where the last stage is not on the first rank, MTP needs an embedding of its own.
     assert first & second == {"dual_pipe": first, "dual_pipe_v": set()}.get(name, {"embed_tokens.weight"})
+
+
+@pytest.mark.parametrize("name", ["dual_pipe", "dual_pipe_v"])
+def test_too_few_micro_batches_on_the_same_layout(two_ranks, name):
+    found = two_ranks.run(pipelined, CONFIG, name, 2, 3, PLAIN, ())
+    check(found, serial(CONFIG, 3, PLAIN))
+    first, second = (set(theirs) for _, _, theirs in found)
+    assert first & second == (first if name == "dual_pipe" else set())
 
 
 @pytest.mark.parametrize("options", [{}, PLAIN])

@@ -21,6 +21,9 @@ class ParallelSection(Section):
     """Ranks, among those of `data`, that the routed experts are divided over (report: 64); a divisor of `data`."""
     schedule: ScheduleName = "dual_pipe_v"
     """In which order a pipeline's stages compute; without a pipeline it says nothing. The report: `dual_pipe`."""
+    schedule_below: Literal["one_f_one_b"] | None = None
+    """What takes its place, on the same layout, in steps with too few micro-batches for it (DualPipe and DualPipeV need two a
+    rank of the pipeline), as at the start of a batch ramp; by default such a batch is refused. Ours."""
 
     @property
     def ranks(self) -> int:
@@ -36,6 +39,28 @@ def check_experts(parallel: ParallelSection, experts: int) -> None:
             f"parallel.expert = {parallel.expert}: expected a divisor of parallel.data = {parallel.data} and of "
             f"model.n_routed_experts = {experts}, such as {neighbours(parallel.expert, legal)}"
         )
+
+
+def least_micro_batches(schedule: str, ranks: int) -> int:
+    """The fewest micro-batches of one pipeline's batch that a schedule can serve."""
+    return 2 * ranks if schedule in ("dual_pipe", "dual_pipe_v") else 1
+
+
+def fitting_counts(schedule: str, ranks: int, micro_batches: int) -> list[int]:
+    """The numbers of micro-batches nearest to this one that a schedule can serve; itself alone where it is one."""
+    least = least_micro_batches(schedule, ranks)
+    if micro_batches < least:
+        return [least]
+    return [micro_batches - 1, micro_batches + 1] if schedule == "dual_pipe" and micro_batches % 2 else [micro_batches]
+
+
+def check_ranks(schedule: str, ranks: int) -> None:
+    """`UserError` for a number of pipeline ranks that a schedule cannot have."""
+    if ranks < 1:
+        raise UserError(f"{schedule} on {ranks} ranks (parallel.pipeline): expected at least 1")
+    if schedule == "dual_pipe" and ranks % 2:
+        near = neighbours(ranks, [each for each in (ranks - 1, ranks + 1) if each > 1])
+        raise UserError(f"{schedule} on {ranks} ranks (parallel.pipeline): expected an even number, such as {near}")
 
 
 def check_world(parallel: ParallelSection, ranks: int) -> None:

@@ -6,7 +6,6 @@ eight phases are those of DeepSeek's own repository, DualPipe; DualPipeV is the 
 
 from collections import deque
 
-from dsv3.errors import UserError
 from dsv3.parallel.pipeline.instructions import (
     Backward,
     Compute,
@@ -15,7 +14,7 @@ from dsv3.parallel.pipeline.instructions import (
     Overlapped,
     WeightGradient,
 )
-from dsv3.parallel.pipeline.schedule import Schedule, at_least
+from dsv3.parallel.pipeline.schedule import Schedule
 
 
 def dual_pipe(ranks: int, micro_batches: int) -> Schedule:
@@ -25,22 +24,14 @@ def dual_pipe(ranks: int, micro_batches: int) -> Schedule:
     Bubble (P/2 - 1)(F&B + B - 3W), activations of at most P + 1 chunks. Needs an even number of ranks, and an even number of
     micro-batches from 2P on.
     """
-    if ranks < 2 or ranks % 2:
-        near = "2" if ranks < 2 else f"{ranks - 1} or {ranks + 1}"
-        raise UserError(f"DualPipe on {ranks} ranks: expected an even number, such as {near}")
-    at_least(2 * ranks, "DualPipe", ranks, micro_batches)
-    if micro_batches % 2:
-        raise UserError(
-            f"DualPipe with {micro_batches} micro-batches: half of them enter at each end, so expected an even number, such as "
-            f"{micro_batches + 1}"
-        )
     half, each = ranks // 2, micro_batches // 2
     programs = []
     for rank in range(ranks):
         depth = min(rank, ranks - 1 - rank)
         first = (0, each) if rank < half else (each, 0)
         programs.append(Flows((depth, ranks - 1 - depth), first).program(depth, half, each))
-    return Schedule.of("dual_pipe", ranks, programs)
+    placement = tuple(tuple(sorted((rank, ranks - 1 - rank))) for rank in range(ranks))
+    return Schedule.of("dual_pipe", placement, programs)
 
 
 class Flows:

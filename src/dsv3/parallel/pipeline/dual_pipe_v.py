@@ -4,7 +4,7 @@ Micro-batches go down the ranks through the first half of the stages, and up aga
 """
 
 from dsv3.parallel.pipeline.dual_pipe import Flows
-from dsv3.parallel.pipeline.schedule import Schedule, at_least
+from dsv3.parallel.pipeline.schedule import Schedule
 
 
 def dual_pipe_v(ranks: int, micro_batches: int) -> Schedule:
@@ -12,7 +12,7 @@ def dual_pipe_v(ranks: int, micro_batches: int) -> Schedule:
 
     Bubble (P - 1)(F&B + B - 3W), activations of at most 2P + 1 chunks. Needs at least 2P micro-batches.
     """
-    at_least(2 * ranks, "DualPipeV", ranks, micro_batches)
-    flows = (Flows((rank, 2 * ranks - 1 - rank), (0, 0)) for rank in range(ranks))
+    placement = tuple((rank, 2 * ranks - 1 - rank) for rank in range(ranks))
+    flows = (Flows(stages, (0, 0)) for stages in placement)
     programs = [each.program(rank, ranks, micro_batches) for rank, each in enumerate(flows)]
-    return Schedule.of("dual_pipe_v", 2 * ranks, programs)
+    return Schedule.of("dual_pipe_v", placement, programs)

@@ -3,23 +3,30 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dsv3.errors import UserError
 from dsv3.parallel.pipeline.instructions import Compute, Forward, Instruction, Program, chunks
 from dsv3.parallel.pipeline.messages import with_messages
+
+Placement = tuple[tuple[int, ...], ...]
+"""The stages of every rank, in order."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """One program a rank, messages included."""
+    """One program a rank, messages included. A rank may hold a stage that it computes nothing of: the copy of another's."""
 
     name: str
-    stages: int
+    placement: Placement
     programs: tuple[tuple[Instruction, ...], ...]
 
     @classmethod
-    def of(cls, name: str, stages: int, programs: Sequence[Sequence[Compute]]) -> "Schedule":
+    def of(cls, name: str, placement: Placement, programs: Sequence[Sequence[Compute]]) -> "Schedule":
         """From what the ranks compute; who must tell whom follows from that."""
-        return cls(name, stages, tuple(map(tuple, with_messages(programs))))
+        return cls(name, placement, tuple(map(tuple, with_messages(programs))))
+
+    @property
+    def stages(self) -> int:
+        """How many there are."""
+        return 1 + max(map(max, self.placement))
 
     @property
     def ranks(self) -> int:
@@ -28,7 +35,7 @@ class Schedule:
 
     def held(self, rank: int) -> tuple[int, ...]:
         """The stages of a rank, in order."""
-        return tuple(sorted({stage for stage, _ in forwards(self.programs[rank])}))
+        return self.placement[rank]
 
     def micro_batches(self, rank: int, stage: int) -> tuple[int, ...]:
         """Those that pass a stage on a rank, in order."""
@@ -37,22 +44,10 @@ class Schedule:
     @property
     def holders(self) -> tuple[tuple[int, ...], ...]:
         """The ranks of every stage."""
-        held = [self.held(rank) for rank in range(self.ranks)]
-        return tuple(tuple(rank for rank in range(self.ranks) if stage in held[rank]) for stage in range(self.stages))
+        return tuple(tuple(r for r in range(self.ranks) if stage in self.held(r)) for stage in range(self.stages))
 
 
 def forwards(program: Program) -> list[tuple[int, int]]:
     """(stage, micro-batch) of every forward pass."""
     passes = [each for instruction in program for each in chunks(instruction)]
     return [(each.stage, each.micro_batch) for each in passes if isinstance(each, Forward)]
-
-
-def at_least(least: int, name: str, ranks: int, micro_batches: int) -> None:
-    """Refuses fewer micro-batches, or no rank at all."""
-    if ranks < 1:
-        raise UserError(f"{name} on {ranks} ranks: expected at least 1")
-    if micro_batches < least:
-        raise UserError(
-            f"{name} on {ranks} ranks with {micro_batches} micro-batches: expected at least {least}. Use smaller micro-batches, "
-            f"fewer ranks, or one_f_one_b, which takes any number"
-        )

@@ -5,13 +5,13 @@ micro-batches later, so that the activations it keeps for that are those it has 
 """
 
 from dsv3.parallel.pipeline.instructions import Compute, Forward, InputGradient, WeightGradient
-from dsv3.parallel.pipeline.schedule import Schedule, at_least
+from dsv3.parallel.pipeline.schedule import Schedule
 
 
 def zero_bubble(ranks: int, micro_batches: int) -> Schedule:
     """One stage a rank; bubble (P - 1)(F + B - 2W), activations of at most P micro-batches. Any numbers from 1 up."""
-    at_least(1, "ZB1P", ranks, micro_batches)
-    return Schedule.of("zero_bubble", ranks, [program(rank, ranks, micro_batches) for rank in range(ranks)])
+    programs = [program(rank, ranks, micro_batches) for rank in range(ranks)]
+    return Schedule.of("zero_bubble", tuple((rank,) for rank in range(ranks)), programs)
 
 
 def program(rank: int, ranks: int, micro_batches: int) -> list[Compute]:
