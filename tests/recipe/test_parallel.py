@@ -1,7 +1,9 @@
 import pytest
 
 from dsv3.errors import UserError
+from dsv3.parallel.pipeline.schedules import make_schedule
 from dsv3.recipe.parallel import ParallelSection, check_world
+from dsv3.recipe.schedule import Schedules
 from dsv3.recipe.schema import Recipe
 
 CONTENT = {
@@ -27,11 +29,72 @@ CONTENT = {
             r"batch_size_multiple = 1: expected a multiple of parallel.data = 2",
         ),
         (["parallel.experts=2"], "did you mean 'expert'"),
+        (["parallel.pipeline=2", "parallel.schedule=one_f_one_b"], "pipeline = 2 needs training.micro_batch_size"),
     ],
 )  # fmt: skip
 def test_an_illegal_layout_is_refused_with_its_neighbours(overrides, said):
     with pytest.raises(UserError, match=said):
         Recipe.from_dict(CONTENT, overrides)
+
+
+PIPELINE = ["model.num_hidden_layers=8", "training.micro_batch_size=1", "parallel.pipeline=4", "training.tokens=1M"]
+RAMP = """schedule.batch_size=[{kind="linear", from=2, to=20, tokens="400K"}, {kind="constant", value=20}]"""
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (
+            ["parallel.pipeline=5", "parallel.schedule=dual_pipe"],
+            "dual_pipe on 5 ranks .* an even number, such as 4 or 6",
+        ),
+        (
+            ["parallel.pipeline=5"],
+            "pipeline = 5: dual_pipe_v makes 10 stages, .*num_hidden_layers = 8: expected at most 4",
+        ),
+        (["parallel.pipeline=10", "parallel.schedule=dual_pipe"], "makes 10 stages, .*: expected at most 8"),
+        (["training.balance=batch", "training.balance_alpha=1"], "training.balance = 'batch' needs .* expected 'bias'"),
+        (
+            ["schedule.batch_size=6"],
+            "batch_size = 6 gives each of 1 pipelines 6 micro-batches, and dual_pipe_v on 4 ranks takes 8 or more: expected a "
+            "batch of 8 sequences, a smaller training.micro_batch_size, or parallel.schedule_below = 'one_f_one_b'",
+        ),
+        (
+            ["schedule.batch_size=22", "parallel.data=2", "parallel.schedule=dual_pipe"],
+            "11 micro-batches.*takes 10 or 12: .* of 20 or 24 seq",
+        ),
+        # Every size on the way up counts, not its ends alone.
+        ([RAMP], "schedule.batch_size = 2 gives"),
+        (
+            [RAMP, "parallel.schedule=dual_pipe", "parallel.schedule_below=one_f_one_b"],
+            "batch_size = 9 gives .* takes 8 or 10",
+        ),
+        (["parallel.schedule_below=zero_bubble"], "expected 'one_f_one_b'"),
+    ],
+)  # fmt: skip
+def test_what_a_schedule_cannot_serve_is_refused(overrides, said):
+    with pytest.raises(UserError, match=said):
+        Recipe.from_dict(CONTENT, [*PIPELINE, *overrides])
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["parallel.schedule=one_f_one_b", "parallel.pipeline=8", "schedule.batch_size=1"],
+        ["parallel.schedule_below=one_f_one_b", RAMP],
+        [
+            RAMP, "parallel.schedule_below=one_f_one_b", "parallel.schedule=dual_pipe", "schedule.batch_size_multiple=2",
+        ],
+        ["parallel.pipeline=1", "parallel.schedule=dual_pipe", "schedule.batch_size=3"],
+    ],
+)  # fmt: skip
+def test_what_it_can_serve_is_not(overrides):
+    recipe = Recipe.from_dict(CONTENT, [*PIPELINE, *overrides])
+    for size in Schedules.resolve(recipe).batch_sizes:
+        parallel = recipe.parallel
+        if parallel.pipeline > 1:
+            make_schedule(parallel.schedule, parallel.pipeline, recipe.micro_batches(size), parallel.schedule_below)
 
 
 @pytest.mark.parametrize(

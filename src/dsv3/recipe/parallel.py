@@ -63,6 +63,46 @@ def check_ranks(schedule: str, ranks: int) -> None:
         raise UserError(f"{schedule} on {ranks} ranks (parallel.pipeline): expected an even number, such as {near}")
 
 
+def check_pipeline(parallel: ParallelSection, layers: int, micro_batch_size: int | None, balance: str) -> None:
+    """`ValueError` where this many layers, whole batches at once, or a way to balance cannot be had with the pipeline, if there is one."""
+    if parallel.pipeline == 1:
+        return
+    check_ranks(parallel.schedule, parallel.pipeline)
+    each = 2 if parallel.schedule == "dual_pipe_v" else 1
+    if parallel.pipeline * each > layers:
+        most = layers // each if parallel.schedule != "dual_pipe" else layers // 2 * 2
+        raise ValueError(
+            f"parallel.pipeline = {parallel.pipeline}: {parallel.schedule} makes {parallel.pipeline * each} stages, of a layer "
+            f"at least, and model.num_hidden_layers = {layers}: expected at most {most}"
+        )
+    if micro_batch_size is None:
+        raise ValueError(
+            f"parallel.pipeline = {parallel.pipeline} needs training.micro_batch_size: its ranks work on several micro-batches at a "
+            "time; expected the sequences of one, such as 1"
+        )
+    if balance == "batch":
+        raise ValueError(
+            "training.balance = 'batch' needs the loads of all micro-batches before the first gradient, and a pipeline does not "
+            "know them: expected 'bias' or 'sequence', or parallel.pipeline = 1"
+        )
+
+
+def check_micro_batches(parallel: ParallelSection, batch: int, micro_batches: int) -> None:
+    """`ValueError` where the schedule cannot serve a batch of so many sequences, so many micro-batches on each pipeline."""
+    name, ranks = parallel.schedule, parallel.pipeline
+    if ranks == 1 or (parallel.schedule_below is not None and micro_batches < least_micro_batches(name, ranks)):
+        return
+    fitting = fitting_counts(name, ranks, micro_batches)
+    if micro_batches not in fitting:
+        sizes = " or ".join(str(batch * each // micro_batches) for each in fitting)
+        few = ", a smaller training.micro_batch_size, or parallel.schedule_below = 'one_f_one_b'"
+        raise ValueError(
+            f"schedule.batch_size = {batch} gives each of {parallel.data} pipelines {micro_batches} micro-batches, and {name} on "
+            f"{ranks} ranks takes {' or '.join(map(str, fitting))}{'' if len(fitting) > 1 else ' or more'}: expected a batch of "
+            f"{sizes} sequences{few if len(fitting) == 1 else ''}"
+        )
+
+
 def check_world(parallel: ParallelSection, ranks: int) -> None:
     """`UserError` where `torchrun` started another number of processes than the recipe is for."""
     if ranks == parallel.ranks:

@@ -134,6 +134,11 @@ class Schedules:
     timeline: Timeline
     total_steps: int
 
+    @property
+    def batch_sizes(self) -> list[int]:
+        """Every batch size of the training, in ascending order."""
+        return sorted({tokens // self.timeline.sequence_length for _, tokens in self.timeline.runs(self.total_steps)})
+
     @classmethod
     def resolve(cls, recipe: "Recipe") -> "Schedules":
         """The schedules of `recipe`; `UserError` for one that ends before the training, or runs backwards."""

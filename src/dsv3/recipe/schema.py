@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from dsv3.recipe.network import ModelSection
-from dsv3.recipe.parallel import ParallelSection, check_experts
+from dsv3.recipe.parallel import ParallelSection, check_experts, check_micro_batches, check_pipeline
 from dsv3.recipe.quantity import Length, Quantity
 from dsv3.recipe.schedule import Schedules, round_down
 from dsv3.recipe.section import Section
@@ -292,6 +292,11 @@ class Recipe(Section):
         """JSON-able, complete but for `model`, which holds the preset and what differs from it; `from_dict` reads it."""
         return self.model_dump(mode="json")
 
+    def micro_batches(self, batch_size: int) -> int:
+        """Micro-batches that a batch of so many sequences is on one data-parallel rank: what its pipeline's schedule is made for."""
+        micro = self.training.micro_batch_size
+        return batch_size // (self.parallel.data * micro) if micro is not None else 1
+
     def content(self) -> dict[str, Any]:
         """All that decides the result, JSON-able: every section but the notes, with the network written field by field.
 
@@ -304,7 +309,8 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
-        longest = self.model.config().max_position_embeddings
+        config, training = self.model.config(), self.training
+        longest = config.max_position_embeddings
         if self.data.sequence_length > longest:
             raise ValueError(
                 f"data.sequence_length = {self.data.sequence_length}: expected at most "
@@ -320,9 +326,11 @@ class Recipe(Section):
                 "tokenizer.path and extension.initial_from are both there: an extension keeps the tokenizer of its start; "
                 "leave tokenizer.path out"
             )
-        check_experts(self.parallel, self.model.config().n_routed_experts)
+        check_experts(self.parallel, config.n_routed_experts)
+        check_pipeline(self.parallel, config.num_hidden_layers, training.micro_batch_size, training.balance)
         self._check_batches()
-        Schedules.resolve(self)
+        for size in Schedules.resolve(self).batch_sizes:
+            check_micro_batches(self.parallel, size, self.micro_batches(size))
         return self
 
     def _check_batches(self) -> None:
