@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from dsv3.parallel.pipeline.schedules import make_schedule
 from dsv3.recipe.schedule import Schedules
 from dsv3.recipe.schema import Recipe
 
@@ -30,6 +31,7 @@ PRETRAIN = {
             {"kind": "linear", "from": 3072, "to": 15360, "tokens": 469_000_000_000},
             {"kind": "constant", "value": 15360},
         ],
+        "batch_size_multiple": 256,  # ours
         "mtp_weight": [
             {"kind": "constant", "value": 0.3, "until_tokens": 10_000_000_000_000},
             {"kind": "constant", "value": 0.1},
@@ -44,6 +46,16 @@ PRETRAIN = {
         "precision": "fp8",
         "balance_alpha": 0.0001,
         "initialization": 0.006,
+        "micro_batch_size": 1,  # ours
+        "recompute": ["norms", "mla_up", "swiglu"],  # sections 3.2.3 and 3.3.3
+    },
+    # Section 3.2: 16 stages, experts over 64 ranks on 8 nodes, ZeRO-1.
+    "parallel": {
+        "pipeline": 16,
+        "data": 128,
+        "expert": 64,
+        "schedule": "dual_pipe",
+        "schedule_below": "one_f_one_b",  # ours
     },
 }
 YARN = {
@@ -82,6 +94,17 @@ def test_every_key_is_the_report_s(name, expected):
         section: set(keys) for section, keys in expected.items()
     }
     assert Recipe.from_dict(written).to_dict() == Recipe.from_dict(expected).to_dict()
+
+
+def test_every_batch_of_the_ramp_suits_the_layout():
+    recipe = Recipe.load(HOME / "pretrain.toml")
+    assert recipe.parallel.ranks == 2048
+    sizes = Schedules.resolve(recipe).batch_sizes
+    assert sizes == list(range(3072, 15360 + 256, 256))
+    names = [
+        make_schedule("dual_pipe", 16, recipe.micro_batches(size), recipe.parallel.schedule_below).name for size in sizes
+    ]
+    assert names == ["one_f_one_b"] * 4 + ["dual_pipe"] * 45
 
 
 def test_the_report_s_defaults_are_the_recipe_s():
