@@ -13,6 +13,12 @@ def eight_ranks() -> Iterator[Ranks]:
 
 
 @pytest.fixture(scope="session")
+def four_ranks() -> Iterator[Ranks]:
+    with Ranks(4) as ranks:
+        yield ranks
+
+
+@pytest.fixture(scope="session")
 def two_ranks() -> Iterator[Ranks]:
     with Ranks(2) as ranks:
         yield ranks

@@ -12,7 +12,7 @@ import pytest
 
 from dsv3.parallel.watchdog import EVERY
 from tests.distributed.ranks import Ranks
-from tests.distributed.refusals import hang, lose, other_recipes
+from tests.distributed.refusals import hang, lose, other_recipes, wait_in_a_pipeline
 
 REDUCED = Path(__file__).parents[1] / "recipes" / "quickstart-reduced.toml"
 SMALL = [
@@ -22,7 +22,7 @@ SMALL = [
 ]  # fmt: skip
 
 
-def start(out, *overrides):
+def start(out, *overrides, restarts=0):
     command = [
         sys.executable,
         "-m",
@@ -30,6 +30,8 @@ def start(out, *overrides):
         "--standalone",
         "--nproc-per-node",
         "2",
+        "--max-restarts",
+        str(restarts),
         "-m",
         "dsv3",
         "pretrain",
@@ -76,6 +78,21 @@ def test_a_killed_rank_ends_the_job_and_its_checkpoint_goes_on(tmp_path):
     assert "4-7" in out
 
 
+@pytest.mark.prove
+def test_a_job_that_torchrun_starts_again_goes_on_from_the_last_checkpoint(tmp_path):
+    layout = ["model.num_hidden_layers=4", "parallel.data=1", "parallel.expert=1", "parallel.pipeline=2"]
+    layout += ["training.micro_batch_size=1", "training.tokens=16384", "training.checkpoint_every_steps=2"]
+    process = start(tmp_path, *layout, restarts=1)
+    while process.poll() is None and len(steps(tmp_path)) < 5:
+        time.sleep(0.02)
+    os.kill(children(process.pid)[1], signal.SIGKILL)
+    out, said = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    assert "pretrain: continuing after step" in said
+    assert out.count("The model is in") == 1
+    assert steps(tmp_path) == list(range(1, 33))
+
+
 def test_ranks_with_different_recipes_are_refused_on_all(two_ranks):
     for said in two_ranks.run(other_recipes):
         assert "rank 1 of 2 has another recipe than rank 0" in said
@@ -86,6 +103,15 @@ def test_the_watchdog_names_what_each_rank_is_at(two_ranks, tmp_path):
     assert quiet == []
     assert len(said) == 1
     assert "rank 0: step 7: sum over data; rank 1: step 7" in said[0]
+
+
+def test_the_watchdog_names_a_pipeline_s_instructions(two_ranks, tmp_path):
+    (said, _), _ = two_ranks.run(wait_in_a_pipeline, str(tmp_path / "store"))
+    assert len(said) == 1
+    assert (
+        "rank 0: step 7: Backward(stage=0, micro_batch=0): waiting for the gradient of micro-batch 0; rank 1: step 7"
+        in said[0]
+    )
 
 
 def test_a_rank_that_loses_the_others_says_what_it_was_at():

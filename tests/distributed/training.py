@@ -3,10 +3,13 @@
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dsv3.data.loader import Loader
 from dsv3.data.token_shards import ShardSet
 from dsv3.parallel.mesh import Mesh, make_mesh
 from dsv3.recipe.schema import Recipe
+from dsv3.stages.extend import Start, load_start
 from dsv3.training.trainer import Trainer
 
 CONTENT: dict[str, Any] = {
@@ -35,10 +38,26 @@ def make(
     return Trainer(recipe, loader, Path(directory), files={}, mesh=mesh, **options)
 
 
-def train(shards: str, directory: str, overrides: list[str], ranks_per_node: int | None = None, resume: bool = False):
-    """The parameters, biases and average of this rank after training, where its experts begin, and its optimizer's bytes."""
-    trainer = make(shards, directory, overrides, ranks_per_node)
+def evaluate(model):
+    """A loss of every parameter, MTP's included."""
+    rows = torch.arange(60).view(3, 20) + 3
+    with torch.no_grad():
+        losses = model.loss(rows, mtp_weight=0.3)
+    return {"losses": [each.item() for each in (losses.main, *losses.mtp)]}
+
+
+def train(
+    shards: str, directory: str, overrides: list[str], ranks_per_node: int | None = None, resume: bool = False,
+    start: str | None = None,
+):  # fmt: skip
+    """The parameters, biases and average of this rank after training, where its experts begin, and its optimizer's bytes.
+
+    `start` is the checkpoint that an extension begins with.
+    """
+    trainer = make(shards, directory, overrides, ranks_per_node, evaluate=evaluate)
     assert trainer.resume() == resume
+    if start is not None:
+        load_start(trainer, Start(Path(start), Path("tokenizer"), {}))
     trainer.run()
     tensors = {name: each.detach().clone() for name, each in trainer.model.state_dict().items()}
     tensors |= {f"ema.{name}": each.clone() for name, each in trainer.average.tensors().items()}

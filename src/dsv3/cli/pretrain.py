@@ -1,6 +1,7 @@
 """`dsv3 pretrain`: a recipe from text to a trained model; `dsv3 extend`: a trained model to a greater context length."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,8 @@ def train(
         return
     if at or plot is not None:
         raise UserError("--at and --plot belong to --dry-run: add it, or leave them out")
+    # `torchrun --max-restarts` starts every rank again when one has ended.
+    resume = resume or (os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and (out / "stages").is_dir())
     if allow and not resume:
         raise UserError("--allow says what may differ from the run that is continued: add --resume, or leave it out")
     if (out / stage).exists() and not resume:

@@ -17,11 +17,11 @@ from dsv3.stages.data import data_stages
 from dsv3.stages.pretrain import training_stage
 from dsv3.stages.runner import Stage
 from dsv3.training.trainer import Progress, Trainer
-from dsv3.weights.checkpoint import flatten
+from dsv3.weights.checkpoint import flatten, read_into
 from dsv3.weights.fit import checked
 from dsv3.weights.loading import fill
 from dsv3.weights.opening import checkpoint_at, is_published, open_weights
-from dsv3.weights.tensor_directory import read_layout, read_tensors
+from dsv3.weights.tensor_directory import read_layout
 
 LENGTH_FIELDS = ("rope_scaling", "max_position_embeddings")
 """What an extension may change of the network; no weight's shape depends on it."""
@@ -47,8 +47,6 @@ def extension_stages(
     mesh: Mesh | None = None,
 ) -> list[Stage]:
     """The stages up to an extended model in `out/extend`; `allow` as for `pretraining_stages`. Raises `UserError` as `find_start` does."""
-    if recipe.parallel.ranks > 1:
-        raise UserError("[extension] with more than one rank is not there yet: set parallel.data=1 parallel.pipeline=1")
     start = find_start(recipe)
     # To the stages before the training, the start's tokenizer is a finished one that a recipe names.
     content = recipe.to_dict()
@@ -123,15 +121,18 @@ def load_start(trainer: Trainer, start: Start) -> None:
     Raises `UserError` when that state is wanted and there is none, or it is another optimizer's.
     """
     source, _ = open_weights(start.path)
-    fill(trainer.model.state_dict(), source, trainer.model.config)
+    held = next(iter(trainer.model.held_experts().values()), None)
+    fill(trainer.model.state_dict(), source, trainer.model.config, held)
     if extension_of(trainer.recipe).optimizer_state == "fresh":
         return
     wanted = flatten({"optimizer": trainer.optimizer.tensors()})
     found = {} if is_published(start.path) else read_layout(start.path)
-    missing = [name for name, tensor in wanted.items() if found.get(name) != (tensor.dtype, tensor.shape)]
+    places = trainer.places()
+    shapes = {name: tuple(each.shape) if places is None else places[name].shape for name, each in wanted.items()}
+    missing = [name for name, tensor in wanted.items() if found.get(name) != (tensor.dtype, shapes[name])]
     if missing:
         raise UserError(
             f"{start.path} lacks {len(missing)} of the {len(wanted)} tensors of this recipe's optimizer ({missing[0]}, ...): "
             "start with extension.optimizer_state = 'fresh', or with the [optimizer] it was trained with"
         )
-    read_tensors(start.path, wanted)
+    read_into(start.path, wanted, places)
