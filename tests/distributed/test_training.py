@@ -101,6 +101,17 @@ def test_a_pipeline_trains_as_one_process(two_ranks, shard_directory, tmp_path, 
     assert ["lm_head.weight" in tensors for tensors, _, _ in results] == HEAD.get(schedule, [False, True])
 
 
+@pytest.mark.parametrize("schedule", ["dual_pipe", "dual_pipe_v"])
+def test_1f1b_takes_what_is_below_the_schedule_s_least(two_ranks, shard_directory, tmp_path, serial, schedule):
+    """Two steps of two micro-batches, three of four: one DualPipe holds stages that nothing passes through at first."""
+    ramp = 'schedule.batch_size=[{kind="constant", value=4, steps=2}, {kind="constant", value=8}]'
+    recipe = (*DEEPER, ramp, "training.tokens=1024")
+    expected, directory, _ = serial(*recipe)
+    layout = ["parallel.pipeline=2", f"parallel.schedule={schedule}", "parallel.schedule_below=one_f_one_b"]
+    results = two_ranks.run(train, str(shard_directory), str(tmp_path), [*recipe, *layout], 2)
+    assert_same(results, tmp_path, expected, directory)
+
+
 def test_pipelines_share_batches_and_experts(four_ranks, shard_directory, tmp_path, serial):
     expected, directory, _ = serial(*DEEPER)
     results = four_ranks.run(train, str(shard_directory), str(tmp_path), [*DEEPER, *TOGETHER], 2)
@@ -157,7 +168,14 @@ def test_an_extension_begins_on_ranks_as_in_one_process(four_ranks, shard_direct
         assert_same(results, tmp_path / name, expected, alone)
 
 
-DEEPEST = ("model.num_hidden_layers=8", "schedule.batch_size=16", "training.tokens=2560", "optimizer.eps=1e-5")
+# With another seed a token is as near to one expert as to another, and round-off decides.
+DEEPEST = (
+    "model.num_hidden_layers=8",
+    "schedule.batch_size=16",
+    "training.tokens=2560",
+    "optimizer.eps=1e-5",
+    "training.seed=1",
+)
 MATRIX = [
     (pipeline, schedule, data, expert)
     for pipeline in (1, 2, 4)

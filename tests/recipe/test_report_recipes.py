@@ -102,7 +102,8 @@ def test_every_batch_of_the_ramp_suits_the_layout():
     sizes = Schedules.resolve(recipe).batch_sizes
     assert sizes == list(range(3072, 15360 + 256, 256))
     names = [
-        make_schedule("dual_pipe", 16, recipe.micro_batches(size), recipe.parallel.schedule_below).name for size in sizes
+        make_schedule("dual_pipe", 16, recipe.micro_batches(size), recipe.parallel.schedule_below).name
+        for size in sizes
     ]
     assert names == ["one_f_one_b"] * 4 + ["dual_pipe"] * 45
 

@@ -25,9 +25,9 @@ class Pipelined:
     """
 
     def __init__(self, recipe: Recipe, group: Group, build: Build):
-        self.group, self.build, self.name = group, build, recipe.parallel.schedule
+        self.group, self.build, self.parallel = group, build, recipe.parallel
         # Who holds what is the same for every number of micro-batches.
-        widest = make_schedule(self.name, group.size, 2 * group.size)
+        widest = make_schedule(recipe.parallel.schedule, group.size, 2 * group.size)
         self.layout = divided(recipe.model.config(), widest.stages, recipe.data.sequence_length)
         self.holders = self.layout.holders(widest)
         self.parts = {part for part, ranks in self.holders.items() if group.rank in ranks}
@@ -44,7 +44,8 @@ class Pipelined:
         """See `Executor.run`; `model` is `own`, with values."""
         count = len(batch)
         if count not in self.schedules:
-            self.schedules[count] = make_schedule(self.name, self.group.size, count)
+            name, below = self.parallel.schedule, self.parallel.schedule_below
+            self.schedules[count] = make_schedule(name, self.group.size, count, below)
         if self.executor is None:
             self.executor = Executor(model, self.layout, self.group, self.gradients)
         return self.executor.run(self.schedules[count], batch)
