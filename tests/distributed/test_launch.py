@@ -80,7 +80,13 @@ def test_a_killed_rank_ends_the_job_and_its_checkpoint_goes_on(tmp_path):
 
 @pytest.mark.prove
 def test_a_job_that_torchrun_starts_again_goes_on_from_the_last_checkpoint(tmp_path):
-    layout = ["model.num_hidden_layers=4", "parallel.data=1", "parallel.expert=1", "parallel.pipeline=2"]
+    layout = [
+        "model.num_hidden_layers=4",
+        'evaluation.sample_prompts=["def "]',
+        "parallel.data=1",
+        "parallel.expert=1",
+        "parallel.pipeline=2",
+    ]
     layout += ["training.micro_batch_size=1", "training.tokens=16384", "training.checkpoint_every_steps=2"]
     process = start(tmp_path, *layout, restarts=1)
     while process.poll() is None and len(steps(tmp_path)) < 5:

@@ -72,6 +72,11 @@ class Group:
             gather(out.flatten(), part, group=self.handle)
         return out
 
+    def copy_from(self, tensor: Tensor, source: int) -> None:
+        """Overwrites the tensor with that of one rank."""
+        with self.activity.communicating(f"copying from rank {source} of {self.name}"):
+            dist.broadcast(tensor, group=self.handle, group_src=source)
+
     def post(self, sent: Sequence[tuple[Tensor, int]], received: Sequence[tuple[Tensor, int]]) -> list[Any]:
         """Begins to send tensors to ranks, and to receive others from ranks, in the order given; what `wait` must be given."""
         calls = [(dist.isend, *each) for each in sent] + [(dist.irecv, *each) for each in received]

@@ -24,7 +24,7 @@ from dsv3.model.device import pick_device
 from dsv3.model.transformer import DeepSeekV3
 from dsv3.parallel.dispatch import ExpertParallel
 from dsv3.parallel.mesh import Mesh
-from dsv3.parallel.pipeline.parts import bring_together
+from dsv3.parallel.pipeline.parts import spread
 from dsv3.recipe.schedule import Schedules
 from dsv3.recipe.schema import Recipe
 from dsv3.training.balance import routing_biases, update_biases
@@ -90,9 +90,12 @@ class Trainer:
         self.dtype = COMPUTE_DTYPES[training.precision]
         pipeline = self.mesh.pipeline
         self.pipelined = Pipelined(recipe, pipeline, self.skeleton) if pipeline.size > 1 else None
-        self.model = self.network(self.skeleton() if self.pipelined is None else self.pipelined.own())
-        self.model.initialize(training.initialization, training.seed)
+        model = self.skeleton() if self.pipelined is None else self.pipelined.own()
+        self.model = model.to_empty(device=self.device).initialize(training.initialization, training.seed)
         self.model.recompute(training.recompute)
+        if training.precision == "fp8":
+            gradients = None if self.pipelined is None else self.pipelined.gradients
+            self.model.compute_in_fp8(gradients, training.fp8_scaling)
         holders = None if self.pipelined is None else self.pipelined.holders
         self.optimizer = Optimizer(self.model, recipe.optimizer, self.dtype, self.mesh, holders)
         self.passes: Passes = passes
@@ -120,19 +123,9 @@ class Trainer:
 
     def skeleton(self) -> DeepSeekV3:
         """The recipe's whole network, on no device."""
-        fp8, spread = self.recipe.training.precision == "fp8", self.mesh.expert.size > 1
+        fp8, apart = self.recipe.training.precision == "fp8", self.mesh.expert.size > 1
         with torch.device("meta"):
-            return DeepSeekV3(
-                self.recipe.model.config(), self.dtype, ExpertParallel(self.mesh, fp8) if spread else None
-            )
-
-    def network(self, skeleton: DeepSeekV3) -> DeepSeekV3:
-        """The skeleton, or a part of it, with memory on the device, in the recipe's precision."""
-        model = skeleton.to_empty(device=self.device)
-        if self.recipe.training.precision == "fp8":
-            gradients = None if self.pipelined is None else self.pipelined.gradients
-            model.compute_in_fp8(gradients, self.recipe.training.fp8_scaling)
-        return model
+            return DeepSeekV3(self.recipe.model.config(), self.dtype, ExpertParallel(self.mesh, fp8) if apart else None)
 
     def run(self) -> None:
         """Trains to the recipe's last token. Ctrl-C finishes the step, saves and raises `Interrupted`."""
@@ -267,8 +260,8 @@ class Trainer:
     def run_evaluation(self, metrics: Metrics | None) -> None:
         """Calls the evaluation that was handed in, on the weights and on their average, and writes what it found.
 
-        The first rank does; where experts are spread, all of its stage do the same, because each computes with its experts for
-        all. Those of other stages bring them theirs.
+        The first rank does; where layers or experts are spread, all that have some of them do the same, because each computes
+        with its own for all.
         """
         if self.evaluate is None:
             return
@@ -289,14 +282,11 @@ class Trainer:
         metrics.evaluation({**at, **found})
 
     def scores(self, evaluate: Evaluate) -> dict[str, Any]:
-        """What the evaluation found in the weights of now; nothing on ranks of a pipeline but the first."""
-        model: DeepSeekV3 | None = self.model
+        """What the evaluation found in the weights of now."""
+        model = self.model
         if self.pipelined is not None:
-            model = self.network(self.skeleton()) if self.mesh.pipeline.rank == 0 else None
-            bring_together(self.model, model, self.pipelined.holders, self.mesh.pipeline)
-        if model is None:
-            return {}
-        with evaluating(model):
+            model = spread(self.model, self.skeleton(), self.pipelined.holders, self.mesh.pipeline)
+        with evaluating(self.model), evaluating(model):
             return evaluate(model)
 
     @property

@@ -1,9 +1,12 @@
-"""A rank's part of a network: what it builds, and how the whole comes together on the pipeline's first rank."""
+"""A rank's part of a network: what it builds, and how all ranks of a pipeline compute with the whole of it."""
 
 from collections.abc import Mapping
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from dsv3.model.block import Block, Pass
+from dsv3.model.feed_forward import Routing
 from dsv3.model.transformer import DeepSeekV3
 from dsv3.parallel.group import Group
 
@@ -30,17 +33,57 @@ def hold(model: DeepSeekV3, parts: set[str]) -> DeepSeekV3:
     return model
 
 
-def bring_together(model: DeepSeekV3, whole: DeepSeekV3 | None, holders: Holders, group: Group) -> None:
-    """Copies the weights and biases of all parts into `whole`, which the first rank of a pipeline has; every rank calls it."""
-    own = model.state_dict()
-    target = own if whole is None else whole.state_dict()
-    for part, (first, *_) in holders.items():
-        names = [name for name in target if part_of(name) == part]
-        for name in names:
-            what = f"bringing {name} to the first rank"
-            if group.rank == first == 0:
-                target[name].copy_(own[name])
-            elif group.rank == 0:
-                group.wait(group.post([], [(target[name], first)]), what)
-            elif group.rank == first:
-                group.wait(group.post([(own[name], 0)], []), what)
+class Relay(nn.Module):
+    """A block in the place where it is in the whole network, on every rank: the one that has it computes, and tells the others."""
+
+    def __init__(self, block: Block, own: Block | None, source: int, group: Group):
+        """`block` is a skeleton; `own` the block itself, on `source` alone."""
+        super().__init__()
+        self.name, self.gate = block.name, None if block.moe is None else block.moe.gate.config
+        self.own = (own,)  # in a tuple, it stays the training's module and is none of this one
+        self.source, self.group = source, group
+
+    dispatcher = None
+    """Not the local one: what other ranks take part in is not to be recorded (`inference.recording`)."""
+
+    @property
+    def moe(self) -> "Relay":
+        """Itself, for the `dispatcher`."""
+        return self
+
+    def forward(self, x: Tensor, shared: Pass) -> tuple[Tensor, Routing | None]:
+        """See `Block`; without gradients and balance loss."""
+        (own,) = self.own
+        if own is not None:
+            made, routing = own(x, shared)
+        else:
+            made, routing = torch.empty_like(x), None
+            if self.gate is not None:
+                rows = torch.empty(x[..., 0].numel(), self.gate.num_experts_per_tok, device=x.device)
+                routing = Routing(rows.long(), rows, self.gate.n_routed_experts, None, None)
+        for tensor in (made, *(() if routing is None else (routing.expert, routing.weight))):
+            self.group.copy_from(tensor, self.source)
+        return made, routing
+
+
+def spread(model: DeepSeekV3, skeleton: DeepSeekV3, holders: Holders, group: Group) -> DeepSeekV3:
+    """The whole network, on every rank of a pipeline, to compute with at once and in the same way; every rank calls it.
+
+    `model` is the rank's part of it, `skeleton` the whole on no device. Blocks stay where they are; what is beside them is copied.
+    """
+    own = {block.name: block for block in model.blocks()}
+
+    def relay(block: Block, part: str) -> Relay:
+        source = holders[part][0]
+        return Relay(block, own[block.name] if group.rank == source else None, source, group)
+
+    layers: nn.ModuleList = skeleton.layers  # type: ignore[assignment]
+    for i, block in enumerate(skeleton.layers):
+        layers[i] = relay(block, f"layers.{i}")
+    for k, module in enumerate(skeleton.mtp):
+        module.block = relay(module.block, f"mtp.{k}")  # type: ignore[assignment]
+    whole, held = skeleton.to_empty(device=next(model.parameters()).device), model.state_dict()
+    for name, tensor in whole.state_dict().items():
+        source = holders[part_of(name)][0]
+        group.copy_from(tensor.copy_(held[name]) if group.rank == source else tensor, source)
+    return whole
