@@ -17,11 +17,11 @@ from dsv3.stages.data import data_stages
 from dsv3.stages.pretrain import training_stage
 from dsv3.stages.runner import Stage
 from dsv3.training.trainer import Progress, Trainer
-from dsv3.weights.checkpoint import flatten, read_into
+from dsv3.weights.checkpoint import flatten
 from dsv3.weights.fit import checked
 from dsv3.weights.loading import fill
 from dsv3.weights.opening import checkpoint_at, is_published, open_weights
-from dsv3.weights.tensor_directory import read_layout
+from dsv3.weights.tensor_directory import read_layout, read_tensors
 
 LENGTH_FIELDS = ("rope_scaling", "max_position_embeddings")
 """What an extension may change of the network; no weight's shape depends on it."""
