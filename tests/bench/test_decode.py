@@ -13,17 +13,17 @@ DEBUG = ModelConfig.preset("debug", num_nextn_predict_layers=0)
 
 
 def test_every_side_is_measured_at_every_batch():
-    result = bench_decode("debug", 1, batches=(1, 2), tokens=6, prompt=4)
-    names = [OURS, *(setting.name for setting in THEIRS)]
-    assert [(row.group, row.name) for row in result.rows] == [(f"batch {n}", name) for n in (1, 2) for name in names]
-    assert [each.target for each in result.ratios] == [3.0, 3.0]
-    assert [each.ours for each in result.ratios] == [OURS, OURS]
+    result = bench_decode("debug", 1, batches=(1, 2), tokens=6, prompt=4, served=[(3, 9, 2)])
+    names, groups = [OURS, *(setting.name for setting in THEIRS)], ["batch 1", "batch 2", "3 requests, 9/2"]
+    assert [(row.group, row.name) for row in result.rows] == [(group, name) for group in groups for name in names]
+    assert [each.target for each in result.ratios] == [3.0, 3.0, 5.0]
+    assert [each.ours for each in result.ratios] == [OURS] * 3
     for row in result.rows:
         megabytes = row.figures["MB of weights a step"]
         assert row.figures["GB/s"] == pytest.approx(megabytes / row.figures["ms a step"])
     wide, narrow = result.rows[1].figures, result.rows[len(THEIRS)].figures
     assert wide["MB of weights a step"] == 2 * narrow["MB of weights a step"]
-    assert set(result.checks) == {"batch 1, tokens like transformers'", "batch 2, tokens like transformers'"}
+    assert list(result.checks) == [f"{group}, tokens like transformers'" for group in groups]
 
 
 def test_both_sides_choose_the_same_tokens():

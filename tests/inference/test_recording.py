@@ -41,7 +41,7 @@ def replayed(function, first, second):
     given = first.clone()
     with Recorder() as recorder:
         result = function(given)
-    steps = program(recorder.calls, [given])
+    steps = program(recorder.calls, [given], {})
     given.copy_(second)
     for called, args, kwargs in steps:
         called(*args, **kwargs)

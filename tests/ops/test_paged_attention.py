@@ -5,7 +5,14 @@ import torch
 
 from dsv3.errors import UserError
 from dsv3.ops.latent_pages import PAGE, pack, packed_size, store_latents, unpack
-from dsv3.ops.paged_attention import gathered, paged_latent_attention, reference
+from dsv3.ops.paged_attention import (
+    causal_bias,
+    entries_attention,
+    gathered,
+    paged_latent_attention,
+    reference,
+    side_by_side,
+)
 from tests.ops.paged import sequences
 
 
@@ -32,6 +39,16 @@ def test_gathering_pages_is_the_definition(tokens):
     arguments = *sequences([70, 0, 5, 128], tokens, 4, 128, 16), 128, 0.2
     for found, expected in zip(gathered(*arguments), reference(*arguments), strict=True):
         torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_pages_side_by_side_attend_like_gathered_ones(tokens):
+    q, pages, table, lengths = sequences([70, 3, 130], tokens, 4, 32, 16)
+    entries = side_by_side(pages, table, lengths)
+    assert all(not entries[b, length:].any() for b, length in enumerate(lengths))
+    bias = causal_bias(lengths, tokens, 4, entries.shape[1], q.dtype)
+    found = entries_attention(q, entries.mT.contiguous(), bias, 32, 0.2)
+    torch.testing.assert_close(found, paged_latent_attention(q, pages, table, lengths, 32, 0.2)[0])
 
 
 def test_what_sees_nothing_is_zero():

@@ -34,6 +34,8 @@ class Batch:
     parts: Sequence[Expanded | Absorbed]
     uniform: int
     """Tokens of every work where all read as many in the absorbed form; else 0."""
+    beside: bool = False
+    """Whether their pages lie side by side: see `dsv3.inference.cache`."""
 
 
 def lay_out(works: Sequence[Work], config: ModelConfig, device: torch.device) -> Batch:
@@ -55,10 +57,9 @@ def lay_out(works: Sequence[Work], config: ModelConfig, device: torch.device) ->
             count = len(each)
             if count == len(ordered):
                 uniform = length
-                if device.type == "cuda":
-                    # Padding is made of sequences without tokens, so that few shapes serve all numbers of sequences.
-                    count = 1 << (count - 1).bit_length() if count < ROWS else -(-count // ROWS) * ROWS
-                    rows = count * length
+                # Padding is made of sequences without tokens, so that few shapes serve all numbers of sequences.
+                count = 1 << (count - 1).bit_length() if count < ROWS else -(-count // ROWS) * ROWS
+                rows = count * length if device.type == "cuda" else -(-count * length // ROWS) * ROWS
             parts.append(absorbed(each, slice(place, place + count * length), count, device))
         elif behind:
             for k, work in enumerate(each):

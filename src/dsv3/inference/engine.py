@@ -196,7 +196,7 @@ class Engine:
 
         Requests that are running keep what they have read.
         """
-        self.runner.passes.recorded.clear()  # recordings hold weights in layouts of their own
+        self.runner.passes.forget()
         for number in list(self.scheduler.pool.known.values()):
             self.scheduler.pool.forget(number)
 

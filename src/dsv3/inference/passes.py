@@ -4,7 +4,7 @@ Legend: F tokens of the pass, D hidden, N rows of logits, V vocabulary.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,9 +13,9 @@ from torch import Tensor
 
 from dsv3.inference.batch import Batch
 from dsv3.inference.cache import PagedCache
-from dsv3.inference.recording import Function, Recording, pays
+from dsv3.inference.recording import Function, Layouts, Recording, pays
 from dsv3.model.attention import Absorbed
-from dsv3.model.block import Pass
+from dsv3.model.block import Block, Pass
 from dsv3.model.mtp import MultiTokenPrediction
 from dsv3.model.rope import Rope
 from dsv3.model.transformer import DeepSeekV3
@@ -54,19 +54,20 @@ class Passes:
         self.seen: Counter[Any] = Counter()
         self.worth: dict[int, bool] = {}
         self.recorded: dict[Any, Recording | Graph] = {}
+        self.layouts: Layouts = {}
 
     def main(self, batch: Batch, row_N: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """(hidden [F, D], logits [N, V] of these rows, the experts [F, K] that each MoE block chose)."""
-        hidden_FD, logits_NV, *experts = self.repeat("main", self.read, batch, row_N)
+        hidden_FD, logits_NV, *experts = self.repeat("main", self.model.layers, self.read, batch, row_N)
         return hidden_FD, logits_NV, tuple(experts)
 
     def read(self, batch: Batch, row_N: Tensor) -> tuple[Tensor, ...]:
         """The main model on one batch."""
-        self.cache.begin(batch.parts, batch.slot_F)
+        self.cache.begin(batch)
         output = self.model(batch.token_F[None], positions=batch.position_F[None], cache=self.cache)
         hidden_FD = output.hidden[0]
         experts = [routing.expert for routing in output.routing.values()]
-        return hidden_FD, self.model.head(hidden_FD[row_N]), *experts
+        return hidden_FD, self.model.head(hidden_FD.index_select(0, row_N)), *experts
 
     def draft(
         self, module: MultiTokenPrediction, batch: Batch, hidden_FD: Tensor, token_F: Tensor, row_N: Tensor
@@ -74,24 +75,32 @@ class Passes:
         """One MTP module on states and the tokens further on: (its states [F, D], the most likely tokens behind these rows [N])."""
 
         def read(batch: Batch, hidden_FD: Tensor, token_F: Tensor, row_N: Tensor) -> tuple[Tensor, ...]:
-            self.cache.begin(batch.parts, batch.slot_F)
+            self.cache.begin(batch)
             shared = Pass(Rope.at(self.model.config, batch.position_F[None]), None, self.cache)
             out_FD = module(hidden_FD[None], self.model.embed(token_F[None]), shared)[0][0]
-            return out_FD, self.model.head(out_FD[row_N]).argmax(-1)
+            return out_FD, self.model.head(out_FD.index_select(0, row_N)).argmax(-1)
 
-        out_FD, guess_N = self.repeat(f"draft {module.depth}", read, batch, hidden_FD, token_F, row_N)
+        out_FD, guess_N = self.repeat(f"draft {module.depth}", [module.block], read, batch, hidden_FD, token_F, row_N)
         return out_FD, guess_N
 
     def repeat(
-        self, kind: str, function: Callable[..., tuple[Tensor, ...]], batch: Batch, *inputs: Tensor
+        self,
+        kind: str,
+        blocks: Iterable[Block],
+        function: Callable[..., tuple[Tensor, ...]],
+        batch: Batch,
+        *inputs: Tensor,
     ) -> tuple[Tensor, ...]:
-        """`function(batch, *inputs)`, replayed if passes of its shape come often."""
+        """`function(batch, *inputs)`, a pass through these blocks; replayed if passes of its shape come often."""
         if not batch.uniform or not self.replays(len(batch.token_F)):
             return function(batch, *inputs)
+        beside = self.cache.lay_side_by_side([block.name for block in blocks], batch)
+        batch = replace(batch, beside=beside)
         [part] = batch.parts
         assert isinstance(part, Absorbed)
         tensors = batch.token_F, batch.position_F, batch.slot_F, part.table, part.lengths, *inputs
-        key = kind, batch.uniform, len(batch.works), *(each.shape for each in tensors)
+        # Storing in pages alone depends on how many tokens are none.
+        key = kind, batch.uniform, beside or len(batch.works), *(each.shape for each in tensors)
         self.seen[key] += 1
         if key not in self.recorded:
             if self.seen[key] < STEADY:
@@ -103,8 +112,14 @@ class Passes:
                 parts = [Absorbed(part.rows, table, lengths)]
                 return function(replace(batch, token_F=token, position_F=position, slot_F=slot, parts=parts), *rest)
 
-            self.recorded[key] = (Graph if batch.token_F.is_cuda else Recording)(of_tensors, tensors)
+            on_gpu = batch.token_F.is_cuda
+            self.recorded[key] = Graph(of_tensors, tensors) if on_gpu else Recording(of_tensors, tensors, self.layouts)
         return self.recorded[key](*tensors)
+
+    def forget(self) -> None:
+        """Drops all recordings, for they hold weights in layouts of their own."""
+        self.recorded.clear()
+        self.layouts.clear()
 
     def replays(self, rows: int) -> bool:
         """Whether passes of so many rows may be recorded."""

@@ -37,14 +37,18 @@ def pays(model: DeepSeekV3, rows: int) -> bool:
     return sum(parameter.numel() for parameter in model.parameters()) <= MOST_PARAMETERS
 
 
+Layouts = dict[Any, tuple[Tensor, Tensor]]
+"""Weights, and the same as products with a few rows read them, for all recordings to share: by what names their memory."""
+
+
 class Recording:
     """`recording(*inputs)` is `function(*inputs)` for inputs of these shapes; the next call overwrites what it gives."""
 
-    def __init__(self, function: Function, inputs: Sequence[Tensor]):
+    def __init__(self, function: Function, inputs: Sequence[Tensor], layouts: Layouts):
         self.inputs = [each.clone() for each in inputs]
         with Recorder() as recorder:
             self.outputs = function(*self.inputs)
-        self.program = program(recorder.calls, self.inputs)
+        self.program = program(recorder.calls, self.inputs, layouts)
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """The function's result, which the next call overwrites."""
@@ -100,7 +104,7 @@ READS = ("tolist", "item", "__bool__", "__int__", "__float__", "__index__")
 Step = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 
 
-def program(calls: list[Call], inputs: list[Tensor]) -> list[Step]:
+def program(calls: list[Call], inputs: list[Tensor], layouts: Layouts) -> list[Step]:
     """The calls that have to be made again when the inputs have changed, each writing to where its result was.
 
     Memory changes if it is an input, is written to in place, or is computed from what changes. Raises `RunError` if
@@ -116,25 +120,42 @@ def program(calls: list[Call], inputs: list[Tensor]) -> list[Step]:
             )
         if call.written and not changing.isdisjoint(call.read | call.written):
             changing |= call.written
-            steps.append(step(call, changing))
+            steps.append(step(call, changing, layouts))
     return steps
 
 
-def step(call: Call, changing: set[int]) -> Step:
+def step(call: Call, changing: set[int], layouts: Layouts) -> Step:
     """A call as it is replayed."""
-    function, args = call.function, call.args
     if call.in_place:
-        return function, args, call.kwargs
-    if call.name in ("linear", "bmm") and memory(args[1:2]).isdisjoint(changing):
-        args = (args[0], inputs_first(args[1]) if call.name == "linear" else args[1].contiguous())
+        return call.function, call.args, call.kwargs
+    function, args, kwargs = leaner(call, changing, layouts)
+    try:
+        function(*args, **kwargs)
+    except TypeError:
+        return copied, (call.function, call.args, call.kwargs, call.result), {}
+    return function, args, kwargs
+
+
+def leaner(call: Call, changing: set[int], layouts: Layouts) -> Step:
+    """A call that gives the same, told where to write, and not of a method, which could not be."""
+    function, args, result = call.function, call.args, call.result
+    constant = len(args) > 1 and isinstance(args[1], Tensor) and memory(args[1:2]).isdisjoint(changing)
+    if call.name == "linear" and args[0].is_contiguous():
+        weight_IO = row_by_row(args[1].mT, layouts) if constant else args[1].mT
+        rows, columns = args[0].view(-1, len(weight_IO)), result.view(-1, weight_IO.shape[1])
+        return torch.mm, (rows, weight_IO), {"out": columns}
+    if call.name == "bmm" and constant:
+        args = args[0], row_by_row(args[1], layouts)
+    elif call.name == "embedding":
+        return torch.index_select, (args[1], 0, args[0].flatten()), {"out": result.view(-1, args[1].shape[1])}
+    elif call.name == "silu":
+        return torch.ops.aten.silu.out, args, {"out": result}
+    elif call.name == "flatten":  # where it is no view
+        return torch.Tensor.copy_, (result.view(args[0].shape), args[0]), {}
     namesake = getattr(torch, call.name, None)
     if isinstance(function, MethodDescriptorType) and isinstance(namesake, BuiltinFunctionType):
-        function = namesake  # which may be told where to write, unlike a method
-    try:
-        function(*args, **call.kwargs, out=call.result)
-    except TypeError:
-        return copied, (function, args, call.kwargs, call.result), {}
-    return function, args, {**call.kwargs, "out": call.result}
+        function = namesake
+    return function, args, {**call.kwargs, "out": result}
 
 
 def copied(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor) -> None:
@@ -142,9 +163,12 @@ def copied(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result:
     result.copy_(function(*args, **kwargs))
 
 
-def inputs_first(weight_OI: Tensor) -> Tensor:
-    """The same weight in memory as [in, out]: the product with a few rows takes two thirds of the time."""
-    return weight_OI.mT.contiguous().mT
+def row_by_row(weight: Tensor, layouts: Layouts) -> Tensor:
+    """A weight [..., in, out] with its outputs side by side in memory: the product with a few rows takes two thirds of the time."""
+    key = weight.data_ptr(), weight.shape, weight.stride()
+    if key not in layouts:
+        layouts[key] = weight, weight.contiguous()
+    return layouts[key][1]
 
 
 def memory(values: Iterable[Any]) -> set[int]:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsv3.model.config import ModelConfig
@@ -21,7 +20,7 @@ from dsv3.model.recompute import Recomputation
 from dsv3.model.rope import Rope
 from dsv3.ops.attention import attention, attention_behind_context
 from dsv3.ops.latent_pages import read_latents
-from dsv3.ops.paged_attention import paged_latent_attention
+from dsv3.ops.paged_attention import entries_attention, paged_latent_attention
 from dsv3.ops.rotary import keys_and_values
 from dsv3.precision.projection import Projection
 
@@ -46,6 +45,8 @@ class Absorbed:
     """int32 [B, M]: the pages of each sequence."""
     lengths: Tensor
     """int32 [B]: the tokens of each, those of the pass included; 0 for a sequence that is none."""
+    bias: Tensor | None = None
+    """[B, T H, S] of `causal_bias`, where the cache has entries side by side: `Cache.pages` is [B or more, L, S] then."""
 
 
 class Cache(Protocol):
@@ -107,7 +108,7 @@ class MultiHeadLatentAttention(nn.Module):
         for part in cache.parts:
             q, rows = q_FHX[part.rows], part.rows
             if isinstance(part, Absorbed):
-                outs.append(self.absorbed(q, pages, part.table, part.lengths))
+                outs.append(self.absorbed(q, pages, part))
             elif part.slots is None:
                 own = q[None], latent_FC[None, rows], key_FR[None, rows]
                 outs.append(self.expanded(*own, part.segment_ids)[0])
@@ -116,8 +117,9 @@ class MultiHeadLatentAttention(nn.Module):
                 latent, key = entries.split([self.config.kv_lora_rank, self.config.qk_rope_head_dim], dim=-1)
                 k, v = self.keys_and_values(self.kv_b_proj(latent[None]), key[None])
                 outs.append(attention_behind_context(q[None], k, v, self.config.softmax_scale)[0])
-        out = outs[0] if len(outs) == 1 else torch.cat(outs)
-        return out if len(out) == len(q_FHX) else F.pad(out, (0, 0, 0, 0, 0, len(q_FHX) - len(out)))
+        if padding := len(q_FHX) - sum(map(len, outs)):
+            outs.append(torch.zeros(padding, *outs[0].shape[1:], dtype=q_FHX.dtype, device=q_FHX.device))
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
 
     @property
     def input_layers(self) -> tuple[Linear, Linear]:
@@ -173,7 +175,7 @@ class MultiHeadLatentAttention(nn.Module):
         q, k, v = recomputation(heads, low, latent, key, *weights)
         return attention(q, k, v, self.config.softmax_scale, segments)
 
-    def absorbed(self, q_FHX: Tensor, pages: Tensor, table_BM: Tensor, lengths_B: Tensor) -> Tensor:
+    def absorbed(self, q_FHX: Tensor, pages: Tensor, part: Absorbed) -> Tensor:
         """The same with `W_UK` moved to the queries and `W_UV` behind the weighted sum of latents. [F, H, V]
 
         What is left between the two is attention of all heads to one key, the entry, which is the value as well.
@@ -184,7 +186,10 @@ class MultiHeadLatentAttention(nn.Module):
         q_nope, q_rope = q_FHX.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
         q_HFC = torch.bmm(q_nope.transpose(0, 1), weight[:, : config.qk_nope_head_dim])
         q_FHL = torch.cat((q_HFC.transpose(0, 1), q_rope), dim=-1)
-        q_BTHL = q_FHL.unflatten(0, (len(lengths_B), -1))
-        mixed, _ = paged_latent_attention(q_BTHL, pages, table_BM, lengths_B, latent, config.softmax_scale)
+        q_BTHL = q_FHL.unflatten(0, (len(part.lengths), -1))
+        if part.bias is None:
+            mixed, _ = paged_latent_attention(q_BTHL, pages, part.table, part.lengths, latent, config.softmax_scale)
+        else:
+            mixed = entries_attention(q_BTHL, pages[: len(q_BTHL)], part.bias, latent, config.softmax_scale)
         mixed_HFC = mixed.flatten(0, 1).transpose(0, 1)
         return torch.bmm(mixed_HFC, weight[:, config.qk_nope_head_dim :].mT).transpose(0, 1)

@@ -168,7 +168,7 @@ class LocalDispatcher:
         few = not torch.is_grad_enabled()
         if few and x_TD.device.type == "cpu" and every_expert(tokens, hidden, experts, chosen):
             counts = torch.full((experts,), tokens)
-            return x_TD.expand(experts, -1, -1).flatten(0, 1), counts, Few.EVERY_EXPERT
+            return torch.cat([x_TD] * experts), counts, Few.EVERY_EXPERT
         if few and tokens == 1:
             return x_TD.expand(chosen, -1), routing.load, Few.ONE_TOKEN
         equal = 0 if alignment else equal_groups(routing)
@@ -181,8 +181,8 @@ class LocalDispatcher:
             return torch.mm(routing.weight.to(rows_RD.dtype), rows_RD)
         if handle is Few.EVERY_EXPERT:
             rows_TED = rows_RD.unflatten(0, (routing.num_experts, -1)).transpose(0, 1)
-            weight_TE = torch.zeros(rows_TED.shape[:2], dtype=rows_RD.dtype, device=rows_RD.device)
-            weight_TE.scatter_(1, routing.expert, routing.weight.to(rows_RD.dtype))
+            none_TE = torch.zeros(rows_TED.shape[:2], dtype=rows_RD.dtype, device=rows_RD.device)
+            weight_TE = none_TE.scatter(1, routing.expert, routing.weight.to(rows_RD.dtype))
             return torch.bmm(weight_TE.unsqueeze(1), rows_TED).squeeze(1)
         return unpermute(rows_RD, routing.weight, handle)
 

@@ -39,16 +39,22 @@ def reference(
     return out, lse
 
 
+def side_by_side(pages: Tensor, table_BM: Tensor, lengths_B: Tensor) -> Tensor:
+    """[B, S, L]: a copy of each sequence's pages, with zeros behind its length."""
+    entries_BSL = pages.index_select(0, table_BM.clamp(0, len(pages) - 1).flatten())
+    entries_BSL = entries_BSL.view(len(table_BM), -1, pages.shape[2])
+    # 0 times what is not finite is not 0. All bits of an element are kept or none: filling by a mask takes ten times as long.
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[pages.itemsize]
+    kept_BS = -(torch.arange(entries_BSL.shape[1], device=pages.device) < lengths_B.unsqueeze(1)).to(integers)
+    entries_BSL.view(integers).bitwise_and_(kept_BS.unsqueeze(2))
+    return entries_BSL
+
+
 def gathered(q_BTHL: Tensor, pages: Tensor, table_BM: Tensor, lengths_B: Tensor, latent: int, scale: float) -> Attended:
     """All sequences at once, over as many pages as the table has; nothing here looks into a tensor."""
     _, tokens, heads, _ = q_BTHL.shape
-    entries_BSL = pages.index_select(0, table_BM.clamp(0, len(pages) - 1).flatten())
-    entries_BSL = entries_BSL.view(len(table_BM), -1, pages.shape[2])
+    entries_BSL = side_by_side(pages, table_BM, lengths_B)
     slot_S = torch.arange(entries_BSL.shape[1], device=pages.device)
-    # 0 times what is not finite is not 0. All bits of an element are kept or none: filling by a mask takes ten times as long.
-    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[pages.itemsize]
-    kept_BS = -(slot_S < lengths_B.unsqueeze(1)).to(integers)
-    entries_BSL.view(integers).bitwise_and_(kept_BS.unsqueeze(2))
     end_BT = lengths_B.unsqueeze(1) - torch.arange(tokens - 1, -1, -1, device=pages.device)
     hidden_BTS = slot_S >= end_BT.unsqueeze(2)
     scores_BTHS = torch.bmm(q_BTHL.flatten(1, 2), entries_BSL.mT).unflatten(1, (tokens, heads)).float() * scale
@@ -60,6 +66,27 @@ def gathered(q_BTHL: Tensor, pages: Tensor, table_BM: Tensor, lengths_B: Tensor,
     lse = (scores_BTHS.amax(-1) - weights.amax(-1).log()).masked_fill_(blind_BT1, float("-inf"))
     mixed = torch.bmm(weights.to(entries_BSL.dtype).flatten(1, 2), entries_BSL[..., :latent])
     return mixed.unflatten(1, (tokens, heads)).masked_fill_(blind_BT1.unsqueeze(3), 0.0), lse
+
+
+def entries_attention(q_BTHL: Tensor, entries_BLS: Tensor, bias_BQS: Tensor, latent: int, scale: float) -> Tensor:
+    """[B, T, H, C]: what `paged_latent_attention` gives over entries that lie side by side already, all of them finite.
+
+    `bias_BQS` is `causal_bias`: many layers share it.
+    """
+    scores_BQS = torch.baddbmm(bias_BQS, q_BTHL.flatten(1, 2), entries_BLS, alpha=scale)
+    weights_BQS = scores_BQS.float().softmax(-1).to(entries_BLS.dtype)
+    return torch.bmm(weights_BQS, entries_BLS[:, :latent].mT).unflatten(1, q_BTHL.shape[1:3])
+
+
+def causal_bias(lengths_B: Tensor, tokens: int, heads: int, slots: int, dtype: torch.dtype) -> Tensor:
+    """[B, T H, S]: 0 where each of the last `tokens` of a sequence sees, itself and what lies before it; else the lowest number.
+
+    Not -inf, which would make weights of a query that sees nothing no numbers.
+    """
+    end_BT = lengths_B.unsqueeze(1) - torch.arange(tokens - 1, -1, -1, device=lengths_B.device)
+    hidden_BTS = torch.arange(slots, device=lengths_B.device) >= end_BT.unsqueeze(2)
+    bias_BTS = (hidden_BTS * torch.finfo(dtype).min).to(dtype)
+    return bias_BTS.unsqueeze(2).expand(-1, -1, heads, -1).flatten(1, 2)
 
 
 def gathered_serves(q_BTHL: Tensor, pages: Tensor, *rest: Any) -> str | None:
