@@ -18,7 +18,7 @@ def test_train_and_decode_print_tables_and_write_files(tmp_path, capsys):
     assert "times faster" in said
     assert "batch 2" in said
     assert f"written: {out}" in said
-    assert json.loads(out.read_text())["shapes"]["batches"] == [2]
+    assert json.loads(out.read_text())["shapes"]["workloads"][0] == "batch 2"
 
 
 @pytest.mark.parametrize("batch", ["", "0", "1,", "1,x", "-1"])

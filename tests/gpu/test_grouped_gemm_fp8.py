@@ -6,14 +6,13 @@ import torch
 from dsv3.ops.block_scaled import dequantize, quantize
 from dsv3.ops.gemm_fp8 import columns_reference
 from dsv3.ops.grouped_gemm_fp8 import (
-    gluon,
     grouped_gemm_fp8,
     grouped_gemm_fp8_masked,
     grouped_wgrad_fp8,
     rows_of,
-    triton,
     wgrad_reference,
 )
+from dsv3.ops.operation import kernel
 from dsv3.ops.tiles import Tiles, dequantize_reference, rows_reference
 from tests.ops.products import difference
 
@@ -75,12 +74,12 @@ def test_gluon_computes_the_same(counts, inner, across):
         pytest.skip(reason)
     expected = expected_product(x, weight, scale, counts)
     poison(x, used, used + 200)
+    gluon = kernel("grouped_gemm_fp8_gluon", "contiguous")
     found = gluon(x, weight, scale, counts)
     assert difference(found[:used], expected[:used]) < 1e-5
     assert torch.equal(found[used:], torch.zeros_like(found[used:]))
     # A different number of multiprocessors hands the tiles out in another way.
-    kernel = pytest.importorskip("dsv3.ops.kernels.grouped_gemm_fp8_gluon").contiguous
-    assert torch.equal(found, kernel(x, weight, scale, counts, num_sms=7))
+    assert torch.equal(found, gluon(x, weight, scale, counts, num_sms=7))
 
 
 def test_close_to_bf16_at_an_experts_size():
@@ -88,6 +87,7 @@ def test_close_to_bf16_at_an_experts_size():
     counts = counts_of(256, 128, 384, 256)
     x, blocks = rows_reference(rows), quantize(weight)
     expected = torch.nn.functional.grouped_mm(rows, weight.mT, offs=counts.cumsum(0).int())
+    triton = kernel("grouped_gemm_fp8", "contiguous")
     assert difference(triton(x, *blocks, counts), expected) < 1e-3
     assert torch.equal(triton(x, *blocks, counts.int()), triton(x, *blocks, counts))
     assert difference(grouped_gemm_fp8(x, *blocks, counts, aligned=True), expected) < 1e-3

@@ -10,14 +10,14 @@ BLOCKS = ["1", "2", "mtp.0", "mtp.1"]
 
 
 def skewed_model():
-    """Every router adds 2 to -2, by expert, to the affinities' logits of a typical token."""
+    """Every router adds 3 to -3, by expert, to the affinities' logits of a typical token."""
     model = DeepSeekV3(CONFIG).initialize("fan_in", seed=0)
     with torch.no_grad():
         model.embed_tokens.weight.add_(torch.linspace(-2, 2, CONFIG.hidden_size))
         for block in model.blocks():
             if block.moe is not None:
                 typical = mean_input(model, block.moe.gate)
-                push = torch.linspace(2, -2, CONFIG.n_routed_experts)
+                push = torch.linspace(3, -3, CONFIG.n_routed_experts)
                 block.moe.gate.weight.add_(torch.outer(push, typical) / typical.square().sum())
     return model
 
