@@ -46,6 +46,11 @@ def steps(out):
     return [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def wait_for_a_checkpoint(process, out):
+    while process.poll() is None and not (out / "pretrain" / "checkpoints" / "latest").exists():
+        time.sleep(0.02)
+
+
 def children(pid):
     return [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
@@ -54,8 +59,7 @@ def children(pid):
 def test_a_killed_rank_ends_the_job_and_its_checkpoint_goes_on(tmp_path):
     """One message of ours before torchrun's own; the run goes on from the last checkpoint."""
     process = start(tmp_path, "training.tokens=10M", "training.checkpoint_every_steps=2")
-    while process.poll() is None and not (tmp_path / "pretrain" / "checkpoints" / "latest").exists():
-        time.sleep(0.02)
+    wait_for_a_checkpoint(process, tmp_path)
     time.sleep(3 * EVERY)  # every rank has noted since that it is at a step
     os.kill(children(process.pid)[1], signal.SIGKILL)
     _, said = process.communicate(timeout=30)
@@ -89,8 +93,7 @@ def test_a_job_that_torchrun_starts_again_goes_on_from_the_last_checkpoint(tmp_p
     ]
     layout += ["training.micro_batch_size=1", "training.tokens=16384", "training.checkpoint_every_steps=2"]
     process = start(tmp_path, *layout, restarts=1)
-    while process.poll() is None and len(steps(tmp_path)) < 5:
-        time.sleep(0.02)
+    wait_for_a_checkpoint(process, tmp_path)
     os.kill(children(process.pid)[1], signal.SIGKILL)
     out, said = process.communicate(timeout=300)
     assert process.returncode == 0, said

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from dsv3.errors import RunError, UserError
 from dsv3.parallel.activity import LostError
 from dsv3.parallel.mesh import Mesh, make_mesh
-from dsv3.parallel.watchdog import default_store, note, speaks, watching, whereabouts
+from dsv3.parallel.watchdog import note, speaks, watching, whereabouts
 from dsv3.recipe.parallel import check_world
 from dsv3.recipe.schema import Recipe
 
@@ -48,8 +49,11 @@ def launched(recipe: Recipe, timeout: timedelta = TIMEOUT) -> Iterator[Mesh]:
         )
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timeout)
-    store = default_store()
+    found, rank, _ = next(rendezvous("env://", timeout=timeout))
+    # What `torchrun --max-restarts` starts again may meet at the same store, with addresses in it of ranks that are gone.
+    store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", found)
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     try:
         mesh = make_mesh(recipe.parallel, per_node)
         check_same(mesh, recipe)

@@ -15,18 +15,12 @@ from contextlib import contextmanager
 from datetime import timedelta
 
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _get_default_store
 
 from dsv3.parallel.mesh import Mesh
 
 log = logging.getLogger(__name__)
 EVERY = 1.0
 """Seconds between notes."""
-
-
-def default_store() -> dist.Store:
-    """The one that the ranks of the default process group met by."""
-    return _get_default_store()
 
 
 @contextmanager
