@@ -37,3 +37,14 @@ def test_what_lies_side_by_side_is_what_the_pages_hold():
         assert held[blocks].flatten(0, 1)[: len(values), 0].tolist() == values
     cache.write("0", [2], torch.full((1, *held.shape[1:]), 5.0))
     assert stored(cache, (75, 73), (1, 1), True, 6.0)[0, 0, [0, 63, 64, 75]].tolist() == [5.0, 5.0, 1.0, 6.0]
+
+
+def test_a_batch_without_room_makes_the_copy_stale():
+    """Its pass may be replayed, without `store`: what lies side by side from before is gathered again."""
+    cache = PagedCache(CONFIG, ["0"], 8, torch.float32, torch.device("cpu"))
+    stored(cache, (0, 0), (70, 70), False, 1.0)
+    stored(cache, (70, 70), (1, 1), True, 2.0)
+    works = [Work(k, [0], 71, blocks) for k, blocks in enumerate(([2, 5], [1, 3], [0, 4], [6, 7]))]
+    assert not cache.lay_side_by_side(["0"], lay_out(works, CONFIG, torch.device("cpu")))
+    cache.held["0"][5, 7] = 3.0
+    assert stored(cache, (72, 71), (1, 1), True, 4.0)[0, 0, 70:73].tolist() == [2.0, 3.0, 4.0]

@@ -11,7 +11,7 @@ from dsv3.model.config import ModelConfig
 from dsv3.model.transformer import DeepSeekV3
 from dsv3.parallel.pipeline.parts import hold
 from dsv3.planning.flops import block_flops, training_flops_per_token
-from dsv3.planning.layout import holdings, placement
+from dsv3.planning.layout import holdings, schedule_of
 from dsv3.planning.parallel import Machine, Plan, kept_bytes
 from dsv3.planning.parameters import count_parameters
 from dsv3.precision.deferred import WeightGradients
@@ -54,7 +54,7 @@ def test_who_holds_what_is_the_same_at_every_batch_size():
         first, last = (report(f"parallel.schedule={name}", batch=size) for size in (3072, 15360))
         assert (first.schedule.name, last.schedule.name) == ("one_f_one_b", name)
         assert first.layout == last.layout
-        assert first.schedule.placement == last.schedule.placement == placement(first.recipe.parallel)
+        assert first.schedule.placement == last.schedule.placement == schedule_of(first.recipe.parallel).placement
     ranks = [rank for each in holdings(first.recipe) for rank in each.ranks]
     assert sorted(ranks) == list(range(2048))
 

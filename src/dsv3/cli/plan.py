@@ -68,10 +68,9 @@ def plan(
     Steps are those where the batch size changes its course, and at --at. Without a recipe: time, bubble and activations of a
     pipeline schedule alone. With --out the schedule's picture.
     """
-    alone = (name, ranks, micro_batches)
-    if recipe is None and None not in alone:
-        schedule, timeline = plan_schedule(str(name), ranks or 0, micro_batches or 0, costs or Costs(), as_json)
-    elif recipe is not None and all(each is None for each in (*alone, costs)):
+    if recipe is None and name is not None and ranks is not None and micro_batches is not None:
+        schedule, timeline = plan_schedule(name, ranks, micro_batches, costs or Costs(), as_json)
+    elif recipe is not None and name is ranks is micro_batches is costs is None:
         if tflops is not None and share is not None:
             raise UserError("--tflops and --share both say how fast a GPU computes: leave one out")
         rates = {"flops": (tflops or 400.0) * 1e12, "between": bandwidth * 1e9, "within": nvlink * 1e9}

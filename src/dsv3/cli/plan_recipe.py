@@ -14,9 +14,6 @@ if TYPE_CHECKING:
     from dsv3.planning.parallel import Machine, Plan
     from dsv3.recipe.schema import Recipe
 
-TOKENS = 4096
-"""Of the micro-batches that `dsv3 bench train --share` measures."""
-
 
 def make_plans(recipe: "Recipe", at: Sequence[int], machine: "Machine") -> dict[int, "Plan"]:
     """By tokens before the step: those where a schedule changes its course, and those asked for, each batch size once."""
@@ -89,6 +86,7 @@ def measured_layers(path: Path, recipe: "Recipe") -> dict[str, float]:
 
     Raises `UserError` for a file that has them not, and for a recipe of other layers or lengths.
     """
+    from dsv3.bench.share import TOKENS
     from dsv3.model.config import ModelConfig
 
     depth = ("num_hidden_layers", "first_k_dense_replace", "num_nextn_predict_layers")

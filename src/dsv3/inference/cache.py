@@ -50,6 +50,8 @@ class PagedCache:
         assert isinstance(part, Absorbed)
         (count, width), held = part.table.shape, self.held[layers[0]]
         if held.is_cuda or not held.is_floating_point() or (count + 1) * width > len(held):
+            for layer in layers:  # the pass stores in pages alone, and replayed it would not tell
+                self.beside_of.pop(layer, None)
             return False
         sequences = width, [work.sequence for work in batch.works]
         for layer in layers:

@@ -5,7 +5,7 @@ from itertools import groupby
 
 from dsv3.model.config import ModelConfig
 from dsv3.parallel.pipeline.layout import Layout, balanced_layout
-from dsv3.parallel.pipeline.schedule import Placement
+from dsv3.parallel.pipeline.schedule import Schedule
 from dsv3.parallel.pipeline.schedules import make_schedule
 from dsv3.planning.flops import block_flops, is_dense
 from dsv3.planning.parameters import count_parameters
@@ -57,11 +57,11 @@ class Holding:
 def holdings(recipe: Recipe) -> list[Holding]:
     """By place in the pipeline, then by experts: the rank e of place p is the first of entry p x `parallel.expert` + e."""
     config, parallel = recipe.model.config(), recipe.parallel
-    placed, each = placement(parallel), config.n_routed_experts // parallel.expert
-    layout = divided(config, 1 + max(map(max, placed)), recipe.data.sequence_length)
+    schedule, each = schedule_of(parallel), config.n_routed_experts // parallel.expert
+    layout = divided(config, schedule.stages, recipe.data.sequence_length)
     moment_bytes = 2 if recipe.optimizer.moments == "bf16" else 4
     found = []
-    for place, stages in enumerate(placed):
+    for place, stages in enumerate(schedule.placement):
         blocks = tuple(name for stage in stages for name in layout.stages[stage])
         sizes = [part_parameters(config, part) for part in set().union(*map(layout.parts, stages))]
         shared, routed = sum(size for size, _ in sizes), sum(size for _, size in sizes) // parallel.expert
@@ -79,10 +79,14 @@ def holdings(recipe: Recipe) -> list[Holding]:
     return found
 
 
-def placement(parallel: ParallelSection) -> Placement:
-    """The stages of every rank of a pipeline, the same for all batch sizes."""
-    name, ranks = parallel.schedule, parallel.pipeline
-    return ((0,),) if ranks == 1 else make_schedule(name, ranks, least_micro_batches(name, ranks)).placement
+def schedule_of(parallel: ParallelSection, micro_batches: int | None = None) -> Schedule:
+    """What a step with so many micro-batches on each pipeline runs; without a pipeline one pass after the other.
+
+    By default the one with the fewest: who holds which stage is the same for all.
+    """
+    name, ranks = parallel.schedule if parallel.pipeline > 1 else "one_f_one_b", parallel.pipeline
+    count = least_micro_batches(name, ranks) if micro_batches is None else micro_batches
+    return make_schedule(name, ranks, count, parallel.schedule_below)
 
 
 def divided(config: ModelConfig, stages: int, length: int) -> Layout:

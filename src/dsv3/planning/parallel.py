@@ -23,10 +23,9 @@ from dsv3.parallel.pipeline.instructions import (
 )
 from dsv3.parallel.pipeline.layout import Layout
 from dsv3.parallel.pipeline.schedule import Schedule
-from dsv3.parallel.pipeline.schedules import make_schedule
 from dsv3.parallel.pipeline.simulator import Costs, Timeline, peak_activations, simulate
 from dsv3.planning.flops import block_flops, is_dense
-from dsv3.planning.layout import Holding, divided, holdings
+from dsv3.planning.layout import Holding, divided, holdings, schedule_of
 from dsv3.recipe.schema import Recipe
 
 TILED = 1 + 4 / 128
@@ -116,9 +115,7 @@ class Plan:
     @cached_property
     def schedule(self) -> Schedule:
         """Of this batch; without a pipeline one pass after the other."""
-        parallel = self.recipe.parallel
-        name = parallel.schedule if parallel.pipeline > 1 else "one_f_one_b"
-        return make_schedule(name, parallel.pipeline, self.micro_batches, parallel.schedule_below)
+        return schedule_of(self.recipe.parallel, self.micro_batches)
 
     @cached_property
     def layout(self) -> Layout:

@@ -1,4 +1,4 @@
-"""A rank's stages of a network in training: what it builds and holds, its passes, the whole network for an evaluation."""
+"""A rank's stages of a network in training: what it builds and holds, and its passes."""
 
 from collections.abc import Callable, Sequence
 
@@ -10,8 +10,7 @@ from dsv3.parallel.group import Group
 from dsv3.parallel.pipeline.executor import Executor
 from dsv3.parallel.pipeline.parts import hold
 from dsv3.parallel.pipeline.schedule import Schedule
-from dsv3.parallel.pipeline.schedules import make_schedule
-from dsv3.planning.layout import divided
+from dsv3.planning.layout import divided, schedule_of
 from dsv3.precision.deferred import WeightGradients
 from dsv3.recipe.schema import Recipe
 
@@ -26,10 +25,9 @@ class Pipelined:
 
     def __init__(self, recipe: Recipe, group: Group, build: Build):
         self.group, self.build, self.parallel = group, build, recipe.parallel
-        # Who holds what is the same for every number of micro-batches.
-        widest = make_schedule(recipe.parallel.schedule, group.size, 2 * group.size)
-        self.layout = divided(recipe.model.config(), widest.stages, recipe.data.sequence_length)
-        self.holders = self.layout.holders(widest)
+        fewest = schedule_of(recipe.parallel)
+        self.layout = divided(recipe.model.config(), fewest.stages, recipe.data.sequence_length)
+        self.holders = self.layout.holders(fewest)
         self.parts = {part for part, ranks in self.holders.items() if group.rank in ranks}
         self.gradients = WeightGradients()
         self.schedules: dict[int, Schedule] = {}
@@ -44,8 +42,7 @@ class Pipelined:
         """See `Executor.run`; `model` is `own`, with values."""
         count = len(batch)
         if count not in self.schedules:
-            name, below = self.parallel.schedule, self.parallel.schedule_below
-            self.schedules[count] = make_schedule(name, self.group.size, count, below)
+            self.schedules[count] = schedule_of(self.parallel, count)
         if self.executor is None:
             self.executor = Executor(model, self.layout, self.group, self.gradients)
         return self.executor.run(self.schedules[count], batch)

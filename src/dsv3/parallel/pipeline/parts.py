@@ -77,11 +77,11 @@ def spread(model: DeepSeekV3, skeleton: DeepSeekV3, holders: Holders, group: Gro
         source = holders[part][0]
         return Relay(block, own[block.name] if group.rank == source else None, source, group)
 
-    layers: nn.ModuleList = skeleton.layers  # type: ignore[assignment]
+    assert isinstance(skeleton.layers, nn.Module)
     for i, block in enumerate(skeleton.layers):
-        layers[i] = relay(block, f"layers.{i}")
+        skeleton.layers.register_module(str(i), relay(block, f"layers.{i}"))
     for k, module in enumerate(skeleton.mtp):
-        module.block = relay(module.block, f"mtp.{k}")  # type: ignore[assignment]
+        module.register_module("block", relay(module.block, f"mtp.{k}"))
     whole, held = skeleton.to_empty(device=next(model.parameters()).device), model.state_dict()
     for name, tensor in whole.state_dict().items():
         source = holders[part_of(name)][0]
