@@ -17,7 +17,7 @@ EXTRAS_test := parquet,datasets,serve,test
 EXTRAS_check := parquet,dev
 EXTRAS_docs := docs
 
-.PHONY: quickstart test prove test-oldest interop check size docs
+.PHONY: quickstart test prove prove-short test-oldest interop check size docs
 .SECONDARY:
 
 quickstart: $(ENV)/.installed-run
@@ -29,8 +29,10 @@ test: $(ENV)/.installed-test
 	$(BIN)/python -m pytest -m "not prove" -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # pytest ends with 5 when nothing was selected, which is no failure here.
-prove: $(ENV)/.installed-test $(CLIENTS)/.installed
-	$(BIN)/python -m pytest -m prove $(ARGS) || test $$? -eq 5
+prove: PROOFS := prove
+prove-short: PROOFS := prove and not long
+prove prove-short: $(ENV)/.installed-test $(CLIENTS)/.installed
+	$(BIN)/python -m pytest -m "$(PROOFS)" $(ARGS) || test $$? -eq 5
 
 test-oldest: $(OLDEST)/.installed-test
 	$(OLDEST)/bin/python -m pytest -m "not prove" -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)

@@ -62,7 +62,7 @@ def reduced(command: str) -> list[str]:
 def test_readme_command(command, home):
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        reduced(command), cwd=home, env=environment, input="hello\n/exit\n", capture_output=True, text=True, timeout=240
+        reduced(command), cwd=home, env=environment, input="hello\n/exit\n", capture_output=True, text=True, timeout=500
     )
     assert done.returncode == 0, done.stderr[-3000:]
     if command == "make quickstart":

@@ -41,7 +41,7 @@ def test_ctrl_c_finishes_the_step_and_saves_and_resume_continues(tmp_path, capsy
     while process.poll() is None and not (metrics.exists() and metrics.read_bytes().count(b"\n") >= 2):
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    said = process.communicate(timeout=60)[1]
+    said = process.communicate(timeout=300)[1]
     assert process.returncode == 130
     done = steps(tmp_path)
     assert 2 <= len(done) < STEPS

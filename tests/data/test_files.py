@@ -183,7 +183,7 @@ def test_a_file_of_one_line_is_read_in_bounded_memory(tmp_path):
 @needs_proc
 @pytest.mark.prove
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("line", [words, noise])
+@pytest.mark.parametrize("line", [words, pytest.param(noise, marks=pytest.mark.long)])
 def test_a_file_of_one_line_of_200_megabytes_is_read_below_a_gigabyte(tmp_path, line):
     assert peak_memory(tmp_path, line, 200_000_000, 8_000_000) < 1e9
 

@@ -62,7 +62,7 @@ def test_a_killed_rank_ends_the_job_and_its_checkpoint_goes_on(tmp_path):
     wait_for_a_checkpoint(process, tmp_path)
     time.sleep(3 * EVERY)  # every rank has noted since that it is at a step
     os.kill(children(process.pid)[1], signal.SIGKILL)
-    _, said = process.communicate(timeout=30)
+    _, said = process.communicate(timeout=120)
     assert process.returncode == 1
     assert "rank      : 1 (local_rank: 1)" in said
     assert "exitcode  : -9" in said
@@ -73,7 +73,7 @@ def test_a_killed_rank_ends_the_job_and_its_checkpoint_goes_on(tmp_path):
     assert "starting" not in ours[0]
     done = len(steps(tmp_path))
     again = start(tmp_path, f"training.tokens={(done + 2) * 512}", "--resume")
-    out, said = again.communicate(timeout=120)
+    out, said = again.communicate(timeout=300)
     assert again.returncode == 0, said
     assert "pretrain: continuing after step" in said
     assert out.count("The model is in") == 1

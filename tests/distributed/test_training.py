@@ -171,7 +171,7 @@ DEEPEST = (
     "training.seed=1",
 )
 MATRIX = [
-    (pipeline, schedule, data, expert)
+    pytest.param(pipeline, schedule, data, expert, marks=pytest.mark.long if pipeline * data == 8 else [])
     for pipeline in (1, 2, 4)
     for schedule in (SCHEDULES if pipeline > 1 else ["one_f_one_b"])
     for expert in (1, 2, 4)

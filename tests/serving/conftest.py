@@ -55,7 +55,7 @@ def server(tokenizer, directory, engine=None, **options):
     settings = Settings(**{"name": "tiny", "max_model_len": 512, "capacity": 8} | options)
     with (
         running(make_app(made, tokenizer, directory, 512, settings)) as url,
-        httpx.Client(base_url=url, timeout=20) as client,
+        httpx.Client(base_url=url, timeout=120) as client,
     ):
         yield client, made
 
@@ -114,7 +114,7 @@ def start(directory):
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(SOURCE), *sys.path]), "OMP_NUM_THREADS": "1"}
         process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
         processes.append(process)
-        client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
+        client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120)
         end = time.monotonic() + 180
         while True:
             try:

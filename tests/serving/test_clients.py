@@ -123,6 +123,7 @@ def test_guidellm(address, directory, tmp_path):
     assert "Benchmarking complete" in out
 
 
+@pytest.mark.long
 def test_schemathesis_finds_no_fault_of_ours(address, tmp_path):
     out = run(
         "schemathesis", "run", f"{address}/openapi.json", "--checks", "not_a_server_error", "--phases", "coverage,fuzzing", "--max-examples", "40",

@@ -14,7 +14,7 @@ def test_the_curl_examples(shared):
     client, _ = shared
     [block] = [block for language, block in BLOCKS if language == "bash" and "curl" in block]
     script = block.replace("http://127.0.0.1:8000", str(client.base_url))
-    done = subprocess.run(["bash", "-ec", script], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(["bash", "-ec", script], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert '"object":"text_completion"' in done.stdout
     assert '"choices":[],"usage":{' in done.stdout

@@ -80,6 +80,7 @@ async def load(base_url, process):
 
 
 @pytest.mark.prove
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_load(start):
     process, client = start("--max-num-seqs", "64", "--max-waiting", "100", "--num-speculative-tokens", "1")

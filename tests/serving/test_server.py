@@ -22,7 +22,7 @@ def test_answers_are_those_of_the_engine_and_sigterm_drains(start, directory):
         process.send_signal(signal.SIGTERM)
         data = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
     assert sum(each["choices"][0]["finish_reason"] == "length" for each in data) == 4
-    process.wait(timeout=20)
+    process.wait(timeout=120)
     with pytest.raises(Exception, match="refused"):
         client.get("/health")
 

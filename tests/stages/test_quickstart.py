@@ -30,7 +30,7 @@ def start(out, *arguments):
 def quickstart(out, *arguments):
     """(stdout, stderr) of a run that must end well."""
     process = start(out, *arguments)
-    said = process.communicate(timeout=200)
+    said = process.communicate(timeout=500)
     assert process.returncode == 0, said[1]
     return said
 
