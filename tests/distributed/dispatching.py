@@ -27,8 +27,8 @@ def layer(dispatcher, dtype):
 
 
 def through(moe, x, routing):
-    rows, counts, handle = moe.dispatcher.dispatch(x, routing)
-    return moe.dispatcher.combine(moe.experts(rows, counts), routing, handle)
+    rows, weight, counts, handle = moe.dispatcher.dispatch(x, routing)
+    return moe.dispatcher.combine(moe.experts(rows, counts, weight), handle)
 
 
 def tokens_of(rank, tokens):

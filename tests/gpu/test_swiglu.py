@@ -61,15 +61,19 @@ def test_backward(rows, columns, weighted):
         assert grad_weight is None
 
 
-def test_training():
-    gate_up = (torch.randn(2, 50, 2048, device="cuda") * 3).bfloat16().requires_grad_()
-    assert swiglu.explain(gate_up)[0] == ("triton", None)
-    out = swiglu(gate_up)
-    (found,) = torch.autograd.grad(out.float().sum(), gate_up)
-    wide = gate_up.detach().double().requires_grad_()
-    gate, up = wide.chunk(2, dim=-1)
-    exact = gate * gate.sigmoid() * up
-    (expected,) = torch.autograd.grad(exact.sum(), wide)
-    assert out.shape == (2, 50, 1024)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_training(weighted):
+    shape = (100, 2048) if weighted else (2, 50, 2048)
+    leaves = [(torch.randn(shape, device="cuda") * 3).bfloat16().requires_grad_()]
+    leaves += [torch.rand(100, device="cuda", requires_grad=True)] if weighted else []
+    assert swiglu.explain(*leaves)[0] == ("triton", None)
+    out = swiglu(*leaves)
+    found = torch.autograd.grad(out.float().sum(), leaves)
+    wide = [each.detach().double().requires_grad_() for each in leaves]
+    gate, up = wide[0].chunk(2, dim=-1)
+    exact = gate * gate.sigmoid() * up * (wide[1].unsqueeze(1) if weighted else 1)
+    expected = torch.autograd.grad(exact.sum(), wide)
+    assert out.shape == (*shape[:-1], 1024)
     assert error(out.detach(), exact.detach()) < 3e-3
-    assert error(found, expected) < 3e-3
+    for ours, theirs in zip(found, expected, strict=True):
+        assert error(ours, theirs) < 3e-3

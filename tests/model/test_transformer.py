@@ -89,8 +89,8 @@ def test_moe_is_the_weighted_sum_of_its_experts(tokens, training, chosen):
 
 def assert_weighted_sum(moe, x):
     routing = moe.gate(x, 1, 0.0)
-    rows_RD, counts, handle = moe.dispatcher.dispatch(x, routing)
-    found = moe.dispatcher.combine(moe.experts(rows_RD, counts), routing, handle)
+    rows_RD, weight_R, counts, handle = moe.dispatcher.dispatch(x, routing)
+    found = moe.dispatcher.combine(moe.experts(rows_RD, counts, weight_R), handle)
     for t in range(len(x)):
         total = torch.zeros(32)
         for expert, weight in zip(routing.expert[t], routing.weight[t], strict=True):

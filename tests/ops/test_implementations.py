@@ -8,7 +8,7 @@ from dsv3.ops.attention import attention
 from dsv3.ops.cross_entropy import IGNORE, linear_cross_entropy, token_losses
 from dsv3.ops.grouped_linear import grouped_linear
 from dsv3.ops.operation import Operation
-from dsv3.ops.permute import permute, sort_by_expert, unpermute
+from dsv3.ops.permute import permute, sort_by_expert, sort_some, unpermute
 from dsv3.ops.rms_norm import rms_norm
 from dsv3.ops.swiglu import swiglu
 
@@ -60,6 +60,11 @@ def test_rms_norm_of_inference(dtype):
         found, expected = few.run(*args), rms_norm.implementations[-1].run(*args)
         assert found.dtype == dtype
         torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("name", fast(swiglu))
+def test_swiglu_with_weights(name):
+    compare(swiglu, name, torch.randn(9, 14) * 3, torch.rand(9))
 
 
 @pytest.mark.parametrize("name", fast(swiglu))
@@ -116,8 +121,8 @@ def test_grouped_linear_leaves_rows_behind_the_last_group_alone(implementation, 
 def test_experts_do_the_same_with_aligned_groups(aligned):
     x, weight, expert = torch.randn(11, 8, requires_grad=True), torch.randn(5, 8, 8), routed(11, 3, 5)
     to = sort_by_expert(expert, 5, aligned=aligned)
-    out = unpermute(grouped_linear(permute(x, to), weight, to.counts_E), torch.rand(11, 3).fill_(0.5), to)
-    expected = 0.5 * torch.einsum("tkoi,ti->to", weight[expert], x)
+    out = unpermute(grouped_linear(permute(x, to), weight, to.counts_E), to)
+    expected = torch.einsum("tkoi,ti->to", weight[expert], x)
     torch.testing.assert_close(out, expected)
     grad = torch.randn(11, 8)
     torch.testing.assert_close(*(torch.autograd.grad(each, x, grad)[0] for each in (out, expected)))
@@ -154,12 +159,28 @@ def test_permute(name, tokens, k, experts):
 @pytest.mark.parametrize(("tokens", "k", "experts"), [(1, 1, 1), (1, 4, 8), (9, 2, 3), (20, 8, 64)])
 def test_unpermute(name, tokens, k, experts):
     to = sort_by_expert(routed(tokens, k, experts), experts)
-    compare(unpermute, name, torch.randn(tokens * k, 6), torch.rand(tokens, k), to)
+    compare(unpermute, name, torch.randn(tokens * k, 6), to)
 
 
-def test_dispatch_and_combine_without_experts_sum_the_weights():
-    x, weight, to = torch.randn(11, 6), torch.rand(11, 3), sort_by_expert(routed(11, 3, 5), 5)
-    torch.testing.assert_close(unpermute(permute(x, to), weight, to), x * weight.sum(1, keepdim=True))
+@pytest.mark.parametrize("partial", [False, True])
+@pytest.mark.parametrize("aligned", [0, 8])
+def test_rows_have_the_weights_of_their_assignments(aligned, partial):
+    """And gradients go back to them; those of rows that are not real are nobody's."""
+    expert, x, weight = routed(11, 3, 5), torch.randn(11, 6), torch.rand(11, 3, requires_grad=True)
+    if partial:
+        expert[:, 1] = -1
+    to = sort_some(expert, 5, 22, aligned) if partial else sort_by_expert(expert, 5, aligned=aligned)
+    weight_R = to.by_row(weight)
+    real = torch.ones_like(weight_R, dtype=torch.bool) if to.real_R is None else to.real_R
+    assert real.sum() == (expert >= 0).sum()
+    assert (weight_R[~real] == 0).all()
+    chosen = weight * (expert >= 0)
+    out = unpermute(permute(x, to) * weight_R.unsqueeze(1), to)
+    torch.testing.assert_close(out, x * chosen.sum(1, keepdim=True))
+    grad = torch.randn(len(weight_R))
+    (found,) = torch.autograd.grad(weight_R, weight, grad.masked_fill(~real, torch.nan))
+    expected = torch.zeros(33).index_add(0, to.assignment_R[real], grad[real]).view(11, 3)
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("name", fast(attention))

@@ -24,20 +24,22 @@ def blocks(weight):
     return dequantize(*quantize_blocks(weight), torch.float32)
 
 
-def by_hand(x, gate_up, down, grad, power_of_two, fp8_weights):
-    """(output, gradients of x, gate_up and down), every matrix rounded where the report says, products in FP32."""
+def by_hand(x, gate_up, down, grad, power_of_two, fp8_weights, weight=1):
+    """(output, gradients of x, gate_up and down, and of the rows' weights [R, 1]), every matrix rounded where the report says, products in FP32."""
     turned = seen_by_columns if fp8_weights else lambda each: each
     first, second = blocks(gate_up), blocks(down)
     inner = seen(x, power_of_two) @ first.t()
     gate, up = inner.chunk(2, -1)
-    out = seen(gate.sigmoid() * gate * up) @ second.t()
+    out = seen(weight * gate.sigmoid() * gate * up) @ second.t()
     grad_act = seen(grad, power_of_two) @ second
     gate, up = seen(inner).chunk(2, -1)
     s = gate.sigmoid()
+    grad_weight = (grad_act * gate * s * up).sum(1)
+    grad_act = grad_act * weight
     grad_inner = torch.cat((grad_act * up * s * (1 + gate * (1 - s)), grad_act * gate * s), -1)
-    act = gate * s * up
+    act = weight * gate * s * up
     grad_first = turned(grad_inner).t() @ turned(seen(x, power_of_two))
-    return out, seen(grad_inner) @ first, grad_first, turned(grad).t() @ turned(act)
+    return out, seen(grad_inner) @ first, grad_first, turned(grad).t() @ turned(act), grad_weight
 
 
 def close(found, expected):
@@ -61,7 +63,7 @@ def test_a_dense_layer_is_the_equations_on_quantised_matrices():
         layer.down_proj.weight.grad,
     )
     expected = by_hand(x.detach(), gate_up, layer.down_proj.weight.detach(), grad, False, True)
-    for each, wanted in zip(found, expected, strict=True):
+    for each, wanted in zip(found, expected[:4], strict=True):
         close(each, wanted)
 
 
@@ -79,19 +81,27 @@ def test_experts_are_the_equations_each_on_its_own_rows(behind):
     x, grad = random(200 + behind, 160, seed=5), random(200 + behind, 160, seed=6) * 1e-4
     x[200:] = grad[200:] = 0
     x.requires_grad_()
-    out = experts(x, counts)
+    weight = random(200 + behind, seed=7).abs().requires_grad_()
+    out = experts(x, counts, weight)
     out.backward(grad)
     start = 0
     for e, count in enumerate(counts.tolist()):
         rows = slice(start, start + count)
         start += count
-        found = (out.detach()[rows], x.grad[rows], experts.gate_up_proj.grad[e], experts.down_proj.grad[e])
+        found = (
+            out.detach()[rows],
+            x.grad[rows],
+            experts.gate_up_proj.grad[e],
+            experts.down_proj.grad[e],
+            weight.grad[rows],
+        )
         if not count:
             assert not found[2].any()
             assert not found[3].any()
             continue
         given = experts.gate_up_proj.detach()[e], experts.down_proj.detach()[e]
-        for each, wanted in zip(found, by_hand(x.detach()[rows], *given, grad[rows], True, False), strict=True):
+        expected = by_hand(x.detach()[rows], *given, grad[rows], True, False, weight.detach()[rows, None])
+        for each, wanted in zip(found, expected, strict=True):
             close(each, wanted)
     assert not out[200:].any()
 

@@ -10,7 +10,7 @@ Legend: T tokens, K experts a token, D hidden.
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,9 +18,9 @@ from torch import Tensor
 from dsv3.bench.limits import Rates, limits
 from dsv3.bench.measure import Progress
 from dsv3.model.config import ModelConfig
-from dsv3.model.feed_forward import Routing
+from dsv3.model.feed_forward import Dispatched, Routing
 from dsv3.model.transformer import DeepSeekV3
-from dsv3.ops.permute import permute, sort_by_expert, unpermute
+from dsv3.ops.permute import Permutation, permute, sort_by_expert, unpermute
 from dsv3.planning.flops import training_flops_per_token
 from dsv3.recipe.schema import OptimizerSection
 from dsv3.training.optimizer import Optimizer
@@ -39,7 +39,7 @@ KINDS = {
     "quantise, transpose, 12 bits": r"^(rows|transposing|dequantize|quantize|transpose|pack|unpack)_kernel",
     "norms and SwiGLU": r"^(forward|backward|tiles)_kernel|norm",
     "queries and keys": r"^(rotate|keys|keys_backward)_kernel",
-    "router, sort, permute": r"^(select|gradient|count|prefix|place|copy|sum|products)_kernel",
+    "router, sort, permute": r"^(select|gradient|count|prefix|place|copy|sum)_kernel",
     "cross-entropy": r"^loss_kernel",
     "copies and concatenations": r"copy|Cat|[Mm]emcpy|[Mm]emset|[Ff]ill",
 }
@@ -56,16 +56,16 @@ class BalancedExchange:
         """The first of them."""
         return range(self.experts)
 
-    def dispatch(self, x_TD: Tensor, routing: Routing, alignment: int = 0) -> tuple[Tensor, Tensor, Any]:
+    def dispatch(self, x_TD: Tensor, routing: Routing, alignment: int = 0) -> Dispatched:
         """Choice k of every token goes to expert k modulo the number of experts."""
         tokens, chosen = routing.expert.shape
         expert = (torch.arange(chosen, device=x_TD.device) % self.experts).expand(tokens, chosen).contiguous()
-        permutation = sort_by_expert(expert, self.experts, 0, alignment)
-        return permute(x_TD, permutation), permutation.counts_E, permutation
+        to = sort_by_expert(expert, self.experts, 0, alignment)
+        return Dispatched(permute(x_TD, to), to.by_row(routing.weight), to.counts_E, to)
 
-    def combine(self, rows_RD: Tensor, routing: Routing, handle: Any) -> Tensor:
-        """The weighted sums, as after the second all-to-all."""
-        return unpermute(rows_RD, routing.weight, handle)
+    def combine(self, rows_RD: Tensor, handle: Permutation) -> Tensor:
+        """The sums, as after the second all-to-all."""
+        return unpermute(rows_RD, handle)
 
 
 @dataclass(frozen=True)

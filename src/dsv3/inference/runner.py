@@ -17,6 +17,9 @@ from dsv3.inference.plan import Found, Plan, Work
 from dsv3.inference.sampler import Place, choose, logprobs
 from dsv3.model.transformer import DeepSeekV3
 
+SCORED = 256
+"""Tokens of a prompt that are scored at a time: a logit for each word of the vocabulary takes half a megabyte."""
+
 
 class Runner:
     """One model over one cache."""
@@ -73,8 +76,10 @@ class Runner:
         for work, first, each in zip(batch.works, batch.first, found, strict=True):
             if work.scored is not None:
                 targets = [*work.tokens[1:], *work.following[:1]]
-                logits_NV = self.model.head(hidden_FD[first : first + len(targets)])
-                each.scores = logprobs(logits_NV, targets, [work.scored] * len(targets))
+                for start in range(0, len(targets), SCORED):
+                    part = targets[start : start + SCORED]
+                    logits_NV = self.model.head(hidden_FD[first + start : first + start + len(part)])
+                    each.scores += logprobs(logits_NV, part, [work.scored] * len(part))
 
     def draft(self, batch: Batch, hidden_FD: Tensor, found: Sequence[Found], count: int) -> None:
         """Guesses `count` tokens behind each that was chosen.

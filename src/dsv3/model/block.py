@@ -42,8 +42,11 @@ class Carry:
     """[B, T, D]: the feed-forward's input."""
     routing: Routing | None = None
     rows: Tensor | None = None
+    """[R, D]: what goes into this rank's experts, then what comes out."""
+    weight: Tensor | None = None
     counts: Tensor | None = None
     handle: Any = None
+    """These three: see `Dispatched`."""
     update: Tensor | None = None
     """[B, T, D]: what the feed-forward adds to the stream."""
 
@@ -85,8 +88,9 @@ class Block(nn.Module):
     def dispatch(self, carry: Carry) -> None:
         """Tokens travel to their experts."""
         if self.moe is not None and carry.routing is not None:
-            carry.rows, carry.counts, carry.handle = self.moe.dispatcher.dispatch(
-                carry.normed.flatten(0, 1), carry.routing, self.moe.experts.alignment(carry.routing.expert.numel())
+            alignment = self.moe.experts.alignment(carry.routing.expert.numel())
+            carry.rows, carry.weight, carry.counts, carry.handle = self.moe.dispatcher.dispatch(
+                carry.normed.flatten(0, 1), carry.routing, alignment
             )
 
     def experts(self, carry: Carry) -> None:
@@ -94,14 +98,14 @@ class Block(nn.Module):
         if self.moe is None:
             carry.update = self.mlp(carry.normed)
             return
-        carry.rows = self.moe.experts(carry.rows, carry.counts)
+        carry.rows = self.moe.experts(carry.rows, carry.counts, carry.weight)
         if self.moe.shared_experts is not None:
             carry.update = self.moe.shared_experts(carry.normed)
 
     def combine(self, carry: Carry) -> None:
-        """Rows travel back and are summed with their weights."""
-        if self.moe is not None and carry.routing is not None and carry.rows is not None:
-            routed = self.moe.dispatcher.combine(carry.rows, carry.routing, carry.handle).view_as(carry.normed)
+        """Rows travel back and are summed."""
+        if self.moe is not None and carry.rows is not None:
+            routed = self.moe.dispatcher.combine(carry.rows, carry.handle).view_as(carry.normed)
             carry.update = routed if carry.update is None else carry.update + routed
 
     def merge(self, carry: Carry) -> Tensor:

@@ -4,9 +4,8 @@ Legend: B sequences, T tokens, D hidden, E experts, K experts per token, R = T K
 """
 
 from dataclasses import dataclass
-from enum import Enum, auto
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +16,7 @@ from dsv3.model.linear import Linear, fp8_storage
 from dsv3.model.recompute import Recomputation
 from dsv3.ops.block_scaled import dequantize
 from dsv3.ops.grouped_linear import grouped_linear, segments
-from dsv3.ops.permute import count_by_expert, permute, sort_by_expert, unpermute
+from dsv3.ops.permute import Permutation, count_by_expert, permute, sort_by_expert, unpermute
 from dsv3.ops.router import add_loss, balance_loss, expert_frequency, select_experts
 from dsv3.ops.swiglu import swiglu
 from dsv3.precision.feed_forward import FeedForward
@@ -50,9 +49,9 @@ class SwiGLU(nn.Module):
         return self.down_proj(activated(gate_up, self.recomputation))
 
 
-def activated(gate_up: Tensor, recomputation: Recomputation | None) -> Tensor:
+def activated(gate_up: Tensor, recomputation: Recomputation | None, *weight_R: Tensor) -> Tensor:
     """`swiglu`, made again in backward where that is asked for."""
-    return swiglu(gate_up) if recomputation is None else recomputation(swiglu, gate_up)
+    return swiglu(gate_up, *weight_R) if recomputation is None else recomputation(swiglu, gate_up, *weight_R)
 
 
 FEW_ROWS = 64
@@ -136,23 +135,24 @@ class Dispatcher(Protocol):
     def held(self, experts: int) -> range:
         """Which of a block's experts are on this rank."""
 
-    def dispatch(self, x_TD: Tensor, routing: Routing, alignment: int = 0) -> tuple[Tensor, Tensor, Any]:
-        """(rows [R, D] sorted by this rank's experts, counts [E of this rank], a handle for `combine`).
+    def dispatch(self, x_TD: Tensor, routing: Routing, alignment: int = 0) -> "Dispatched":
+        """With `alignment` > 0, every expert's rows are padded to a multiple of it."""
 
-        With `alignment` > 0, every expert's rows are padded to a multiple of it.
-        """
-
-    def combine(self, rows_RD: Tensor, routing: Routing, handle: Any) -> Tensor:
-        """The weighted sum of each token's rows: [T, D]."""
+    def combine(self, rows_RD: Tensor, handle: Any) -> Tensor:
+        """The sum of each token's rows: [T, D]."""
 
 
-class Few(Enum):
-    """How a few tokens reach their experts outside training, where sorting would cost more than it saves."""
+class Dispatched(NamedTuple):
+    """What arrived at a rank's experts."""
 
-    ONE_TOKEN = auto()
-    """A row an expert: they are sorted as they come."""
-    EVERY_EXPERT = auto()
-    """All experts compute all tokens; those that a token did not choose get a weight of 0."""
+    rows: Tensor
+    """[R, D], sorted by expert."""
+    weight: Tensor
+    """FP32 [R]: each row's in the sum; gradients flow through it."""
+    counts: Tensor
+    """int64 [E of this rank]: rows of each expert."""
+    handle: Any
+    """For `Dispatcher.combine`."""
 
 
 class LocalDispatcher:
@@ -162,33 +162,30 @@ class LocalDispatcher:
         """See `Dispatcher`."""
         return range(experts)
 
-    def dispatch(self, x_TD: Tensor, routing: Routing, alignment: int = 0) -> tuple[Tensor, Tensor, Any]:
-        """See `Dispatcher`."""
+    def dispatch(self, x_TD: Tensor, routing: Routing, alignment: int = 0) -> Dispatched:
+        """See `Dispatcher`. Outside training few tokens are not sorted, which would cost more than it saves: a lone one has its rows as
+        they come, and where it pays all experts compute all tokens, with weights of 0 where they were not chosen."""
         (tokens, hidden), chosen, experts = x_TD.shape, routing.expert.shape[1], routing.num_experts
         few = not torch.is_grad_enabled()
         if few and x_TD.device.type == "cpu" and every_expert(tokens, hidden, experts, chosen):
+            weight_TE = routing.weight.new_zeros(tokens, experts).scatter_(1, routing.expert, routing.weight)
             counts = torch.full((experts,), tokens)
-            return torch.cat([x_TD] * experts), counts, Few.EVERY_EXPERT
+            return Dispatched(torch.cat([x_TD] * experts), weight_TE.t().flatten(), counts, tokens)
         if few and tokens == 1:
-            return x_TD.expand(chosen, -1), routing.load, Few.ONE_TOKEN
+            return Dispatched(x_TD.expand(chosen, -1), routing.weight[0], routing.load, tokens)
         equal = 0 if alignment else equal_groups(routing)
-        permutation = sort_by_expert(routing.expert, routing.num_experts, equal, alignment)
-        return permute(x_TD, permutation), permutation.counts_E, permutation
+        to = sort_by_expert(routing.expert, routing.num_experts, equal, alignment)
+        return Dispatched(permute(x_TD, to), to.by_row(routing.weight), to.counts_E, to)
 
-    def combine(self, rows_RD: Tensor, routing: Routing, handle: Any) -> Tensor:
-        """See `Dispatcher`."""
-        if handle is Few.ONE_TOKEN:
-            return torch.mm(routing.weight.to(rows_RD.dtype), rows_RD)
-        if handle is Few.EVERY_EXPERT:
-            rows_TED = rows_RD.unflatten(0, (routing.num_experts, -1)).transpose(0, 1)
-            none_TE = torch.zeros(rows_TED.shape[:2], dtype=rows_RD.dtype, device=rows_RD.device)
-            weight_TE = none_TE.scatter(1, routing.expert, routing.weight.to(rows_RD.dtype))
-            return torch.bmm(weight_TE.unsqueeze(1), rows_TED).squeeze(1)
-        return unpermute(rows_RD, routing.weight, handle)
+    def combine(self, rows_RD: Tensor, handle: Permutation | int) -> Tensor:
+        """See `Dispatcher`; a number stands for tokens that are all here for each of their experts, one expert after the other."""
+        if isinstance(handle, int):
+            return rows_RD.unflatten(0, (-1, handle)).sum(0)
+        return unpermute(rows_RD, handle)
 
 
 def every_expert(tokens: int, hidden: int, experts: int, chosen: int) -> bool:
-    """Whether `Few.EVERY_EXPERT` pays on the CPU: if it is at most four times the work."""
+    """Whether computing all tokens with every expert pays on the CPU: if it is at most four times the work."""
     few = tokens * experts <= EVERY_EXPERT_ROWS and experts <= 4 * chosen
     return few and (tokens > 1 or hidden <= EVERY_EXPERT_HIDDEN)
 
@@ -235,20 +232,20 @@ class Experts(nn.Module):
         """What each expert's rows should be padded to a multiple of, when there are so many in all; 0 for nothing."""
         return 0 if self.fp8 is None else row_alignment(rows, len(self.down_proj))
 
-    def forward(self, rows_RD: Tensor, counts_E: Tensor) -> Tensor:
-        """Each expert's SwiGLU on its rows: [R, D] -> [R, D]."""
+    def forward(self, rows_RD: Tensor, counts_E: Tensor, weight_R: Tensor) -> Tensor:
+        """Each expert's SwiGLU on its rows, times their weights: [R, D] -> [R, D]."""
         if self.gate_up_proj_scale_inv is not None:
-            return self.from_blocks(rows_RD, counts_E)
+            return self.from_blocks(rows_RD, counts_E, weight_R)
         if self.fp8 is not None:
-            return self.fp8(rows_RD, (self.gate_up_proj,), self.down_proj, counts_E)
+            return self.fp8(rows_RD, (self.gate_up_proj,), self.down_proj, counts_E, weight_R)
         if self.splits is not None:
             up, down = self.splits
             gate_up = up(rows_RD, [self.gate_up_proj], counts_E)
-            return down(activated(gate_up, self.recomputation), [self.down_proj], counts_E)
+            return down(activated(gate_up, self.recomputation, weight_R), [self.down_proj], counts_E)
         gate_up = grouped_linear(rows_RD, self.gate_up_proj, counts_E)
-        return grouped_linear(activated(gate_up, self.recomputation), self.down_proj, counts_E)
+        return grouped_linear(activated(gate_up, self.recomputation, weight_R), self.down_proj, counts_E)
 
-    def from_blocks(self, rows_RD: Tensor, counts_E: Tensor) -> Tensor:
+    def from_blocks(self, rows_RD: Tensor, counts_E: Tensor, weight_R: Tensor) -> Tensor:
         """`forward` with weights in FP8: one expert after the other, so that only one is ever held in another dtype."""
         assert self.gate_up_proj_scale_inv is not None
         assert self.down_proj_scale_inv is not None
@@ -259,7 +256,8 @@ class Experts(nn.Module):
             )
             gate_up = dequantize(halves, scales, rows_RD.dtype).flatten(0, 1)
             down = dequantize(self.down_proj[e], self.down_proj_scale_inv[e], rows_RD.dtype)
-            out_RD[start:end] = F.linear(swiglu(F.linear(rows_RD[start:end], gate_up)), down)
+            act = swiglu(F.linear(rows_RD[start:end], gate_up), weight_R[start:end])
+            out_RD[start:end] = F.linear(act, down)
         return out_RD
 
 

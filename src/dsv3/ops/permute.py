@@ -34,6 +34,11 @@ class Permutation:
         """int64 [R]: the token of each row."""
         return self.assignment_R // self.row_TK.shape[1]
 
+    def by_row(self, weight_TK: Tensor) -> Tensor:
+        """[R]: each row's own of a value an assignment; zeros for rows that are not real."""
+        weight_R: Tensor = ByRow.apply(weight_TK, self)
+        return weight_R
+
 
 def count_by_expert(expert_A: Tensor, num_experts: int) -> Tensor:
     """int64 [E]: how many of the assignments (int64 [A]) go to each expert."""
@@ -115,10 +120,10 @@ def permute_reference(x_TD: Tensor, to: Permutation) -> Tensor:
     return x_TD[to.token_R]
 
 
-def unpermute_reference(rows_RD: Tensor, weight_TK: Tensor, to: Permutation) -> Tensor:
+def unpermute_reference(rows_RD: Tensor, to: Permutation) -> Tensor:
     """The definition, summed in FP32."""
     rows_TKD = torch.stack([row_of(rows_RD, to, k) for k in range(to.row_TK.shape[1])], dim=1)
-    return (rows_TKD.float() * weight_TK.unsqueeze(-1)).sum(1).to(rows_RD.dtype)
+    return rows_TKD.float().sum(1).to(rows_RD.dtype)
 
 
 def row_of(rows_RD: Tensor, to: Permutation, k: int) -> Tensor:
@@ -129,8 +134,32 @@ def row_of(rows_RD: Tensor, to: Permutation, k: int) -> Tensor:
     return rows_RD.index_select(0, row_T.clamp(min=0)).masked_fill((row_T < 0).unsqueeze(1), 0)
 
 
+def sum_of_rows(rows_RD: Tensor, to: Permutation) -> Tensor:
+    """[T, D]: a token's K rows gathered one k at a time, so that no [T, K, D] copy is made."""
+    y_TD = row_of(rows_RD, to, 0)
+    for k in range(1, to.row_TK.shape[1]):
+        y_TD += row_of(rows_RD, to, k)
+    return y_TD
+
+
+class ByRow(torch.autograd.Function):
+    """Backward reads the one row of each assignment, where autograd of indexing would add to it with atomics."""
+
+    @staticmethod
+    def forward(ctx: Any, weight_TK: Tensor, to: Permutation) -> Tensor:
+        ctx.to = to
+        weight_R = weight_TK.flatten().index_select(0, to.assignment_R)
+        return weight_R if to.real_R is None else weight_R * to.real_R
+
+    @staticmethod
+    def backward(ctx: Any, grad_R: Tensor) -> tuple[Tensor, None]:
+        to: Permutation = ctx.to
+        grad_TK = grad_R[to.row_TK]
+        return grad_TK.masked_fill(to.row_TK < 0, 0) if to.partial else grad_TK, None
+
+
 class Gather(torch.autograd.Function):
-    """Backward gathers the K rows of a token and sums them, where autograd of indexing would scatter with atomics."""
+    """Backward sums a token's K rows, where autograd of indexing would scatter with atomics."""
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, to: Permutation) -> Tensor:
@@ -139,39 +168,22 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None]:
-        to: Permutation = ctx.to
-        grad_TD = row_of(grad_RD, to, 0)
-        for k in range(1, to.row_TK.shape[1]):
-            grad_TD += row_of(grad_RD, to, k)
-        return grad_TD, None
+        return sum_of_rows(grad_RD, ctx.to), None
 
 
-class WeightedSum(torch.autograd.Function):
-    """A token's K rows gathered one k at a time, so that no [T, K, D] copy is made."""
+class Sum(torch.autograd.Function):
+    """`sum_of_rows`, and back."""
 
     @staticmethod
-    def forward(ctx: Any, rows_RD: Tensor, weight_TK: Tensor, to: Permutation) -> Tensor:
-        ctx.save_for_backward(rows_RD, weight_TK)
+    def forward(ctx: Any, rows_RD: Tensor, to: Permutation) -> Tensor:
         ctx.to = to
-        weights = weight_TK.to(rows_RD.dtype)
-        y_TD = row_of(rows_RD, to, 0).mul_(weights[:, 0:1])
-        for k in range(1, weights.shape[1]):
-            y_TD.addcmul_(row_of(rows_RD, to, k), weights[:, k : k + 1])
-        return y_TD
+        return sum_of_rows(rows_RD, to)
 
     @staticmethod
-    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None]:
-        rows_RD, weight_TK = ctx.saved_tensors
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None]:
         to: Permutation = ctx.to
         grad_RD = grad_TD.index_select(0, to.token_R)
-        grad_weight_R = torch.linalg.vecdot(grad_RD, rows_RD).to(weight_TK.dtype)
-        weight_R = weight_TK.flatten().index_select(0, to.assignment_R)
-        if to.real_R is not None:
-            weight_R = weight_R * to.real_R
-        grad_weight_TK = grad_weight_R[to.row_TK]
-        if to.partial:
-            grad_weight_TK = grad_weight_TK.masked_fill(to.row_TK < 0, 0)
-        return grad_RD.mul_(weight_R.unsqueeze(1).to(grad_RD.dtype)), grad_weight_TK, None
+        return grad_RD if to.real_R is None else grad_RD.masked_fill_(~to.real_R.unsqueeze(1), 0), None
 
 
 class Copied(torch.autograd.Function):
@@ -188,28 +200,25 @@ class Copied(torch.autograd.Function):
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None]:
         from dsv3.ops.kernels.permute import sum_rows
 
-        return sum_rows(grad_RD, None, ctx.row_TK), None
+        return sum_rows(grad_RD, ctx.row_TK), None
 
 
 class Summed(torch.autograd.Function):
-    """Kernels that read each row once: forward sums in FP32, backward makes both gradients at once."""
+    """The same kernels the other way round."""
 
     @staticmethod
-    def forward(ctx: Any, rows_RD: Tensor, weight_TK: Tensor, to: Permutation) -> Tensor:
+    def forward(ctx: Any, rows_RD: Tensor, to: Permutation) -> Tensor:
         from dsv3.ops.kernels.permute import sum_rows
 
-        ctx.save_for_backward(rows_RD, weight_TK)
         ctx.to = to
-        return sum_rows(rows_RD, weight_TK, to.row_TK)
+        return sum_rows(rows_RD, to.row_TK)
 
     @staticmethod
-    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None]:
-        from dsv3.ops.kernels.permute import products_of_rows
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None]:
+        from dsv3.ops.kernels.permute import copy_rows
 
-        rows_RD, weight_TK = ctx.saved_tensors
         to: Permutation = ctx.to
-        grad_RD, grad_weight_TK = products_of_rows(grad_TD, rows_RD, weight_TK, to.row_TK, to.real_R)
-        return grad_RD, grad_weight_TK.to(weight_TK.dtype), None
+        return copy_rows(grad_TD, to.row_TK, len(to.assignment_R), to.real_R), None
 
 
 sort_by_expert = Operation(
@@ -244,10 +253,10 @@ unpermute = Operation(
     "unpermute",
     [
         Implementation("triton", Summed.apply, on_gpu),
-        Implementation("weighted_sum", WeightedSum.apply, anything),
+        Implementation("sum", Sum.apply, anything),
         Implementation("reference", unpermute_reference, anything),
     ],
 )
-"""`unpermute(rows [R, D], weight [T, K], permutation) -> [T, D]`: the weighted sum of each token's rows.
+"""`unpermute(rows [R, D], permutation) -> [T, D]`: the sum of each token's rows. Experts have weighted them: see `swiglu`.
 
 Rows that are not real are read by nobody, and get gradients of zero."""

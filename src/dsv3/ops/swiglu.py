@@ -11,48 +11,54 @@ from dsv3.ops.operation import Implementation, Operation, anything, in_training
 from dsv3.ops.tiles import Tiles, empty_tiles, rows_reference
 
 
-def reference(gate_up: Tensor) -> Tensor:
+def reference(gate_up: Tensor, weight_R: Tensor | None = None) -> Tensor:
     """The definition."""
     gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
+    act = F.silu(gate) * up
+    return act if weight_R is None else act * weight_R.unsqueeze(1).to(act.dtype)
 
 
 class InputKept(torch.autograd.Function):
     """Keeps the input alone (report, section 3.2.3: the output is cheap to compute again) and writes one gradient tensor."""
 
     @staticmethod
-    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate_up)
-        return reference(gate_up)
+    def forward(ctx: Any, gate_up: Tensor, weight_R: Tensor | None = None) -> Tensor:
+        ctx.save_for_backward(gate_up, weight_R)
+        return reference(gate_up, weight_R)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (gate_up,) = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+        gate_up, weight_R = ctx.saved_tensors
         gate, up = gate_up.chunk(2, dim=-1)
+        silu, grad_weight = F.silu(gate), None
+        if weight_R is not None:
+            grad_weight = torch.linalg.vecdot(grad, silu * up).to(weight_R.dtype)
+            grad = grad * weight_R.unsqueeze(1).to(grad.dtype)
         grad_gate_up = torch.empty_like(gate_up)
         grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
-        torch.mul(grad, F.silu(gate), out=grad_up)
+        torch.mul(grad, silu, out=grad_up)
         torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
-        return grad_gate_up
+        return grad_gate_up, grad_weight
 
 
 class OneKernel(torch.autograd.Function):
     """`InputKept` in one kernel forward and one backward."""
 
     @staticmethod
-    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+    def forward(ctx: Any, gate_up: Tensor, weight_R: Tensor | None = None) -> Tensor:
         from dsv3.ops.kernels.swiglu import forward
 
-        ctx.save_for_backward(gate_up)
-        return forward(gate_up.reshape(-1, gate_up.shape[-1])).view(*gate_up.shape[:-1], -1)
+        ctx.save_for_backward(gate_up, weight_R)
+        return forward(gate_up.reshape(-1, gate_up.shape[-1]), weight_R).view(*gate_up.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
         from dsv3.ops.kernels.swiglu import backward
 
-        (gate_up,) = ctx.saved_tensors
+        gate_up, weight_R = ctx.saved_tensors
         rows, grad_rows = gate_up.reshape(-1, gate_up.shape[-1]), side_by_side(grad.reshape(-1, grad.shape[-1]))
-        return backward(grad_rows, rows, None, with_act=False)[0].view(gate_up.shape)
+        grad_gate_up, grad_weight, _ = backward(grad_rows, rows, weight_R, with_act=False)
+        return grad_gate_up.view(gate_up.shape), grad_weight
 
 
 def side_by_side(grad: Tensor) -> Tensor:
@@ -71,15 +77,14 @@ def not_by_triton(gate_up: Tensor, weight_R: Tensor | None = None, power_of_two:
     return no_triton(gate_up)
 
 
-def training_not_by_triton(gate_up: Tensor) -> str | None:
+def training_not_by_triton(gate_up: Tensor, weight_R: Tensor | None = None) -> str | None:
     """For training alone, as `in_training` says."""
-    return in_training() or not_by_triton(gate_up)
+    return in_training() or not_by_triton(gate_up, weight_R)
 
 
 def activation(gate_up_RJ: Tensor, weight_R: Tensor | None) -> Tensor:
     """FP32 [R, I]: times the weight of its row."""
-    act = reference(gate_up_RJ.float())
-    return act if weight_R is None else act * weight_R.unsqueeze(1)
+    return reference(gate_up_RJ.float(), weight_R)
 
 
 def tiles_reference(gate_up_RJ: Tensor, weight_R: Tensor | None = None, power_of_two: bool = False) -> Tiles:
@@ -137,7 +142,10 @@ swiglu = Operation(
         Implementation("reference", reference, anything),
     ],
 )
-"""`swiglu(gate_up [..., 2I]) -> [..., I]`: the first half of the last dimension passes through SiLU."""
+"""`swiglu(gate_up [..., 2I], weight [R] or None) -> [..., I]`: the first half of the last dimension passes through SiLU.
+
+With weights, of [R, 2I], every row is multiplied by its own. An expert's routing weight enters here, before the down projection: the
+sum is the same, its gradient needs no expert's result, and gradients go back to experts as they were sent."""
 
 swiglu_tiles = Operation(
     "swiglu_tiles",

@@ -2,19 +2,18 @@
 
 A token travels once to every rank that has an expert of its, however many there are; with experts on several nodes it goes
 once to each node, to the rank with the sender's place there, and from that one to the ranks that hold its experts. The ranks
-that compute weight the experts' outputs and add them up, so that one row comes back for each that went. No token is dropped.
+that compute weight what experts compute and add it up, so that one row comes back for each that went. No token is dropped.
 
 Legend: T tokens here, D hidden, K experts per token, A rows that arrived, R rows sorted by expert.
 """
 
 import logging
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
 from dsv3.errors import UserError
-from dsv3.model.feed_forward import Routing
+from dsv3.model.feed_forward import Dispatched, Routing
 from dsv3.ops.permute import Permutation, permute, sort_some, unpermute
 from dsv3.parallel.leg import Leg, plan_leg
 from dsv3.parallel.mesh import Mesh
@@ -29,8 +28,6 @@ class Journey:
     """Where the tokens of one pass went."""
 
     legs: list[Leg]
-    weight_AK: Tensor
-    """FP32, with gradients that go back to the router; those of experts elsewhere count for nothing."""
     local: Permutation
     """The rows that arrived to the experts here."""
 
@@ -54,7 +51,7 @@ class ExpertParallel:
             raise UserError(f"{experts} experts cannot be divided over parallel.expert = {self.expert.size} ranks")
         return range(self.expert.rank * each, (self.expert.rank + 1) * each)
 
-    def dispatch(self, x_TD: Tensor, routing: Routing, alignment: int = 0) -> tuple[Tensor, Tensor, Any]:
+    def dispatch(self, x_TD: Tensor, routing: Routing, alignment: int = 0) -> Dispatched:
         """See `Dispatcher`."""
         rows, weight, expert, span = x_TD, routing.weight, routing.expert, routing.num_experts
         legs: list[Leg] = []
@@ -65,11 +62,11 @@ class ExpertParallel:
             legs.append(leg)
         self.watch(legs[-1].assignments, routing.expert.numel())
         local = sort_some(expert, span, legs[-1].assignments, alignment)
-        return permute(rows, local), local.counts_E, Journey(legs, weight, local)
+        return Dispatched(permute(rows, local), local.by_row(weight), local.counts_E, Journey(legs, local))
 
-    def combine(self, rows_RD: Tensor, routing: Routing, handle: Journey) -> Tensor:
+    def combine(self, rows_RD: Tensor, handle: Journey) -> Tensor:
         """See `Dispatcher`."""
-        y = unpermute(rows_RD, handle.weight_AK, handle.local)
+        y = unpermute(rows_RD, handle.local)
         for leg in reversed(handle.legs):
             y = leg.bring_back(y, self.fp8)
         return y

@@ -40,8 +40,7 @@ class Leg:
     def bring_back(self, y_AD: Tensor, fp8: bool = False) -> Tensor:
         """[A, D] -> [T, D]: the sum of what became of each token's rows. Backward is `carry`, in FP8 if `fp8`."""
         rows_SD = Exchange.apply(y_AD, self.group, self.received, self.sent, False, fp8)
-        ones = torch.ones(self.to.row_TK.shape, device=y_AD.device)
-        return unpermute(rows_SD, ones, self.to)
+        return unpermute(rows_SD, self.to)
 
 
 def plan_leg(expert_TK: Tensor, span: int, group: Group) -> Leg:

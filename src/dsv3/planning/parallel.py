@@ -253,8 +253,8 @@ def kept_bytes(config: ModelConfig, dense: bool, recompute: Collection[str], fp8
     values = heads * config.v_head_dim
     inner = config.intermediate_size if dense else config.moe_intermediate_size
     chosen, always = (0, 1) if dense else (config.num_experts_per_tok, config.n_shared_experts)
-    # The stream twice, both latents before their norms, attention's result, the experts' results.
-    kept = 2 * (2 * hidden + low + latent + config.qk_rope_head_dim + values + chosen * hidden) + 4 * heads
+    # The stream twice, both latents before their norms, attention's result.
+    kept = 2 * (2 * hidden + low + latent + config.qk_rope_head_dim + values) + 4 * heads
     if not dense:
         kept += 12 * config.n_routed_experts + 40 * chosen
         kept += 0 if "norms" in recompute else 4 * hidden

@@ -36,9 +36,9 @@ class Quantizers:
         """An activation [R, K], for the weight's gradient: its transpose, in tiles of 128 tokens."""
         return transpose_tiles(x) if isinstance(x, Tiles) else quantize_columns(x)
 
-    def activated(self, gate_up: Tensor) -> Tiles:
-        """SwiGLU of [R, 2K], for the output."""
-        return swiglu_tiles(gate_up)
+    def activated(self, gate_up: Tensor, weight_R: Tensor | None = None) -> Tiles:
+        """SwiGLU of [R, 2K], times the weights of rows, for the output."""
+        return swiglu_tiles(gate_up, weight_R)
 
     def gradient_rows(self, grad_RK: Tensor, power_of_two: bool = False) -> Tiles:
         """A gradient, for the input's gradient."""
@@ -91,9 +91,9 @@ class Tensors(Quantizers):
         values = x.values.view(torch.uint8).t().contiguous().view(x.values.dtype)
         return Tiles(values, of_every_tile(x.scale[:1, :1], values))
 
-    def activated(self, gate_up: Tensor) -> Tiles:
-        """SwiGLU of [R, 2K], for the output."""
-        return self.rows(swiglu(gate_up))
+    def activated(self, gate_up: Tensor, weight_R: Tensor | None = None) -> Tiles:
+        """SwiGLU of [R, 2K], times the weights of rows, for the output."""
+        return self.rows(swiglu(gate_up, weight_R))
 
     def gradient_both(self, grad_RK: Tensor) -> tuple[Tiles, Tiles]:
         """(`gradient_rows`, `gradient_columns`), rounded once."""

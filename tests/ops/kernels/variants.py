@@ -174,7 +174,12 @@ def of_swiglu() -> Iterator[Variant]:
     yield Variant(swiglu.tiles_kernel, tiles | {"weight": "*fp32"}, {"WEIGHTED": True} | shape, {"num_warps": warps})
     block, warps = swiglu.ALONE
     types = {"gate_up": "*bf16", "out": "*bf16"} | i32("columns stride")
-    yield Variant(swiglu.forward_kernel, types, {"BLOCK": block}, {"num_warps": warps})
+    for weight in (None, "*fp32"):
+        more = {"WEIGHTED": weight is not None, "BLOCK": block}
+        if weight is None:
+            yield Variant(swiglu.forward_kernel, types, more | {"weight": None}, {"num_warps": warps})
+        else:
+            yield Variant(swiglu.forward_kernel, types | {"weight": weight}, more, {"num_warps": warps})
     types = dict.fromkeys(("grad", "gate_up", "grad_gate_up"), "*bf16") | i32("columns grad_stride stride")
     nothing = dict.fromkeys(("weight", "grad_weight", "act")) | {"WEIGHTED": False, "WITH_ACT": False}
     yield Variant(swiglu.backward_kernel, types, nothing | {"BLOCK": block}, {"num_warps": warps})
@@ -184,8 +189,8 @@ def of_swiglu() -> Iterator[Variant]:
 
 
 def permute() -> Iterator[Variant]:
-    """Rows in BF16, weights in FP32; eight experts a token, and six."""
-    from dsv3.ops.kernels.permute import COLUMNS_WARPS, PADDING_ROWS, copy_kernel, products_kernel, sum_kernel
+    """Rows in BF16; eight experts a token, and six."""
+    from dsv3.ops.kernels.permute import COLUMNS_WARPS, PADDING_ROWS, copy_kernel, sum_kernel
 
     size, warps = COLUMNS_WARPS["copy"]
     for k, padded in ((8, True), (6, False)):
@@ -194,20 +199,9 @@ def permute() -> Iterator[Variant]:
         constants = {"K": k, "COLUMNS": size, "PADDED": padded, "ROWS": PADDING_ROWS}
         types = {"x": "*bf16", "row": "*i64", "out": "*bf16", "tokens": "i32", "rows": "i32", "columns": "i32"}
         yield Variant(copy_kernel, types | real, constants | nothing, {"num_warps": warps})
-        size, warps = COLUMNS_WARPS["products"]
-        types = {
-            "grad": "*bf16", "rows": "*bf16", "weight": "*fp32", "row": "*i64", "grad_rows": "*bf16",
-            "grad_weight": "*fp32", "tokens": "i32", "num_rows": "i32", "columns": "i32",
-        }  # fmt: skip
-        yield Variant(products_kernel, types | real, constants | nothing | {"K_BLOCK": 8}, {"num_warps": warps})
     size, warps = COLUMNS_WARPS["sum"]
-    for weight in ("*fp32", None):
-        constants = {"K": 8, "COLUMNS": size, "WEIGHTED": weight is not None}
-        types = {"rows": "*bf16", "row": "*i64", "out": "*bf16", "columns": "i32"}
-        if weight is None:
-            yield Variant(sum_kernel, types, constants | {"weight": None}, {"num_warps": warps})
-        else:
-            yield Variant(sum_kernel, types | {"weight": weight}, constants, {"num_warps": warps})
+    types = {"rows": "*bf16", "row": "*i64", "out": "*bf16", "columns": "i32"}
+    yield Variant(sum_kernel, types, {"K": 8, "COLUMNS": size}, {"num_warps": warps})
 
 
 def sort() -> Iterator[Variant]:

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-COLUMNS_WARPS = {"copy": (1024, 4), "sum": (1024, 4), "products": (1024, 4)}
+COLUMNS_WARPS = {"copy": (1024, 4), "sum": (1024, 4)}
 """Columns that a block takes at a time, and its warps, for each kernel: eight BF16 elements a thread."""
 PADDING_ROWS = 8
 """Rows that a block looks at for padding."""
@@ -51,45 +51,15 @@ def copy_kernel(
 
 
 @triton.jit
-def sum_kernel(rows, weight, row, out, columns, K: tl.constexpr, COLUMNS: tl.constexpr, WEIGHTED: tl.constexpr):
+def sum_kernel(rows, row, out, columns, K: tl.constexpr, COLUMNS: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < columns
     total = tl.zeros([COLUMNS], tl.float32)
     for k in tl.static_range(K):
         at = tl.load(row + token * K + k)
-        values = tl.load(rows + at * columns + column, mask=inside & (at >= 0), other=0).to(tl.float32)
-        if WEIGHTED:
-            values *= tl.load(weight + token * K + k).to(tl.float32)
-        total += values
+        total += tl.load(rows + at * columns + column, mask=inside & (at >= 0), other=0).to(tl.float32)
     tl.store(out + token * columns + column, total.to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def products_kernel(
-    grad, rows, weight, row, real, grad_rows, grad_weight, tokens, num_rows, columns,
-    K: tl.constexpr, K_BLOCK: tl.constexpr, COLUMNS: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    token = tl.program_id(0)
-    if token < tokens:
-        k = tl.arange(0, K_BLOCK)
-        assignment = token.to(tl.int64) * K + k
-        number = tl.load(row + assignment, mask=k < K, other=-1)[:, None]
-        factor = tl.load(weight + assignment, mask=k < K, other=0).to(tl.float32)
-        inner = tl.zeros([K_BLOCK], tl.float32)
-        for begin in range(0, columns, COLUMNS):
-            column = begin + tl.arange(0, COLUMNS)
-            inside = (number >= 0) & (column < columns)[None, :]
-            at = number * columns + column[None, :]
-            # Rows before the gradient: all of them are on their way before the first is needed.
-            values = tl.load(rows + at, mask=inside, other=0).to(tl.float32)
-            own = tl.load(grad + token.to(tl.int64) * columns + column, mask=column < columns, other=0).to(tl.float32)
-            inner += tl.sum(values * own[None, :], axis=1)
-            product = factor[:, None] * own[None, :]
-            tl.store(grad_rows + at, product.to(grad_rows.dtype.element_ty), mask=inside)
-        tl.store(grad_weight + assignment, inner, mask=k < K)
-    elif PADDED:
-        clear_padding(grad_rows, real, (token - tokens) * ROWS, num_rows, columns, COLUMNS, ROWS)
 
 
 def padding_blocks(real_R: Tensor | None) -> int:
@@ -117,41 +87,13 @@ def copy_rows(
     return out_RD
 
 
-def sum_rows(
-    rows_RD: Tensor, weight_TK: Tensor | None, row_TK: Tensor, config: tuple[int, int] | None = None
-) -> Tensor:
-    """[T, D] in the rows' dtype: the sum of each token's rows in FP32, each times its weight where weights are given."""
+def sum_rows(rows_RD: Tensor, row_TK: Tensor, config: tuple[int, int] | None = None) -> Tensor:
+    """[T, D] in the rows' dtype: the sum of each token's rows in FP32."""
     (tokens, chosen), columns = row_TK.shape, rows_RD.shape[1]
     out_TD = torch.empty(tokens, columns, dtype=rows_RD.dtype, device=rows_RD.device)
     size, warps = block("sum", columns, config)
     if tokens:
-        weight = None if weight_TK is None else weight_TK.contiguous()
         sum_kernel[(tokens, triton.cdiv(columns, size))](
-            rows_RD.contiguous(), weight, row_TK.contiguous(), out_TD, columns,
-            K=chosen, COLUMNS=size, WEIGHTED=weight is not None, num_warps=warps,
+            rows_RD.contiguous(), row_TK.contiguous(), out_TD, columns, K=chosen, COLUMNS=size, num_warps=warps,
         )  # fmt: skip
     return out_TD
-
-
-def products_of_rows(
-    grad_TD: Tensor,
-    rows_RD: Tensor,
-    weight_TK: Tensor,
-    row_TK: Tensor,
-    real_R: Tensor | None,
-    config: tuple[int, int] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The backward pass of the weighted sum: (gradient of the rows [R, D], zeros where they are not real; FP32 gradient of
-    the weights [T, K])."""
-    (tokens, chosen), (num_rows, columns) = row_TK.shape, rows_RD.shape
-    grad_RD = torch.empty(num_rows, columns, dtype=rows_RD.dtype, device=rows_RD.device)
-    grad_weight_TK = torch.empty(tokens, chosen, dtype=torch.float32, device=rows_RD.device)
-    size, warps = block("products", columns, config)
-    if grid := tokens + padding_blocks(real_R):
-        products_kernel[(grid,)](
-            grad_TD.contiguous(), rows_RD.contiguous(), weight_TK.contiguous(), row_TK.contiguous(),
-            bytes_of(real_R), grad_RD, grad_weight_TK, tokens, num_rows, columns,
-            K=chosen, K_BLOCK=triton.next_power_of_2(chosen), COLUMNS=size, PADDED=real_R is not None,
-            ROWS=PADDING_ROWS, num_warps=warps,
-        )  # fmt: skip
-    return grad_RD, grad_weight_TK

@@ -37,7 +37,7 @@ def tiles_kernel(
 
 
 @triton.jit
-def forward_kernel(gate_up, out, columns, stride, BLOCK: tl.constexpr):
+def forward_kernel(gate_up, weight, out, columns, stride, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr):
     parts = tl.cdiv(columns, BLOCK)
     row = (tl.program_id(0) // parts).to(tl.int64)
     column = tl.program_id(0) % parts * BLOCK + tl.arange(0, BLOCK)
@@ -45,6 +45,8 @@ def forward_kernel(gate_up, out, columns, stride, BLOCK: tl.constexpr):
     gate = tl.load(gate_up + row * stride + column, inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * stride + columns + column, inside, other=0.0).to(tl.float32)
     act = gate / (1 + tl.exp(-gate)) * up
+    if WEIGHTED:
+        act *= tl.load(weight + row)
     tl.store(out + row * columns + column, act.to(out.dtype.element_ty), inside)
 
 
@@ -94,13 +96,13 @@ def quantise(
     )  # fmt: skip
 
 
-def forward(gate_up: Tensor, config: tuple[int, int] = ALONE) -> Tensor:
-    """[R, 2I] -> [R, I]."""
+def forward(gate_up: Tensor, weight: Tensor | None = None, config: tuple[int, int] = ALONE) -> Tensor:
+    """(gate_up [R, 2I], weight FP32 [R]) -> [R, I]."""
     rows, columns = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty(rows, columns, dtype=gate_up.dtype, device=gate_up.device)
     block, warps = config
     grid = (rows * triton.cdiv(columns, block),)
-    forward_kernel[grid](gate_up, out, columns, gate_up.stride(0), block, num_warps=warps)
+    forward_kernel[grid](gate_up, weight, out, columns, gate_up.stride(0), weight is not None, block, num_warps=warps)
     return out
 
 
