@@ -1,4 +1,4 @@
-"""vLLM's server on this machine's loopback: started from its own environment, asked, and always stopped."""
+"""Servers on this machine's loopback, vLLM's from its own environment and ours: started, asked, and always stopped."""
 
 import json
 import os
@@ -6,6 +6,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -33,10 +34,7 @@ SETTINGS = {
 }
 ATTENTION = "CPU_MLA"
 """By name: where the processor has AMX, vLLM would take AMX_MLA, which refuses FP32, for the model and for its drafts."""
-OPTIONS = (
-    "--dtype", "float32", "--enforce-eager", "--attention-backend", ATTENTION, "--max-num-seqs", "8",
-    "--served-model-name", MODEL,
-)  # fmt: skip
+OPTIONS = ("--dtype", "float32", "--attention-backend", ATTENTION, "--max-num-seqs", "16", "--served-model-name", MODEL)
 DRAFTS = {"method": "mtp", "num_speculative_tokens": 1, "attention_backend": ATTENTION}
 
 # A proxy that the environment names is not for the loopback.
@@ -112,13 +110,27 @@ def free_port() -> int:
 
 
 @contextmanager
-def vllm(environment: Path, export: Path, length: int, log: Path, *, speculate: bool) -> Iterator[str]:
-    """`vllm serve` of a Hugging Face directory, for sequences of up to `length` tokens, with or without MTP's drafts."""
+def vllm(
+    environment: Path, export: Path, length: int, log: Path, *, speculate: bool = False, compiled: bool = False
+) -> Iterator[str]:
+    """`vllm serve` of a Hugging Face directory, for sequences of up to `length` tokens, with or without MTP's drafts, its operations
+    compiled by torch.compile or called one by one."""
     port = free_port()
     where = ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", str(length)]
     program = [str(environment / "bin" / "vllm"), "serve", str(export)]
-    drafts = ["--speculative-config", json.dumps(DRAFTS)] if speculate else []
-    with serving([*program, *OPTIONS, *where, *drafts], port, log) as url:
+    more = ["--speculative-config", json.dumps(DRAFTS)] if speculate else []
+    more += [] if compiled else ["--enforce-eager"]
+    with serving([*program, *OPTIONS, *where, *more], port, log) as url:
+        yield url
+
+
+@contextmanager
+def dsv3(export: Path, length: int, log: Path) -> Iterator[str]:
+    """`dsv3 serve` of the same, in FP32 too."""
+    port = free_port()
+    where = ["--port", str(port), "--max-model-len", str(length), "--name", MODEL]
+    program = [sys.executable, "-m", "dsv3", "serve", str(export), "--device", "cpu", "--dtype", "fp32"]
+    with serving([*program, *where], port, log) as url:
         yield url
 
 

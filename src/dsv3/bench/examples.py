@@ -66,10 +66,7 @@ def calls(device: torch.device) -> Iterator[Call]:
     yield permute.sort_by_expert, (expert, EXPERTS)
     order = permute.sort_by_expert(expert, EXPERTS)
     yield permute.permute, (x, order)
-    yield (
-        permute.unpermute,
-        (random(ROWS * CHOSEN, SIZE).requires_grad_(), random(ROWS, CHOSEN, dtype=torch.float32), order),
-    )
+    yield permute.unpermute, (random(ROWS * CHOSEN, SIZE).requires_grad_(), order)
     counts = torch.full((EXPERTS,), ROWS // EXPERTS, device=device)
     yield grouped_linear.grouped_linear, (x, random(EXPERTS, SIZE, SIZE, dtype=torch.float32), counts)
     yield grouped_linear.grouped_weight_gradient, (rows, rows, counts)

@@ -59,18 +59,14 @@ def sort(device: torch.device) -> Iterator[Case]:
 
 
 def permutation(device: torch.device) -> Iterator[Case]:
-    """Rows in BF16."""
-    from dsv3.ops.kernels.permute import copy_rows, sum_rows
-
+    """Rows in BF16. Each is the other's backward pass."""
     shape = f"{TOKENS}x{CHOSEN}x{HIDDEN}"
     to = sort_by_expert(torch.rand(TOKENS, EXPERTS, device=device).topk(CHOSEN).indices, EXPERTS)
     x = torch.randn(TOKENS, HIDDEN, dtype=torch.bfloat16, device=device)
     rows = torch.randn(TOKENS * CHOSEN, HIDDEN, dtype=torch.bfloat16, device=device)
     once = x.nbytes + rows.nbytes
     yield Case("permute", shape, lambda: permute(x, to), "copy rate", bytes=once, target=0.80)
-    yield Case("permute backward", shape, lambda: sum_rows(rows, to.row_TK), "copy rate", bytes=once)
     yield Case("unpermute", shape, lambda: unpermute(rows, to), "copy rate", bytes=once, target=0.91)
-    yield Case("unpermute backward", shape, lambda: copy_rows(x, to.row_TK, len(rows), None), "copy rate", bytes=once)
 
 
 def cross_entropy(device: torch.device) -> Iterator[Case]:
