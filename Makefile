@@ -17,7 +17,7 @@ EXTRAS_test := parquet,datasets,serve,test
 EXTRAS_check := parquet,dev
 EXTRAS_docs := docs
 
-.PHONY: quickstart test prove prove-short test-oldest interop check size docs
+.PHONY: quickstart test prove prove-short test-oldest interop interop-speed check size docs
 .SECONDARY:
 
 quickstart: $(ENV)/.installed-run
@@ -40,6 +40,10 @@ test-oldest: $(OLDEST)/.installed-test
 # vLLM serves what we export: docs/interop.md. Its environment takes 3.5 GB, so this is no part of `make test`.
 interop: $(ENV)/.installed-test $(VLLM)/.installed
 	$(BIN)/python -m tools.interop --vllm $(VLLM) $(ARGS)
+
+# Its tokens a second beside ours, of the same network.
+interop-speed: $(ENV)/.installed-test $(VLLM)/.installed
+	$(BIN)/python -m tools.interop.speed --vllm $(VLLM) $(ARGS)
 
 check: $(ENV)/.installed-check size
 	$(BIN)/ruff format --check src tests tools docs

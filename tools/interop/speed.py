@@ -1,6 +1,6 @@
 """Output tokens a second of `dsv3 serve` and of vLLM on this machine's CPU, serving the same network in FP32 to the same clients.
 
-    python -m tools.interop.speed --vllm .venv-vllm
+    make interop-speed
 
 Servers take turns: in each a number of clients ask at once over HTTP, each for one greedy answer to a prompt of random tokens that
 nobody has asked before. Exits with 1 where a server gives fewer tokens than were asked for.
@@ -84,7 +84,7 @@ def main(environment: Path, out: Path, rounds: int, result: Path | None) -> None
             )
         versions = {"vLLM": str(ask(f"{urls['vLLM']}/version")["version"])}
     shapes = {name: config[name] for name in ("num_hidden_layers", "hidden_size", "n_routed_experts", "vocab_size")}
-    found = Result("serving", shapes, rows, ratios, versions)
+    found = Result("serving", shapes, rows, ratios, versions, command="make interop-speed")
     print_result(found, result)
 
 
