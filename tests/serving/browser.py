@@ -61,7 +61,7 @@ class Page:
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
-    def until(self, condition, seconds=10):
+    def until(self, condition, seconds=60):
         """Waits until an expression is true in the page."""
         script = f"""new Promise((done) => {{
             const end = Date.now() + {seconds * 1000};

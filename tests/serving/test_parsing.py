@@ -57,6 +57,14 @@ def test_a_call_that_was_cut_short_or_is_malformed():
     assert calls(message) == [("add", "{}")]
 
 
+def test_a_fence_is_no_part_of_a_name():
+    """Where the first line of what comes could be a whole header already."""
+    text, parser = "``````json\n```json\n", Parser(call="")
+    parts = parser.push(text[:10]) + parser.push(text[10:], last=True)
+    assert merge(parts) == merge(Parser(call="").push(text, last=True))
+    assert merge(parts)["content"] == f"function{TOOL_SEPARATOR}{text}"
+
+
 MARKUP = (THINK_BEGIN, THINK_END, CALLS_BEGIN, CALLS_END, CALL_BEGIN, CALL_END, TOOL_SEPARATOR, "```", "```json\n")
 OTHERS = ("function", "\n", "add", "{}", " ", "<", "`", v3("add", '{"a": "x y"}'))
 PIECES = st.lists(st.sampled_from(MARKUP + OTHERS), max_size=12).map("".join)

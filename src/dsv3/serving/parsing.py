@@ -13,7 +13,7 @@ from dsv3.data.tokenizer import CALL_BEGIN, CALL_END, CALLS_BEGIN, CALLS_END, TH
 from dsv3.inference.text import overlap
 
 HEADER = re.compile(
-    rf"function{TOOL_SEPARATOR}\s*([^\s<{{]+)\s*```(?:json)?\n|(?!function{TOOL_SEPARATOR})([^\s<]+){TOOL_SEPARATOR}"
+    rf"function{TOOL_SEPARATOR}\s*([^\s<{{`]+)\s*```(?:json)?\n|(?!function{TOOL_SEPARATOR})([^\s<]+){TOOL_SEPARATOR}"
 )
 
 Part = dict[str, Any]
