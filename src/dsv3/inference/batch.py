@@ -107,12 +107,21 @@ def slots_of(work: Work, start: int, end: int) -> list[int]:
 def absorbed(works: Sequence[Work], rows: slice, count: int, device: torch.device) -> Absorbed:
     """Works of one length, and sequences without tokens up to `count`."""
     ends = [work.start + len(work.tokens) for work in works] + [0] * (count - len(works))
-    # Few widths, so that passes of one shape come again.
-    width = 1 << (max(-(-end // PAGE) for end in ends) - 1).bit_length()
+    width = width_for(max(-(-end // PAGE) for end in ends), device)
     table = [work.blocks[:width] + [0] * (width - len(work.blocks)) for work in works]
     table += [[0] * width] * (count - len(works))
     table_BM = torch.tensor(table, dtype=torch.int32, device=device)
     return Absorbed(rows, table_BM, torch.tensor(ends, dtype=torch.int32, device=device))
+
+
+def width_for(pages: int, device: torch.device) -> int:
+    """Columns of a table that has so many pages: few numbers, so that passes of one shape come again. A GPU's kernel passes the rest
+    over; a CPU reads all, and has at most a quarter too many."""
+    power = 1 << (pages - 1).bit_length()
+    if device.type == "cuda":
+        return power
+    step = max(1, power // 8)
+    return -(-pages // step) * step
 
 
 def together(parts: Sequence[Expanded | Absorbed], device: torch.device) -> list[Expanded | Absorbed]:
