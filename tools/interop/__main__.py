@@ -61,7 +61,8 @@ def main(environment: Path, out: Path, result: Path) -> None:
     for speculate in (False, True):
         log = out / f"vllm{'-mtp' if speculate else ''}.log"
         click.echo(f"vLLM starts{', with MTP' if speculate else ''}; its output is in {log}", err=True)
-        with vllm(environment, export, PROMPT_TOKENS[-1] + NEW_TOKENS + 16, log, speculate=speculate) as url:
+        with vllm(environment, export, PROMPT_TOKENS[-1] + NEW_TOKENS + 16, log, speculate=speculate) as server:
+            url = server.url
             engine = f"vLLM {ask(f'{url}/version')['version']}"
             replies = complete(url, [each.prompt for each in ours], NEW_TOKENS)
             counted = draft_counts(url)

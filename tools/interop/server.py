@@ -50,9 +50,26 @@ class Reply:
     """At every step those of the `TOP` most likely tokens, by token id."""
 
 
+@dataclass(frozen=True)
+class Server:
+    """A server that runs."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within it none of its processes runs: vLLM's ask again and again whether there is something to do."""
+        os.killpg(self.process.pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.killpg(self.process.pid, signal.SIGCONT)
+
+
 @contextmanager
-def serving(command: Sequence[str], port: int, log: Path, seconds: float = START_SECONDS) -> Iterator[str]:
-    """Runs a server that answers `/health` on `port` when it is ready; gives its address, and ends it with all its children.
+def serving(command: Sequence[str], port: int, log: Path, seconds: float = START_SECONDS) -> Iterator[Server]:
+    """Runs a server that answers `/health` on `port` when it is ready, and ends it with all its children.
 
     What it prints goes to `log`. Raises `RunError` when it ends, or is not ready after so many seconds.
     """
@@ -65,7 +82,7 @@ def serving(command: Sequence[str], port: int, log: Path, seconds: float = START
         )
         try:
             wait_until_ready(process, url, log, seconds)
-            yield url
+            yield Server(url, process)
         finally:
             stop(process)
 
@@ -112,7 +129,7 @@ def free_port() -> int:
 @contextmanager
 def vllm(
     environment: Path, export: Path, length: int, log: Path, *, speculate: bool = False, compiled: bool = False
-) -> Iterator[str]:
+) -> Iterator[Server]:
     """`vllm serve` of a Hugging Face directory, for sequences of up to `length` tokens, with or without MTP's drafts, its operations
     compiled by torch.compile or called one by one."""
     port = free_port()
@@ -120,18 +137,18 @@ def vllm(
     program = [str(environment / "bin" / "vllm"), "serve", str(export)]
     more = ["--speculative-config", json.dumps(DRAFTS)] if speculate else []
     more += [] if compiled else ["--enforce-eager"]
-    with serving([*program, *OPTIONS, *where, *more], port, log) as url:
-        yield url
+    with serving([*program, *OPTIONS, *where, *more], port, log) as server:
+        yield server
 
 
 @contextmanager
-def dsv3(export: Path, length: int, log: Path) -> Iterator[str]:
+def dsv3(export: Path, length: int, log: Path) -> Iterator[Server]:
     """`dsv3 serve` of the same, in FP32 too."""
     port = free_port()
     where = ["--port", str(port), "--max-model-len", str(length), "--name", MODEL]
     program = [sys.executable, "-m", "dsv3", "serve", str(export), "--device", "cpu", "--dtype", "fp32"]
-    with serving([*program, *where], port, log) as url:
-        yield url
+    with serving([*program, *where], port, log) as server:
+        yield server
 
 
 def complete(url: str, prompts: Sequence[Sequence[int]], count: int) -> list[Reply]:

@@ -2,7 +2,7 @@
 
     make interop-speed
 
-Servers take turns: in each a number of clients ask at once over HTTP, each for one greedy answer to a prompt of random tokens that
+Servers take turns, in which the others stand still: in each a number of clients ask at once over HTTP, each for one greedy answer to a prompt of random tokens that
 nobody has asked before. Exits with 1 where a server gives fewer tokens than were asked for.
 """
 
@@ -23,7 +23,7 @@ from dsv3.cli.bench import print_result
 from dsv3.cli.ui import Progress
 from dsv3.errors import RunError, UserError
 from tools.interop.network import train_and_export
-from tools.interop.server import MODEL, ask, dsv3, vllm
+from tools.interop.server import MODEL, Server, ask, dsv3, vllm
 
 OURS = "dsv3"
 TARGET = 2.0
@@ -53,6 +53,15 @@ def answer_all(url: str, prompts: Sequence[Sequence[int]], new: int) -> None:
         raise RunError(f"{url} gave {counts} tokens, and was asked for {new} each")
 
 
+def turn(server: Server, running: Sequence[Server], prompts: Prompts, sizes: tuple[int, int, int]) -> None:
+    """One server answers, while the others stand still."""
+    with ExitStack() as others:
+        for each in running:
+            if each is not server:
+                others.enter_context(each.paused())
+        prompts.answered(server.url, *sizes)
+
+
 @click.command(help=__doc__)
 @click.option("--vllm", "environment", type=click.Path(path_type=Path), required=True, help="vLLM's environment.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/interop"), show_default=True)
@@ -69,20 +78,23 @@ def main(environment: Path, out: Path, rounds: int, result: Path | None) -> None
     rows, ratios = list[Row](), []
     with ExitStack() as servers, Progress() as progress:
         start = servers.enter_context
-        urls = {OURS: start(dsv3(export, length, out / "dsv3.log"))}
-        urls["vLLM"] = start(vllm(environment, export, length, out / "vllm-eager.log"))
-        urls["vLLM, compiled"] = start(vllm(environment, export, length, out / "vllm-compiled.log", compiled=True))
+        running = {OURS: start(dsv3(export, length, out / "dsv3.log"))}
+        running["vLLM"] = start(vllm(environment, export, length, out / "vllm-eager.log"))
+        running["vLLM, compiled"] = start(vllm(environment, export, length, out / "vllm-compiled.log", compiled=True))
+        versions = {"vLLM": str(ask(f"{running['vLLM'].url}/version")["version"])}
         for count, before, new in SERVED:
             group = f"{count} requests, {before}/{new}"
-            sides = {name: partial(prompts.answered, url, count, before, new) for name, url in urls.items()}
+            sides = {
+                name: partial(turn, server, list(running.values()), prompts, (count, before, new))
+                for name, server in running.items()
+            }
             seconds = take_turns(sides, rounds, progress, group)
             for name, each in seconds.items():
                 speed = Spread.of([count * new / turn for turn in each])
                 rows.append(Row(name, group, speed, {"ms a token": 1000 * count / speed.median}))
             ratios.append(
-                ratio(f"{group}, against vLLM", seconds, OURS, [name for name in urls if name != OURS], TARGET)
+                ratio(f"{group}, against vLLM", seconds, OURS, [name for name in running if name != OURS], TARGET)
             )
-        versions = {"vLLM": str(ask(f"{urls['vLLM']}/version")["version"])}
     shapes = {name: config[name] for name in ("num_hidden_layers", "hidden_size", "n_routed_experts", "vocab_size")}
     found = Result("serving", shapes, rows, ratios, versions, command="make interop-speed")
     print_result(found, result)

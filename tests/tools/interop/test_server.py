@@ -1,6 +1,7 @@
 import json
 import os
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -65,7 +66,8 @@ def fake(tmp_path, pipe):
 
 def test_the_server_is_asked_and_ended_with_its_children(tmp_path, pipe):
     path, closed = pipe
-    with fake(tmp_path, path) as url:
+    with fake(tmp_path, path) as running:
+        url = running.url
         assert complete(url, [[1], [2]], 2) == [
             Reply([7, 1], [{7: -0.25, 3: -1.5}, {1: 0.0}]),
             Reply([7, 1], [{7: -0.25, 3: -1.5}, {1: -0.125}]),
@@ -76,6 +78,19 @@ def test_the_server_is_asked_and_ended_with_its_children(tmp_path, pipe):
     assert closed()
     with pytest.raises(OSError, match="refused"):
         ask(f"{url}/version")
+
+
+def test_a_paused_server_stands_still_with_its_children(tmp_path, pipe):
+    def states():
+        group = os.getpgid(running.process.pid)
+        stats = [each.read_text().rpartition(") ")[2].split() for each in Path("/proc").glob("[0-9]*/stat")]
+        return {fields[0] for fields in stats if int(fields[2]) == group}
+
+    with fake(tmp_path, pipe[0]) as running:
+        with running.paused():
+            assert states() == {"T"}
+        assert ask(f"{running.url}/version") == {}
+        assert "T" not in states()
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
