@@ -1,6 +1,7 @@
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,9 @@ def test_a_paused_server_stands_still_with_its_children(tmp_path, pipe):
 
     with fake(tmp_path, pipe[0]) as running:
         with running.paused():
+            end = time.monotonic() + 30
+            while states() != {"T"} and time.monotonic() < end:  # a signal takes its time to arrive
+                time.sleep(0.01)
             assert states() == {"T"}
         assert ask(f"{running.url}/version") == {}
         assert "T" not in states()
