@@ -87,6 +87,6 @@ def test_a_refusal_is_shown(open_page):
     page.until("document.querySelector('.error')")
     assert "Authorization" in page.run("document.querySelector('.error').textContent")
     page.run("$('key').value = 'secret'; $('key').dispatchEvent(new Event('change'))")
-    page.until("$('model').textContent === 'tiny'")
+    page.until("$('model').textContent === 'tiny' && !$('send').disabled")
     say(page, "hi")
     page.until("[...document.querySelectorAll('.assistant')].some((t) => t.textContent.startsWith('Hello'))")
