@@ -1,6 +1,7 @@
 import base64
 import json
 import shutil
+import time
 
 import pytest
 
@@ -78,6 +79,9 @@ def test_stop_ends_the_answer_here_and_in_the_engine(open_page):
     page.until("!$('send').disabled")
     assert page.run("document.querySelectorAll('.error').length") == 0
     page.until("!going", seconds=1)
+    end = time.monotonic() + 30
+    while not engine.aborted and time.monotonic() < end:  # the server learns of it a little later
+        time.sleep(0.01)
     assert engine.aborted
 
 
