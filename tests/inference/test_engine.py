@@ -6,6 +6,7 @@ import torch
 
 from dsv3.bench.peers import Setting, continuation, with_our_weights
 from dsv3.errors import UserError
+from dsv3.inference import runner
 from dsv3.inference.engine import Engine, EngineConfig
 from dsv3.inference.params import SamplingParams
 from dsv3.inference.plan import Plan
@@ -234,8 +235,19 @@ def test_what_ends_a_continuation(drafting_model, tokenizer, drafts):
     assert whole == text[: text.index(stop) + 1]
 
 
-def test_logprobs_of_continuation_and_prompt(drafting_model):
-    """Of the model itself, whatever was sampled how; in chunks, after preemption and with drafts."""
+def test_a_prompt_is_scored_piece_by_piece(drafting_model, monkeypatch):
+    rows, head = [], drafting_model.head
+    monkeypatch.setattr(runner, "SCORED", 8)
+    monkeypatch.setattr(drafting_model, "head", lambda hidden: rows.append(len(hidden)) or head(hidden))
+    prompt = max(PROMPTS, key=len)
+    drive(Engine(drafting_model, None, EngineConfig(num_blocks=64)), [prompt], replace(GREEDY, prompt_logprobs=0))
+    assert max(rows) == 8
+    assert rows.count(8) >= (len(prompt) - 1) // 8
+
+
+def test_logprobs_of_continuation_and_prompt(drafting_model, monkeypatch):
+    """Of the model itself, whatever was sampled how; in pieces and in chunks, after preemption and with drafts."""
+    monkeypatch.setattr(runner, "SCORED", 7)
     params = [replace(SAMPLED, logprobs=2, prompt_logprobs=n, temperature=t) for n, t in ((0, 0.0), (3, 1.5), (1, 1.0))]
     for sizes in ({}, {"max_num_batched_tokens": 24}, {"num_speculative_tokens": 2}, {"num_blocks": 5}):
         engine = Engine(drafting_model, None, EngineConfig(**{"num_blocks": 64, **sizes}))

@@ -5,13 +5,10 @@ MTP module gets right.
 """
 
 import json
-import signal
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import click
@@ -21,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dsv3 import LLM
-from dsv3.errors import RunError, UserError
+from dsv3.errors import RunError
 from dsv3.stages.machine import machine, versions
 from tools.interop.compare import Row, compare, expected_drafts, smallest_lead
 from tools.interop.network import (
@@ -34,7 +31,7 @@ from tools.interop.network import (
     make_prompts,
     train_and_export,
 )
-from tools.interop.server import TOP, Reply, ask, complete, draft_counts, vllm
+from tools.interop.server import TOP, Reply, ask, check_vllm, complete, draft_counts, run, vllm
 
 RESULT = Path("docs/results/interop.json")
 
@@ -45,10 +42,7 @@ RESULT = Path("docs/results/interop.json")
 @click.option("--json", "result", type=click.Path(path_type=Path), default=RESULT, show_default=True)
 def main(environment: Path, out: Path, result: Path) -> None:
     """Trains and exports a small network, and compares what engines make of the export with what we do."""
-    # An end like any other, so that the server is stopped.
-    signal.signal(signal.SIGTERM, exit_on_signal)
-    if not (environment / "bin" / "vllm").is_file():
-        raise UserError(f"{environment} has no vLLM: run `make interop`, which installs it there")
+    check_vllm(environment)
     export = train_and_export(out)
     llm = LLM(export, device="cpu")
     ours = continue_all(llm, make_prompts(llm.tokenizer))
@@ -61,8 +55,7 @@ def main(environment: Path, out: Path, result: Path) -> None:
     for speculate in (False, True):
         log = out / f"vllm{'-mtp' if speculate else ''}.log"
         click.echo(f"vLLM starts{', with MTP' if speculate else ''}; its output is in {log}", err=True)
-        with vllm(environment, export, PROMPT_TOKENS[-1] + NEW_TOKENS + 16, log, speculate=speculate) as server:
-            url = server.url
+        with vllm(environment, export, PROMPT_TOKENS[-1] + NEW_TOKENS + 16, log, speculate=speculate) as url:
             engine = f"vLLM {ask(f'{url}/version')['version']}"
             replies = complete(url, [each.prompt for each in ours], NEW_TOKENS)
             counted = draft_counts(url)
@@ -85,11 +78,6 @@ def main(environment: Path, out: Path, result: Path) -> None:
     click.echo(f"written: {result}")
     if problems := [problem for row in rows for problem in row.problems]:
         raise RunError("; ".join(problems))
-
-
-def exit_on_signal(number: int, frame: FrameType | None) -> None:
-    """Leaves by way of every `finally`."""
-    sys.exit(128 + number)
 
 
 def total(counts: Iterable[tuple[int, int]]) -> tuple[int, int]:
@@ -149,8 +137,4 @@ def show(
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (UserError, RunError) as error:
-        print(f"interop: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, UserError) else 1)
+    run(main, "interop")

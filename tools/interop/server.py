@@ -10,13 +10,13 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsv3.errors import RunError
+from dsv3.errors import RunError, UserError
 
 START_SECONDS = 600.0
 STOP_SECONDS = 30.0
@@ -50,26 +50,9 @@ class Reply:
     """At every step those of the `TOP` most likely tokens, by token id."""
 
 
-@dataclass(frozen=True)
-class Server:
-    """A server that runs."""
-
-    url: str
-    process: subprocess.Popen[bytes]
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Within it none of its processes runs: vLLM's ask again and again whether there is something to do."""
-        os.killpg(self.process.pid, signal.SIGSTOP)
-        try:
-            yield
-        finally:
-            os.killpg(self.process.pid, signal.SIGCONT)
-
-
 @contextmanager
-def serving(command: Sequence[str], port: int, log: Path, seconds: float = START_SECONDS) -> Iterator[Server]:
-    """Runs a server that answers `/health` on `port` when it is ready, and ends it with all its children.
+def serving(command: Sequence[str], port: int, log: Path, seconds: float = START_SECONDS) -> Iterator[str]:
+    """Runs a server that answers `/health` on `port` when it is ready; gives its address, and ends it with all its children.
 
     What it prints goes to `log`. Raises `RunError` when it ends, or is not ready after so many seconds.
     """
@@ -82,7 +65,7 @@ def serving(command: Sequence[str], port: int, log: Path, seconds: float = START
         )
         try:
             wait_until_ready(process, url, log, seconds)
-            yield Server(url, process)
+            yield url
         finally:
             stop(process)
 
@@ -126,10 +109,26 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
+def check_vllm(environment: Path) -> None:
+    """`UserError` where vLLM is not there."""
+    if not (environment / "bin" / "vllm").is_file():
+        raise UserError(f"{environment} has no vLLM: run `make interop`, which installs it there")
+
+
+def run(main: Callable[[], None], name: str) -> None:
+    """A program that starts servers: SIGTERM is an end like any other, so that they are stopped, and its errors are one line."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        main()
+    except (UserError, RunError) as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, UserError) else 1)
+
+
 @contextmanager
 def vllm(
     environment: Path, export: Path, length: int, log: Path, *, speculate: bool = False, compiled: bool = False
-) -> Iterator[Server]:
+) -> Iterator[str]:
     """`vllm serve` of a Hugging Face directory, for sequences of up to `length` tokens, with or without MTP's drafts, its operations
     compiled by torch.compile or called one by one."""
     port = free_port()
@@ -137,18 +136,18 @@ def vllm(
     program = [str(environment / "bin" / "vllm"), "serve", str(export)]
     more = ["--speculative-config", json.dumps(DRAFTS)] if speculate else []
     more += [] if compiled else ["--enforce-eager"]
-    with serving([*program, *OPTIONS, *where, *more], port, log) as server:
-        yield server
+    with serving([*program, *OPTIONS, *where, *more], port, log) as url:
+        yield url
 
 
 @contextmanager
-def dsv3(export: Path, length: int, log: Path) -> Iterator[Server]:
+def dsv3(export: Path, length: int, log: Path) -> Iterator[str]:
     """`dsv3 serve` of the same, in FP32 too."""
     port = free_port()
     where = ["--port", str(port), "--max-model-len", str(length), "--name", MODEL]
     program = [sys.executable, "-m", "dsv3", "serve", str(export), "--device", "cpu", "--dtype", "fp32"]
-    with serving([*program, *where], port, log) as server:
-        yield server
+    with serving([*program, *where], port, log) as url:
+        yield url
 
 
 def complete(url: str, prompts: Sequence[Sequence[int]], count: int) -> list[Reply]:

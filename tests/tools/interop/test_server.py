@@ -1,8 +1,6 @@
 import json
 import os
 import sys
-import time
-from pathlib import Path
 
 import pytest
 
@@ -67,8 +65,7 @@ def fake(tmp_path, pipe):
 
 def test_the_server_is_asked_and_ended_with_its_children(tmp_path, pipe):
     path, closed = pipe
-    with fake(tmp_path, path) as running:
-        url = running.url
+    with fake(tmp_path, path) as url:
         assert complete(url, [[1], [2]], 2) == [
             Reply([7, 1], [{7: -0.25, 3: -1.5}, {1: 0.0}]),
             Reply([7, 1], [{7: -0.25, 3: -1.5}, {1: -0.125}]),
@@ -79,22 +76,6 @@ def test_the_server_is_asked_and_ended_with_its_children(tmp_path, pipe):
     assert closed()
     with pytest.raises(OSError, match="refused"):
         ask(f"{url}/version")
-
-
-def test_a_paused_server_stands_still_with_its_children(tmp_path, pipe):
-    def states():
-        group = os.getpgid(running.process.pid)
-        stats = [each.read_text().rpartition(") ")[2].split() for each in Path("/proc").glob("[0-9]*/stat")]
-        return {fields[0] for fields in stats if int(fields[2]) == group}
-
-    with fake(tmp_path, pipe[0]) as running:
-        with running.paused():
-            end = time.monotonic() + 30
-            while states() != {"T"} and time.monotonic() < end:  # a signal takes its time to arrive
-                time.sleep(0.01)
-            assert states() == {"T"}
-        assert ask(f"{running.url}/version") == {}
-        assert "T" not in states()
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
