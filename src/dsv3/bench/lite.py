@@ -16,26 +16,32 @@ import torch
 from torch import Tensor, nn
 
 from dsv3.bench.measure import Progress, Result, Row, Spread, ratio, take_turns
-from dsv3.bench.peers import Setting, training_loss, with_our_weights
+from dsv3.bench.peers import Setting as PeerSetting
+from dsv3.bench.peers import training_loss, with_our_weights
 from dsv3.bench.train import check
 from dsv3.data.loader import Loader
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.errors import UserError
 from dsv3.model.config import ModelConfig
+from dsv3.model.micro_batch import default_positions
 from dsv3.model.transformer import DeepSeekV3
 from dsv3.planning.flops import training_flops_per_token
 from dsv3.recipe.schema import Recipe
 from dsv3.stages.data import data_stages, open_sets
 from dsv3.stages.machine import machine
 from dsv3.stages.runner import run_stages
+from dsv3.training.gradients import Inputs, Passes, Setting, passes
+from dsv3.training.replay import Replay
 
 LAYERS, VOCABULARY = 6, 32_768
 MICRO_BATCHES, BATCH, LENGTH = 4, 2, 4096
+Work = Callable[[Tensor], object]
+"""Passes of one micro-batch [B, T + 1]."""
 OURS = {"dsv3 bf16": 1.4, "dsv3 fp8": 1.6}
 """Times faster than the peer's best that each is to be."""
 THEIRS = {
-    "transformers, autocast": (Setting(torch.bfloat16, "sdpa", "grouped_mm"), torch.float32),
-    "transformers, bf16 weights": (Setting(torch.bfloat16, "sdpa", "grouped_mm"), torch.bfloat16),
+    "transformers, autocast": (PeerSetting(torch.bfloat16, "sdpa", "grouped_mm"), torch.float32),
+    "transformers, bf16 weights": (PeerSetting(torch.bfloat16, "sdpa", "grouped_mm"), torch.bfloat16),
 }
 """(how it is asked to compute, what its weights are in)."""
 
@@ -62,21 +68,24 @@ def bench_lite(rounds: int = 3, progress: Progress = lambda **_: None, config: M
     seconds: dict[str, list[float]] = {}
     first: dict[str, float] = {}
 
-    def measure(name: str, peer: nn.Module, loss: Callable[[Tensor], Tensor]) -> None:
+    def measure(name: str, peer: nn.Module, loss: Callable[[Tensor], Tensor], passes: Work) -> None:
         first[name] = float(loss(batches[0]).detach())
         peer.zero_grad()
-        seconds.update(take_turns({name: stepper(peer, loss, batches)}, rounds, progress, name))
+        seconds.update(take_turns({name: stepper(peer, passes, batches, name in OURS)}, rounds, progress, name))
 
     for name, (setting, dtype) in THEIRS.items():
         (peer,) = with_our_weights(model, [setting], dtype)
-        measure(name, peer.to(device).train(), partial(training_loss, peer, setting))
-        del peer
+        loss = partial(training_loss, peer, setting)
+        measure(name, peer.to(device).train(), loss, partial(backward, loss))
+        del peer, loss
         clear()
     for name in OURS:
         model.load_state_dict(start)
         if name.endswith("fp8"):
             model.compute_in_fp8()
-        measure(name, model, lambda tokens: model.loss(tokens, divisor=BATCH * LENGTH).total)
+        # Recorded, as the trainer does it on a GPU.
+        run = partial(recorded, model, Replay() if device == "cuda" else passes)
+        measure(name, model, lambda tokens: model.loss(tokens, divisor=BATCH * LENGTH).total, run)
         clear()
     check({"dsv3 fp32": first["transformers, autocast"], **first})
     tokens, flops = batches[0, :, :-1].numel() * MICRO_BATCHES, training_flops_per_token(config, batches.shape[2] - 1)
@@ -99,18 +108,30 @@ def clear() -> None:
         torch.cuda.empty_cache()
 
 
-def stepper(model: nn.Module, loss: Callable[[Tensor], Tensor], batches: Tensor) -> Callable[[], None]:
-    """One optimizer step a turn, to its end on the GPU."""
+def backward(loss: Callable[[Tensor], Tensor], tokens: Tensor) -> None:
+    """Adds a micro-batch's gradients to the parameters'."""
+    (loss(tokens) / MICRO_BATCHES).backward()
+
+
+def recorded(model: DeepSeekV3, run: Passes, tokens: Tensor) -> None:
+    """The same of our network."""
+    divisor = torch.tensor(float(BATCH * LENGTH), device=tokens.device)
+    inputs = Inputs(tokens, torch.ones_like(tokens, dtype=torch.bool), default_positions(tokens), None, divisor)
+    run(model, inputs, Setting(0.0, 0.0, False, 1 / MICRO_BATCHES))
+
+
+def stepper(model: nn.Module, passes: Work, batches: Tensor, keep: bool) -> Callable[[], None]:
+    """One optimizer step a turn, to its end on the GPU. With `keep` gradients stay where recorded passes add to them."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     coming = cycle(batches)
 
     def turn() -> None:
         for _ in range(MICRO_BATCHES):
-            (loss(next(coming)) / MICRO_BATCHES).backward()
+            passes(next(coming))
         nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
         optimizer.step()
         torch.autograd.graph.increment_version(list(model.parameters()))
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=not keep)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
 

@@ -11,6 +11,7 @@ import click
 
 from dsv3.cli.bench_ops import ops
 from dsv3.cli.options import PATH, WholeNumbers, device_option, json_file_option, write_json
+from dsv3.errors import UserError
 
 if TYPE_CHECKING:
     from dsv3.bench.measure import Result, Spread
@@ -73,20 +74,40 @@ def train(
 @bench.command()
 @click.option("--preset", default="tiny", help="The network, without its MTP modules.")
 @click.option("--batch", type=WholeNumbers(), default="1,8", help="Sequences decoded together; several by commas.")
-@click.option("--tokens", type=click.IntRange(1), default=512, help="New tokens a sequence.")
+@click.option("--tokens", type=click.IntRange(1), help="New tokens a sequence.  [default: 512; of a checkpoint 256]")
 @click.option("--rounds", type=click.IntRange(1), default=3)
+@click.option("--checkpoint", type=PATH, help="Instead: drafts of this run's MTP modules on its held-out text.")
+@click.option("--streams", type=click.IntRange(1), help="With --checkpoint, instead: so many streams of `dsv3 serve`.")
+@device_option
 @threads_option
 @json_file_option
 def decode(
-    preset: str, batch: list[int], tokens: int, rounds: int, threads: int | None, json_path: Path | None
-) -> None:
-    """Greedy decoding on the CPU with a cache, against transformers' generate."""
-    from dsv3.bench.decode import bench_decode
+    preset: str, batch: list[int], tokens: int | None, rounds: int, checkpoint: Path | None, streams: int | None,
+    device: str, threads: int | None, json_path: Path | None,
+) -> None:  # fmt: skip
+    """Greedy decoding on the CPU with a cache, against transformers' generate.
+
+    With --checkpoint, on any device: what speculation brings, drafts against none; with --streams as well, what the server takes
+    beside the model.
+    """
     from dsv3.cli.ui import Progress
 
     use_threads(threads)
+    if streams is not None and checkpoint is None:
+        raise UserError("--streams serves a model: name it with --checkpoint")
     with Progress() as progress:
-        result = bench_decode(preset, rounds, batches=batch, tokens=tokens, progress=progress)
+        if checkpoint is None:
+            from dsv3.bench.decode import bench_decode
+
+            result = bench_decode(preset, rounds, batches=batch, tokens=tokens or 512, progress=progress)
+        elif streams is None:
+            from dsv3.bench.speculation import bench_speculation
+
+            result = bench_speculation(checkpoint, rounds, tokens=tokens or 256, device=device, progress=progress)
+        else:
+            from dsv3.bench.streams import bench_streams
+
+            result = bench_streams(checkpoint, streams, tokens or 256, device=device, progress=progress)
     print_result(result, json_path)
 
 

@@ -42,8 +42,8 @@ class EngineConfig:
     prefix_caching: bool = True
     max_model_len: int | None = None
     """Tokens of a prompt and its continuation."""
-    cuda_graphs: bool = False
-    """Whether decoding on a GPU is recorded; its experts must not be counted on the host, as those of FP32 are."""
+    cuda_graphs: bool = True
+    """Whether decoding on a GPU is recorded. In FP32 it is not: the host counts its experts' rows."""
     fp8_cache: bool = False
     """Keeps latents in E4M3: 656 bytes a token and layer instead of 1152. For GPUs."""
 
@@ -124,7 +124,8 @@ class Engine:
         self.max_model_len = min(config.max_model_len or reach, reach, blocks * PAGE - 2 * drafts)
         if self.max_model_len < 2:
             raise UserError(f"a cache of {blocks} blocks of {PAGE} tokens is too small: give it more blocks or bytes")
-        self.runner = Runner(model, PagedCache(model.config, layers, blocks, dtype, device), config.cuda_graphs)
+        graphs = config.cuda_graphs and dtype != torch.float32
+        self.runner = Runner(model, PagedCache(model.config, layers, blocks, dtype, device), graphs)
         self.scheduler = Scheduler(
             BlockPool(blocks, PAGE), config.max_num_seqs, config.max_num_batched_tokens, drafts, len(model.mtp),
             config.prefix_caching,
