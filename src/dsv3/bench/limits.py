@@ -59,7 +59,8 @@ def measured_rates() -> Rates:
 
 
 def limits(config: ModelConfig, tokens: int, precision: Literal["bf16", "fp8"], rates: Rates) -> dict[str, float]:
-    """Milliseconds by kind of kernel (`share.KINDS`) of both passes of one micro-batch, the MTP modules included."""
+    """Milliseconds by kind of kernel (`share.KINDS`) of both passes of one micro-batch, the MTP modules included, in sequences of
+    4,096 tokens and with heads as wide as DeepSeek-V3's."""
     counted, hidden, depth = count_parameters(config), config.hidden_size, config.num_nextn_predict_layers
     dense_blocks, blocks = config.num_dense_layers, config.num_hidden_layers + depth
     moe_blocks, chosen, heads = blocks - dense_blocks, config.num_experts_per_tok, 1 + depth
@@ -93,6 +94,6 @@ def limits(config: ModelConfig, tokens: int, precision: Literal["bf16", "fp8"], 
     return {
         "grouped products": 6e3 * tokens * grouped / (rates.fp8 if fp8 else rates.bf16),
         "other products": 6e3 * tokens * (in_bf16 / rates.bf16 + others / (rates.fp8 if fp8 else rates.bf16)),
-        "attention": blocks * rates.attention,
+        "attention": blocks * rates.attention * tokens / LENGTH * config.num_attention_heads / HEADS,
         **{kind: 1e3 * tokens * each / rates.copy for kind, each in moved.items() if each},
     }
