@@ -107,21 +107,57 @@ def test_masked_groups(room, counts):
             assert difference(found[e, :count], expected[e]) < 1e-5
 
 
-@pytest.mark.parametrize("counts", [(128, 0, 384), (512, 0, 0), (0, 0, 0)])
-def test_weight_gradients(counts):
+def weight_gradient(name, *arguments, **out):
+    (one,) = (each for each in grouped_wgrad_fp8.implementations if each.name == name)
+    if (reason := one.supports(*arguments, **out)) is not None:
+        pytest.skip(reason)
+    return one.run(*arguments, **out)
+
+
+# Tiles that end within a first half, within a second, with one; more steps than stages; tokens behind the last.
+@pytest.mark.parametrize("name", ["gluon", "triton"])
+@pytest.mark.parametrize("counts", [(128, 0, 384), (512, 0, 0), (0, 0, 0), (1024,), (0, 128, 0, 1152, 256, 0)])
+@pytest.mark.parametrize(("down", "across"), [(320, 576), (64, 128), (400, 1384), (1408, 2048)])
+def test_weight_gradients(name, counts, down, across):
     counts = counts_of(*counts)
-    grad, x = rows_reference(matrix(320, 512)), rows_reference(matrix(576, 512, seed=1))
+    used, shape = int(counts.sum()), (len(counts), down, across)
+    grad, x = rows_reference(matrix(down, used + 384)), rows_reference(matrix(across, used + 384, seed=1))
     expected = wgrad_reference(grad, x, counts)
     for side in (grad, x):
-        side.values.view(torch.uint8)[:, int(counts.sum()) :] = E4M3_NAN
-    found = grouped_wgrad_fp8(grad, x, counts)
+        side.values.view(torch.uint8)[:, used:] = E4M3_NAN
+        side.scale[:, used // 128 :] = torch.nan
+    # Freed at once: the result comes to lie there.
+    torch.full(shape, torch.nan, device="cuda")
+    found = weight_gradient(name, grad, x, counts)
     assert found.dtype == FP32
     assert bool((found[counts == 0] == 0).all())
-    assert not bool(counts.any()) or difference(found, expected) < 1e-6
-    total = torch.randn(found.shape, device="cuda", generator=torch.Generator("cuda").manual_seed(2))
+    assert not used or difference(found, expected) < 1e-6
+    total = torch.randn(shape, device="cuda", generator=torch.Generator("cuda").manual_seed(2))
     before = total.clone()
-    assert grouped_wgrad_fp8(grad, x, counts, out=total) is total
+    assert weight_gradient(name, grad, x, counts, out=total) is total
     torch.testing.assert_close(total, before + found, atol=1e-4, rtol=1e-5)
+    assert torch.equal(total[counts == 0], before[counts == 0])
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_gluon_hands_weight_gradients_out_in_any_way(accumulate):
+    counts = counts_of(256, 0, 640, 128)
+    grad, x = rows_reference(matrix(640, 1024)), rows_reference(matrix(1536, 1024, seed=1))
+    expected = weight_gradient("gluon", grad, x, counts)
+    gluon = kernel("grouped_wgrad_fp8_gluon", "wgrad")
+    for processors in (1, 7):
+        out = torch.zeros_like(expected) if accumulate else None
+        assert torch.equal(gluon(grad, x, counts.int(), out, num_sms=processors), expected)
+
+
+def test_gluon_adds_where_rows_do_not_begin_a_storage():
+    counts = counts_of(128, 256)
+    grad, x = rows_reference(matrix(192, 384)), rows_reference(matrix(320, 384, seed=1))
+    room = torch.zeros(2 * 192 * 320 + 8, device="cuda")
+    out = room[4:-4].view(2, 192, 320)
+    weight_gradient("gluon", grad, x, counts, out=out)
+    assert difference(out, wgrad_reference(grad, x, counts)) < 1e-6
+    assert not bool(torch.cat((room[:4], room[-4:])).any())
 
 
 @pytest.fixture
@@ -161,10 +197,11 @@ def test_more_results_than_32_bits_count():
 
 
 @pytest.mark.usefixtures("room_for_large")
-def test_more_gradients_than_32_bits_count():
+@pytest.mark.parametrize("name", ["gluon", "triton"])
+def test_more_gradients_than_32_bits_count(name):
     experts, size = 42, 7168
     grad = Tiles(raw(size, experts * 128), rows_reference(matrix(size, experts * 128)).scale)
-    found = grouped_wgrad_fp8(grad, grad, torch.full((experts,), 128, device="cuda"))
+    found = weight_gradient(name, grad, grad, torch.full((experts,), 128, device="cuda"))
     last = Tiles(grad.values[:, -128:].contiguous(), grad.scale[:, -1:])
     assert difference(found[-1], columns_reference(last, last)) < 1e-6
 

@@ -145,16 +145,31 @@ def masked_triton_serves(x: Tiles, weight_ENK: Tensor, *rest: Any, **named: Any)
     return masked_disagree(x, weight_ENK, *rest, **named) or no_bulk_copies(x.values, weight_ENK)
 
 
-def wgrad_triton(grad: Tiles, x: Tiles, counts_E: Tensor, out: Tensor | None = None) -> Tensor:
-    """The kernel."""
-    from dsv3.ops.kernels.grouped_wgrad_fp8 import wgrad
+def wgrad_by(file: str) -> Callable[..., Tensor]:
+    """A kernel, called as the operation is."""
+    run = kernel(file, "wgrad")
 
-    return wgrad(grad, x, counts_E, out)
+    def product(grad: Tiles, x: Tiles, counts_E: Tensor, out: Tensor | None = None) -> Tensor:
+        found: Tensor = run(grad, x, counts_E, out)
+        return found
+
+    return product
 
 
 def wgrad_triton_serves(grad: Tiles, x: Tiles, counts_E: Tensor, out: Tensor | None = None) -> str | None:
     """Why it does not."""
+    if out is not None and not out.is_contiguous():
+        return "adds to contiguous matrices"
     return wgrad_disagree(grad, x, counts_E, out) or no_bulk_copies(grad.values, x.values)
+
+
+def wgrad_gluon_serves(grad: Tiles, x: Tiles, counts_E: Tensor, out: Tensor | None = None) -> str | None:
+    """Why it does not."""
+    if (reason := wgrad_triton_serves(grad, x, counts_E, out) or no_gluon(grad.values.device)) is not None:
+        return reason
+    if len(x.values) % 4 or any(each.data_ptr() % 16 for each in (grad.scale, x.scale, out) if each is not None):
+        return "needs scales and rows of the result at multiples of 16 bytes"
+    return None
 
 
 grouped_gemm_fp8 = Operation(
@@ -191,7 +206,8 @@ the result, is of no account. Raises `UserError` for shapes that do not agree.
 grouped_wgrad_fp8 = Operation(
     "grouped_wgrad_fp8",
     [
-        Implementation("triton", wgrad_triton, wgrad_triton_serves),
+        Implementation("gluon", wgrad_by("grouped_wgrad_fp8_gluon"), wgrad_gluon_serves),
+        Implementation("triton", wgrad_by("grouped_wgrad_fp8"), wgrad_triton_serves),
         Implementation("reference", wgrad_reference, wgrad_disagree),
     ],
 )

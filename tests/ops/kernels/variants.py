@@ -259,7 +259,13 @@ def cross_entropy() -> Iterator[Variant]:
 
 def products_fp8() -> Iterator[Variant]:
     """Grouped products; those of one group are the dense fallback."""
-    from dsv3.ops.kernels import grouped_gemm_fp8, grouped_gemm_fp8_gluon, grouped_gemm_fp8_masked, grouped_wgrad_fp8
+    from dsv3.ops.kernels import (
+        grouped_gemm_fp8,
+        grouped_gemm_fp8_gluon,
+        grouped_gemm_fp8_masked,
+        grouped_wgrad_fp8,
+        grouped_wgrad_fp8_gluon,
+    )
 
     def tile(rows: int) -> str:
         return f"tensordesc<fp8e4nv[{rows}, 128]>"
@@ -314,6 +320,19 @@ def products_fp8() -> Iterator[Variant]:
             {"num_warps": config.warps, "num_stages": config.stages},
             contains="wgmma.mma_async",
         )
+    gluon = grouped_wgrad_fp8_gluon
+    rows, columns = gluon.ROWS, gluon.COLUMNS
+    types = {"counts": "*i64", "out": f"tensordesc<fp32[1, 64, 128],{gluon.FINISHED!r}>"} | i32("E N K")
+    for side, block in (("grad", rows), ("x", columns)):
+        types[side] = f"tensordesc<fp8e4nv[{block}, 128],{gluon.OPERAND!r}>"
+        types[f"{side}_scale"] = f"tensordesc<fp32[1, {block}],{gluon.SCALES!r}>"
+    shape = {"BLOCK_N": rows, "BLOCK_K": columns, "STAGES": gluon.STAGES, "GROUP": gluon.GROUP}
+    for accumulate, written in (
+        (False, "cp.async.bulk.tensor.3d.global"),
+        (True, "cp.reduce.async.bulk.tensor.3d.global"),
+    ):
+        constants = shape | {"ACCUMULATE": accumulate}
+        yield Variant(gluon.wgrad_kernel, types, constants, {"num_warps": 4}, contains=written)
 
 
 def attention() -> Iterator[Variant]:

@@ -43,8 +43,9 @@ def cases(device: torch.device) -> Iterator[Case]:
     for across, inner in EXPERT:
         yield masked(device, 32, 20, 128, across, inner)
         yield masked(device, 32, 192, 192, across, inner)
-    for across, inner in EXPERT:
-        yield grouped_wgrad(device, 8, 4096, across, inner)
+    for name in ("triton", "gluon"):
+        for across, inner in EXPERT:
+            yield grouped_wgrad(device, name, 8, 4096, across, inner)
 
 
 def values(device: torch.device, *shape: int) -> Tensor:
@@ -152,17 +153,18 @@ def masked(device: torch.device, experts: int, rows: int, room: int, across: int
     )
 
 
-def grouped_wgrad(device: torch.device, experts: int, rows: int, across: int, inner: int) -> Case:
+def grouped_wgrad(device: torch.device, name: str, experts: int, rows: int, across: int, inner: int) -> Case:
     """FP8, added to FP32 in place, beside BF16 without the addition."""
+    (run,) = (each.run for each in grouped_wgrad_fp8.implementations if each.name == name)
     grad, x = tiles(device, across, experts * rows), tiles(device, inner, experts * rows)
     counts = torch.full((experts,), rows, device=device)
     total = torch.zeros(experts, across, inner, device=device)
     wide = [torch.randn(experts * rows, size, device=device, dtype=torch.bfloat16) for size in (across, inner)]
     offsets = counts.cumsum(0, dtype=torch.int32)
     return Case(
-        op="grouped_wgrad_fp8",
+        op=f"grouped_wgrad_fp8, {name}",
         shape=f"{experts}x{rows} {across}x{inner}",
-        ours=lambda: grouped_wgrad_fp8(grad, x, counts, out=total),
+        ours=lambda: run(grad, x, counts, total),
         peer_name="torch grouped_mm in BF16",
         peer=lambda: F.grouped_mm(wide[0].t(), wide[1], offs=offsets),
         flops=2 * experts * rows * across * inner,
