@@ -35,19 +35,22 @@ bench.add_command(ops)
 @click.option("--overhead", is_flag=True, help="Instead: what a recipe's training takes beside its steps.")
 @click.option("--share", is_flag=True, help="Instead: the layers of DeepSeek-V3 that one GPU of a cluster holds.")
 @click.option("--lite", is_flag=True, help="Instead: a model of Moonlight's width on one GPU, against transformers.")
+@click.option("--gpus", type=click.IntRange(2), help="Instead: what so many GPUs do together.")
+@click.option("--only", help="For --gpus: some of overlap,pipeline,zero,scaling.")
 @click.option("--mtp", is_flag=True, help="For --share: with its MTP module.")
 @click.option("--recipe", type=PATH, help="For --overhead; the quickstart's when not given.")
 @click.option("--steps", type=click.IntRange(2), default=60, help="For --overhead.")
 @threads_option
 @json_file_option
 def train(
-    preset: str, rounds: int, overhead: bool, share: bool, lite: bool, mtp: bool, recipe: Path | None, steps: int, threads: int | None,
-    json_path: Path | None,
+    preset: str, rounds: int, overhead: bool, share: bool, lite: bool, gpus: int | None, only: str | None, mtp: bool, recipe: Path | None,
+    steps: int, threads: int | None, json_path: Path | None,
 ) -> None:  # fmt: skip
     """Training on the CPU: forward, backward and AdamW on 8 x 256 tokens, against transformers.
 
     With --overhead: the share of the training time that goes into data, metrics, logs and checkpoints. With --share, on a GPU:
-    full-width layers in BF16 and FP8, as 64-way expert parallelism leaves them to one GPU.
+    full-width layers in BF16 and FP8, as 64-way expert parallelism leaves them to one GPU. With --gpus: experts, pipeline, optimizer
+    state and batch over several GPUs of this machine.
     """
     from dsv3.bench.train import bench_train
     from dsv3.cli.ui import Progress
@@ -55,6 +58,11 @@ def train(
     use_threads(threads)
     if overhead:
         show_overhead(recipe, steps, json_path)
+        return
+    if gpus is not None:
+        from dsv3.cli.bench_gpus import show_gpus
+
+        show_gpus(gpus, only, json_path)
         return
     if share:
         from dsv3.cli.bench_share import show_share

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import torch
@@ -43,10 +44,11 @@ class Group:
         """[S, ...] -> [sum(received), ...]: `sent[i]` rows, in order, go to rank i, and `received[i]` come from it."""
         if self.handle is None:
             return rows
-        # As bytes: gloo knows fewer dtypes than torch.
-        flat = rows.contiguous().flatten(1).view(torch.uint8)
-        self.traffic["sent"] += (sum(sent) - sent[self.rank]) * flat.shape[1]
-        out = flat.new_empty(sum(received), flat.shape[1])
+        # As bytes: gloo knows fewer dtypes than torch. Through one dimension: that of size one may have any stride.
+        width = rows.element_size() * prod(rows.shape[1:])
+        flat = rows.contiguous().view(-1).view(torch.uint8).view(len(rows), width)
+        self.traffic["sent"] += (sum(sent) - sent[self.rank]) * width
+        out = flat.new_empty(sum(received), width)
         with self.activity.communicating(f"exchange over {self.name}"):
             dist.all_to_all_single(out, flat, list(received), list(sent), group=self.handle)
         return out.view(rows.dtype).view(sum(received), *rows.shape[1:])

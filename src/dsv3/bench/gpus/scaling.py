@@ -1,0 +1,85 @@
+"""Weak scaling: training steps of a few layers, all GPUs together against each by itself, with as many tokens a GPU."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from dsv3.bench.gpus.findings import Figure, Part, exactly, milliseconds
+from dsv3.bench.gpus.rank import Rank
+from dsv3.bench.gpus.sizes import Size, Sizes
+from dsv3.bench.measure import Spread, Work
+from dsv3.data.loader import Batch
+from dsv3.errors import RunError
+from dsv3.parallel.dispatch import ExpertParallel
+from dsv3.parallel.mesh import Mesh
+from dsv3.recipe.schema import OptimizerSection
+from dsv3.training.balance import update_biases
+from dsv3.training.gradients import batch_gradients
+from dsv3.training.optimizer import Optimizer
+
+TARGET = 0.95
+"""Of the speed of a GPU by itself."""
+TOLERANCE = 0.02
+"""Of the first step's loss."""
+RATE = 1e-6
+
+
+def measure_scaling(rank: Rank, sizes: Sizes) -> Sequence[Part]:
+    """A turn is one optimizer step."""
+    size, n = sizes.scaling, rank.size
+    meshes = {
+        "each GPU by itself": Mesh(),
+        f"data = {n}": rank.mesh(data=n),
+        f"data = {n}, expert = {n}": rank.mesh(data=n, expert=n),
+    }
+    batch = random_batch(rank, size)
+    steps = {name: stepper(rank, size, mesh, batch) for name, mesh in meshes.items()}
+    checks = agreement(rank, {name: step() for name, step in steps.items()})
+    sides: dict[str, Work] = dict(steps)
+    seconds = rank.turns(sides, "steps")
+    alone, *together = seconds
+    figures = [
+        Figure(f"tokens a second and GPU, {name}", exactly(size.tokens / Spread.of(turns).median)) for name, turns in seconds.items()
+    ]  # fmt: skip
+    figures += [
+        Figure(f"of the speed of a GPU by itself, {name}", Spread.of([a / b for a, b in zip(seconds[alone], seconds[name], strict=True)]), "%", TARGET)
+        for name in together
+    ]  # fmt: skip
+    return [Part("scaling", f"weak scaling from 1 to {n} GPUs", size.shapes, milliseconds(seconds), figures, checks)]
+
+
+def random_batch(rank: Rank, size: Size) -> Batch:
+    """This rank's rows."""
+    rows, generator = size.micro_batches * size.sequences, torch.Generator().manual_seed(rank.number)
+    tokens = torch.randint(size.config.vocab_size, (rows, size.length + 1), generator=generator)
+    positions = torch.arange(size.length + 1).expand(rows, -1).contiguous()
+    return Batch(tokens, torch.ones_like(tokens, dtype=torch.bool), torch.zeros_like(tokens), positions, [])
+
+
+def stepper(rank: Rank, size: Size, mesh: Mesh, batch: Batch) -> Callable[[], float]:
+    """One optimizer step as the trainer does it, which gives back the batch's loss."""
+    model = rank.network(size.config, dispatcher=ExpertParallel(mesh) if mesh.expert.size > 1 else None)
+    optimizer = Optimizer(model, OptimizerSection(moments="bf16"), torch.bfloat16, mesh)
+
+    def step() -> float:
+        losses, load = batch_gradients(model, batch, size.sequences, data=mesh.data)
+        norms = optimizer.clip()
+        keep = losses[0].isfinite() & norms["all"].isfinite()
+        optimizer.step(RATE, ~keep)
+        update_biases(model, load, 0.0, keep)
+        return float(losses[0])
+
+    return step
+
+
+def agreement(rank: Rank, first: dict[str, float]) -> dict[str, str]:
+    """The first losses: by itself, a GPU has that of its own rows, and their mean is that of all."""
+    everyone = rank.mesh(data=rank.size).world.objects(first)
+    means = {name: sum(each[name] for each in everyone) / rank.size for name in first}
+    expected = next(iter(means.values()))
+    for name, loss in means.items():
+        if not abs(loss - expected) <= TOLERANCE * expected:
+            raise RunError(
+                f"the layouts do not compute the same: the loss with {name} is {loss:.4f}, not {expected:.4f}"
+            )
+    return {f"loss of the first step, {name}": f"{loss:.4f}" for name, loss in means.items()}

@@ -1,0 +1,86 @@
+"""Memory of the optimizer's state with one data-parallel rank and with all: measured, and as `dsv3 plan` reckons it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from dsv3.bench.gpus.findings import Figure, Part, exactly
+from dsv3.bench.gpus.rank import Rank
+from dsv3.bench.gpus.sizes import Size, Sizes
+from dsv3.errors import RunError
+from dsv3.model.transformer import DeepSeekV3
+from dsv3.parallel.mesh import Mesh
+from dsv3.planning.layout import Holding, holdings
+from dsv3.recipe.schema import Recipe
+from dsv3.training.optimizer import Optimizer
+
+TOLERANCE = 0.02
+"""Between what is allocated and the formula: tensors begin at multiples of 512 bytes, shares end at whole rows."""
+MOMENTS = ("fp32", "bf16")
+
+
+def measure_zero(rank: Rank, sizes: Sizes) -> Sequence[Part]:
+    """Weights, state, and what is there after a step, in bytes a rank."""
+    size, figures, checks = sizes.zero, list[Figure](), dict[str, str]()
+    for moments in MOMENTS:
+        for ranks in (1, rank.size):
+            mesh = Mesh() if ranks == 1 else rank.mesh(data=ranks)
+            recipe = recipe_of(size, ranks, moments)
+            found, (holding, *_) = memory(rank, size, mesh, recipe), holdings(recipe)
+            figures += compared(f"moments in {moments}, data = {ranks}", found, holding, checks)
+            rank.progress(stage="memory", done=len(figures) // 3, total=2 * len(MOMENTS))
+    return [Part("zero", "memory of weights and optimizer", size.shapes, {}, figures, checks)]
+
+
+def recipe_of(size: Size, ranks: int, moments: str) -> Recipe:
+    """What `dsv3 plan` would be asked."""
+    content: dict[str, Any] = {
+        "model": {"preset": size.preset, **size.changes, "num_nextn_predict_layers": 0},
+        "data": {"sources": [{"name": "any", "uri": "builtin:stdlib", "tokens": 1}], "sequence_length": size.length},
+        "schedule": {"learning_rate": 1e-4, "batch_size": ranks},
+        "training": {"tokens": size.length * ranks, "precision": "bf16"},
+        "optimizer": {"moments": moments},
+        "parallel": {"data": ranks},
+    }
+    return Recipe.from_dict(content)
+
+
+def memory(rank: Rank, size: Size, mesh: Mesh, recipe: Recipe) -> dict[str, int]:
+    """Bytes of the weights, of the optimizer's state, and of both after a step."""
+    empty = allocated(rank)
+    model = rank.network(size.config)
+    weights = allocated(rank, model) - empty
+    optimizer = Optimizer(model, recipe.optimizer, torch.bfloat16, mesh)
+    state = allocated(rank, model, optimizer) - empty - weights
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 1e-3)
+    optimizer.clip()
+    optimizer.step(1e-6)
+    return {
+        "weights": weights,
+        "moments": state,
+        "weights and moments after a step": allocated(rank, model, optimizer) - empty,
+    }
+
+
+def allocated(rank: Rank, model: DeepSeekV3 | None = None, optimizer: Optimizer | None = None) -> int:
+    """Bytes held on the GPU; on the CPU, which nobody counts, those of the tensors themselves."""
+    if rank.device.type == "cuda":
+        torch.cuda.synchronize(rank.device)
+        return torch.cuda.memory_allocated(rank.device)
+    held = [] if model is None else list(model.parameters())
+    state = [] if optimizer is None else list(optimizer.tensors().values())
+    return sum(each.nbytes for each in [*held, *state])
+
+
+def compared(title: str, found: Mapping[str, int], holding: Holding, checks: dict[str, str]) -> list[Figure]:
+    """The figures in gigabytes; notes how far they are from the formula, and raises `RunError` where it is too far."""
+    expected = (holding.weights, holding.moments, holding.weights + holding.moments)
+    figures = []
+    for (what, measured), wanted in zip(found.items(), expected, strict=True):
+        figures.append(Figure(f"{what}, {title}", exactly(measured / 1e9), "GB"))
+        checks[f"{what}, {title}, beside the formula's {wanted / 1e9:.4f} GB"] = f"{measured / wanted:.4f}"
+        if abs(measured / wanted - 1) > TOLERANCE:
+            raise RunError(f"{what}, {title}: {measured:,} bytes allocated, and the formula says {wanted:,}")
+    return figures

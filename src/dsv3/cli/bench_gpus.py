@@ -1,0 +1,67 @@
+"""`dsv3 bench train --gpus N`: what several GPUs do together."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from dsv3.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from dsv3.bench.gpus.findings import Figure, Findings
+
+
+def show_gpus(gpus: int, only: str | None, json_path: Path | None) -> None:
+    """Measures all parts, or those that are named; prints them, and writes the JSON file that was asked for."""
+    from dsv3.bench.gpus.ranks import PARTS, bench_gpus
+    from dsv3.cli.options import write_json
+    from dsv3.cli.ui import Progress
+
+    parts = [each.strip() for each in only.split(",")] if only is not None else list(PARTS)
+    for part in parts:
+        if part not in PARTS:
+            raise UserError(f"--only {part!r}: {nearest(part, PARTS)}")
+    with Progress() as progress:
+        found = bench_gpus(gpus, parts, progress=progress)
+    print_findings(found)
+    if json_path is not None:
+        write_json(json_path, asdict(found))
+
+
+def print_findings(found: Findings) -> None:
+    """One table, a section a part."""
+    from dsv3.cli.ui import print_table
+
+    click.echo(f"{found.gpus} x {found.machine['device']}, {found.seconds:.0f} s")
+    sections = []
+    for part in found.parts:
+        times = [
+            [f"  {name}", f"{each.median:.2f} ms", f"{each.low:.2f} - {each.high:.2f}", ""]
+            for name, each in part.times.items()
+        ]
+        sections.append([[part.title, "", "", ""], *times, *(figure_row(each) for each in part.figures)])
+    print_table(["", "median", "least - most", "target"], sections)
+    for part in found.parts:
+        for name, each in part.checks.items():
+            click.echo(f"{part.title}: {name}: {each}")
+
+
+def figure_row(figure: Figure) -> list[str]:
+    """Its name, median, range, and target with the verdict."""
+    value, low, high = (
+        written(each, figure.unit) for each in (figure.value.median, figure.value.low, figure.value.high)
+    )
+    spread = "" if figure.value.low == figure.value.high else f"{low} - {high}"
+    aim = "" if figure.target is None else f"{written(figure.target, figure.unit)}: {'met' if figure.met else 'missed'}"
+    return [f"  {figure.name}", value, spread, aim]
+
+
+def written(value: float, unit: str) -> str:
+    """With its unit, to three digits or more."""
+    if unit == "%":
+        return f"{value:.1%}"
+    number = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}" if abs(value) < 1 else f"{value:.2f}"
+    return f"{number} {unit}".strip()
