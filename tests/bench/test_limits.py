@@ -13,8 +13,8 @@ from dsv3.model import feed_forward
 from dsv3.model.config import ModelConfig
 from dsv3.model.transformer import DeepSeekV3
 from dsv3.ops.operation import Operation
+from dsv3.ops.permute import sort_by_expert
 from dsv3.planning.flops import training_flops_per_token
-from dsv3.precision import products
 
 ONE = Rates(bf16=1e3, fp8=1e3, copy=1e3, attention=0.0)
 """A FLOP and a byte take a millisecond."""
@@ -56,8 +56,10 @@ def test_bytes_are_what_the_operations_read_and_write(monkeypatch):
     model = DeepSeekV3(config, torch.bfloat16).initialize("fan_in").compute_in_fp8()
     tokens = torch.randint(256, (1, 129))
     # Experts' weight gradients in FP8, from groups that are whole tiles as they are: all experts see all tokens.
-    monkeypatch.setattr(products, "row_alignment", lambda rows, experts: 128)
-    monkeypatch.setattr(feed_forward, "row_alignment", lambda rows, experts: 0)
+    monkeypatch.setattr(feed_forward, "row_alignment", lambda rows, experts: 128)
+    monkeypatch.setattr(
+        feed_forward, "sort_by_expert", lambda expert, experts, *padding: sort_by_expert(expert, experts)
+    )
     model.loss(tokens).total.backward()  # weights are in FP8 from now on
     moved, inside, call = Counter(), [], Operation.__call__
 

@@ -103,6 +103,20 @@ def test_weights_already_in_fp8_are_refused():
         network.compute_in_fp8()
 
 
+def test_groups_that_were_not_padded_are_not_taken_for_padded_ones(monkeypatch):
+    """However many rows arrive, and whatever lies behind the last group: who pads says so, the rows' number does not."""
+    fp8 = copy.deepcopy(model()).compute_in_fp8()
+    experts = next(block.moe for block in fp8.blocks() if block.moe is not None).experts
+    counts = torch.arange(len(experts.down_proj)) * 7 + 3
+    x, found = torch.randn(int(counts.sum()) + 9, experts.down_proj.shape[1]), []
+    for rows in (1, 10**6):
+        monkeypatch.setattr(products, "FP8_WEIGHT_GRADIENT_ROWS", rows)
+        experts.zero_grad()
+        experts(x, counts, torch.ones(len(x)))[: int(counts.sum())].square().sum().backward()
+        found.append([each.grad for each in experts.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize("fp8_weight_gradients", [False, True])
 def test_experts_with_many_rows_get_their_weight_gradients_in_fp8(fp8_weight_gradients, monkeypatch):
     """From a mean of 32 here, which the main blocks have and the MTP module, one token shorter, has not. Their groups are

@@ -47,6 +47,8 @@ class Carry:
     counts: Tensor | None = None
     handle: Any = None
     """These three: see `Dispatched`."""
+    aligned: bool = False
+    """Whether the dispatcher was asked to pad the experts' rows."""
     update: Tensor | None = None
     """[B, T, D]: what the feed-forward adds to the stream."""
 
@@ -92,13 +94,14 @@ class Block(nn.Module):
             carry.rows, carry.weight, carry.counts, carry.handle = self.moe.dispatcher.dispatch(
                 carry.normed.flatten(0, 1), carry.routing, alignment
             )
+            carry.aligned = alignment > 0
 
     def experts(self, carry: Carry) -> None:
         """The routed experts on the rows that arrived; shared experts, or the dense feed-forward, on this rank's tokens."""
         if self.moe is None:
             carry.update = self.mlp(carry.normed)
             return
-        carry.rows = self.moe.experts(carry.rows, carry.counts, carry.weight)
+        carry.rows = self.moe.experts(carry.rows, carry.counts, carry.weight, carry.aligned)
         if self.moe.shared_experts is not None:
             carry.update = self.moe.shared_experts(carry.normed)
 

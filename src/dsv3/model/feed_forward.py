@@ -232,12 +232,12 @@ class Experts(nn.Module):
         """What each expert's rows should be padded to a multiple of, when there are so many in all; 0 for nothing."""
         return 0 if self.fp8 is None else row_alignment(rows, len(self.down_proj))
 
-    def forward(self, rows_RD: Tensor, counts_E: Tensor, weight_R: Tensor) -> Tensor:
-        """Each expert's SwiGLU on its rows, times their weights: [R, D] -> [R, D]."""
+    def forward(self, rows_RD: Tensor, counts_E: Tensor, weight_R: Tensor, aligned: bool = False) -> Tensor:
+        """Each expert's SwiGLU on its rows, times their weights: [R, D] -> [R, D]. `aligned`: they were padded as `alignment` said."""
         if self.gate_up_proj_scale_inv is not None:
             return self.from_blocks(rows_RD, counts_E, weight_R)
         if self.fp8 is not None:
-            return self.fp8(rows_RD, (self.gate_up_proj,), self.down_proj, counts_E, weight_R)
+            return self.fp8(rows_RD, (self.gate_up_proj,), self.down_proj, counts_E, weight_R, aligned)
         if self.splits is not None:
             up, down = self.splits
             gate_up = up(rows_RD, [self.gate_up_proj], counts_E)

@@ -43,13 +43,15 @@ class FeedForward:
         down: Tensor,
         counts_E: Tensor | None = None,
         weight_R: Tensor | None = None,
+        aligned: bool = False,
     ) -> Tensor:
         """[..., D] -> [..., D].
 
         `gate_up` are weights [I, D] of gate and up, or one [2I, D]; `down` is [D, I]. With counts, x holds each expert's rows
-        one after the other ([R, D]), and weights are stacked: one [E, 2I, D], and [E, D, I]. `weight_R` are FP32 factors of rows.
+        one after the other ([R, D]), and weights are stacked: one [E, 2I, D], and [E, D, I]. `weight_R` are FP32 factors of rows;
+        `aligned` promises groups of multiples of 128 rows.
         """
-        out: Tensor = Compute.apply(x.flatten(0, -2), weight_R, self, counts_E, down, *gate_up)
+        out: Tensor = Compute.apply(x.flatten(0, -2), weight_R, self, counts_E, aligned, down, *gate_up)
         return out.view(x.shape)
 
 
@@ -63,36 +65,38 @@ class Compute(torch.autograd.Function):
         weight_R: Tensor | None,
         layers: FeedForward,
         counts_E: Tensor | None,
+        aligned: bool,
         down: Tensor,
         *gate_up: Tensor,
     ) -> Tensor:
         """[R, D]."""
         ctx.layers, ctx.counts, ctx.weights, ctx.dtype = layers, counts_E, (down, *gate_up), x_RD.dtype
+        ctx.aligned = aligned
         ctx.up, ctx.down = layers.up_cache.of(gate_up), layers.down_cache.of((down,))
         x = layers.quantizers.rows(x_RD, layers.power_of_two)
-        inner = product(x, ctx.up, counts_E, x_RD.dtype)
+        inner = product(x, ctx.up, counts_E, x_RD.dtype, aligned)
         if any(ctx.needs_input_grad):
             kept = layers.quantizers.rows(inner)
             ctx.save_for_backward(x.values, x.scale, kept.values, kept.scale, weight_R)
-        return product(layers.quantizers.activated(inner, weight_R), ctx.down, counts_E, x_RD.dtype)
+        return product(layers.quantizers.activated(inner, weight_R), ctx.down, counts_E, x_RD.dtype, aligned)
 
     @staticmethod
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, of the rows' factors and of every weight."""
-        grad_RD, counts, dtype = grad_RD.contiguous(), ctx.counts, ctx.dtype
+        grad_RD, counts, dtype, aligned = grad_RD.contiguous(), ctx.counts, ctx.dtype, ctx.aligned
         values, scale, inner_values, inner_scale, weight_R = ctx.saved_tensors
         quantizers: Quantizers = ctx.layers.quantizers
         grad_tiles = quantizers.gradient_rows(grad_RD, ctx.layers.power_of_two)
-        grad_act = product(grad_tiles, ctx.down.transposed, counts, dtype)
+        grad_act = product(grad_tiles, ctx.down.transposed, counts, dtype, aligned)
         inner = dequantize_rows(Tiles(inner_values, inner_scale), dtype)
         grad_inner, grad_weight, act = swiglu_backward(grad_act, inner, weight_R)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = product(quantizers.gradient_rows(grad_inner), ctx.up.transposed, counts, dtype)
+            grad_x = product(quantizers.gradient_rows(grad_inner), ctx.up.transposed, counts, dtype, aligned)
 
         def compute() -> Sequence[Tensor]:
-            up = weight_gradient(grad_inner, Tiles(values, scale), counts, quantizers)
+            up = weight_gradient(grad_inner, Tiles(values, scale), counts, quantizers, aligned)
             gate_up = up.split([each.shape[-2] for each in ctx.weights[1:]], dim=-2)
-            return weight_gradient(grad_RD, act, counts, quantizers), *gate_up
+            return weight_gradient(grad_RD, act, counts, quantizers, aligned), *gate_up
 
-        return grad_x, grad_weight, None, None, *ctx.layers.gradients.take(ctx.weights, compute)
+        return grad_x, grad_weight, None, None, None, *ctx.layers.gradients.take(ctx.weights, compute)

@@ -19,21 +19,23 @@ writing the FP32 gradients of all experts takes most of the time, and it needs n
 faster; the kernel for it is not yet (docs/kernels.md)."""
 
 
-def product(x: Tiles, weight: Blocks, counts_E: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """x [R, K] times weight [N, K], or each expert's rows times its own weight [E, N, K]: [R, N] in `dtype`."""
+def product(x: Tiles, weight: Blocks, counts_E: Tensor | None, dtype: torch.dtype, aligned: bool = False) -> Tensor:
+    """x [R, K] times weight [N, K], or each expert's rows times its own weight [E, N, K]: [R, N] in `dtype`. `aligned`: all groups
+    are multiples of 128 rows."""
     if counts_E is None:
         return gemm_fp8(x, weight.values, weight.scale, dtype)
-    aligned = row_alignment(len(x.values), len(counts_E)) > 0
     return grouped_gemm_fp8(x, weight.values, weight.scale, counts_E, dtype, aligned=aligned)
 
 
-def weight_gradient(grad_RN: Tensor, x: Tensor | Tiles, counts_E: Tensor | None, quantizers: Quantizers) -> Tensor:
+def weight_gradient(
+    grad_RN: Tensor, x: Tensor | Tiles, counts_E: Tensor | None, quantizers: Quantizers, aligned: bool = False
+) -> Tensor:
     """[N, K]: grad^T x, both in tiles of 128 tokens; with counts [E, N, K], each expert's own. x [R, K] may be in tiles.
 
-    In FP32 from FP8 products. Experts get theirs in FP8 from `FP8_WEIGHT_GRADIENT_ROWS` rows on, where their groups are multiples of 128 (the dispatcher
-    pads them: `row_alignment`); in BF16 otherwise.
+    In FP32 from FP8 products. Experts get theirs in FP8 where their groups are multiples of 128 (`aligned`: the dispatcher pads
+    them, as `row_alignment` has asked it to); in BF16 otherwise.
     """
-    if counts_E is not None and not row_alignment(len(grad_RN), len(counts_E)):
+    if counts_E is not None and not aligned:
         wide = dequantize_rows(x, grad_RN.dtype) if isinstance(x, Tiles) else x
         return grouped_weight_gradient(grad_RN, wide, counts_E)
     grad, x = quantizers.gradient_columns(grad_RN), quantizers.columns(x)
