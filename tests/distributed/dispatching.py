@@ -1,6 +1,7 @@
 """One MoE layer on ranks: what each computes, against all of it in one process."""
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsv3.model.config import ModelConfig
 from dsv3.model.feed_forward import DeepSeekMoE, LocalDispatcher, Routing
@@ -47,11 +48,11 @@ def choices(kind, x, moe):
     return Routing(expert.contiguous(), weight.requires_grad_(), CONFIG.n_routed_experts, None, None)
 
 
-def check(section, ranks_per_node, kind="router", empty=None, dtype=torch.float32, fp8=False):
+def check(section, ranks_per_node, kind="router", empty=None, dtype=torch.float32, fp8=False, bounded=False):
     """(deviation of outputs and of every gradient from the serial run's, wire bytes by group, routing of this rank)."""
     mesh = make_mesh(section, ranks_per_node)
     rank, ranks = mesh.expert.rank, mesh.expert.size
-    dispatcher = ExpertParallel(mesh, fp8)
+    dispatcher = ExpertParallel(mesh, fp8, bounded)
     results = []
     for moe, mine in ((layer(dispatcher, dtype), [rank]), (layer(LocalDispatcher(), dtype), range(ranks))):
         outputs, inputs, weights, expert = [], [], [], None
@@ -88,3 +89,97 @@ def deviation(a, b):
     if not b.numel():
         return float(a.shape != b.shape)
     return float((a - b).abs().max() / b.abs().max().clamp(min=1e-6))
+
+
+KINDS = ("router", "first", "one rank sends little", "all to one")
+
+
+def routed(kind, rank, x, moe):
+    """What a rank's router says, or what none would."""
+    if kind == "router":
+        routing = moe.gate(x, 1, 0.0)
+        return Routing(routing.expert, routing.weight.detach().requires_grad_(), CONFIG.n_routed_experts, None, None)
+    routing = choices("first", x, moe)
+    expert = routing.expert
+    if kind == "one rank sends little" and rank == 1:
+        expert = torch.cat([expert[:1], torch.full_like(expert[1:], -1)])
+    if kind == "all to one":
+        expert = torch.full_like(expert, -1)
+        expert[:, 2] = 5
+    return Routing(expert, routing.weight, CONFIG.n_routed_experts, None, None)
+
+
+def forms(section, ranks_per_node, settings):
+    """`form` with each of these settings, on one mesh."""
+    mesh = make_mesh(section, ranks_per_node)
+    return [form(mesh, *each) for each in settings]
+
+
+def form(mesh, kind, dtype, fp8, alignment):
+    """(everything that one pass makes with exact and with bounded legs, wire bytes of both, its shapes): of this rank."""
+    made, sent, shapes = [], [], []
+    for bounded in (False, True):
+        dispatcher = ExpertParallel(mesh, fp8, bounded)
+        before = {name: getattr(mesh, name).traffic["sent"] for name in ("rail", "node")}
+        moe = layer(dispatcher, dtype)
+        x, grad = (each.to(dtype) for each in tokens_of(mesh.data.rank, TOKENS))
+        x.requires_grad_()
+        routing = routed(kind, mesh.expert.rank, x.detach(), moe)
+        found = dispatcher.dispatch(x, routing, alignment)
+        y = dispatcher.combine(moe.experts(found.rows, found.counts, found.weight), found.handle)
+        sent.append({name: getattr(mesh, name).traffic["sent"] - before[name] for name in before})
+        (y * grad).sum().backward()
+        made.append(
+            [y.detach(), x.grad, routing.weight.grad, found.counts, *(each.grad for each in moe.experts.parameters())]
+        )
+        shapes.append((len(found.rows), int(found.counts.sum())))
+    return made, sent, shapes
+
+
+def without_looking(section, ranks_per_node):
+    """Dispatch and combine, forward and backward, with bounded legs, where nothing that would wait for a GPU is allowed: how far
+    the results are off, in FP32 and with FP8 on the way."""
+    mesh = make_mesh(section, ranks_per_node)
+    return [blindly(mesh, fp8) for fp8 in (False, True)]
+
+
+def blindly(mesh, fp8):
+    """One of them."""
+    dispatcher = ExpertParallel(mesh, fp8, True)
+    x, grad = tokens_of(mesh.data.rank, TOKENS)
+    x.requires_grad_()
+    routing = routed("router", mesh.expert.rank, x.detach(), layer(dispatcher, torch.float32))
+    with Blind():
+        found = dispatcher.dispatch(x, routing, 16)
+        y = dispatcher.combine(found.rows * found.weight.unsqueeze(1), found.handle)
+        y.backward(grad)
+    expected = x.detach() * routing.weight.detach().sum(1, keepdim=True)
+    return deviation(y.detach(), expected)
+
+
+class Blind(TorchDispatchMode):
+    """Refuses what reads values on the host."""
+
+    names = ("tolist", "item", "__bool__", "__int__", "__float__", "__index__", "nonzero")
+    operations = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal")
+
+    def __enter__(self):
+        def refuse(*_, **__):
+            raise AssertionError("a value is read on the host")
+
+        self.kept = {name: getattr(torch.Tensor, name) for name in self.names}
+        for name in self.names:
+            setattr(torch.Tensor, name, refuse)
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        for name, each in self.kept.items():
+            setattr(torch.Tensor, name, each)
+        return super().__exit__(*error)
+
+    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+        name = operation.overloadpacket.__name__
+        assert name not in self.operations, f"{name} waits for the device"
+        indices = arguments[1] if name in ("index", "index_put", "index_put_", "_index_put_impl_") else []
+        assert not any(each is not None and each.dtype == torch.bool for each in indices), "a mask as an index waits"
+        return operation(*arguments, **(options or {}))

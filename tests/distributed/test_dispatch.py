@@ -5,7 +5,7 @@ import torch
 
 from dsv3.parallel.leg import wire_bytes
 from dsv3.recipe.parallel import ParallelSection
-from tests.distributed.dispatching import CONFIG, TOKENS, check
+from tests.distributed.dispatching import CONFIG, KINDS, TOKENS, check, forms, without_looking
 
 LAYOUTS = [(8, 8), (8, 2), (4, 1), (2, 2)]
 """(ranks with experts, ranks a node): at once, over four nodes of two, over nodes of one, two groups of ranks."""
@@ -57,3 +57,39 @@ def test_fp8_on_the_way_is_within_its_rounding(eight_ranks, per_node):
     worst = [max(deviations[i] for deviations, _, _ in found) for i in range(5)]
     assert 1e-3 < worst[0] < 0.05
     assert max(worst) < 0.1
+
+
+@pytest.mark.parametrize(("expert", "per_node"), [(2, 2), (4, 4), (8, 2)])
+def test_bounded_legs_give_what_exact_ones_do(eight_ranks, expert, per_node):
+    """To the bit; every rank sends each other rank as many rows as there are tokens, which the formula knows."""
+    section, nodes = ParallelSection(data=8, expert=expert), expert // per_node
+    there, back = wire_bytes(CONFIG.hidden_size, CONFIG.num_experts_per_tok, 4, False)
+    settings = [(kind, torch.float32, False, 0) for kind in KINDS]
+    for rank in eight_ranks.run(forms, section, per_node, settings):
+        for made, sent, (exact, bounded) in rank:
+            same(made)
+            assert exact == (bounded[1], bounded[1])
+            assert bounded[0] == expert * TOKENS * min(CONFIG.num_experts_per_tok, CONFIG.n_routed_experts // expert)
+            slabs = {"rail": nodes - 1, "node": nodes * (per_node - 1)}
+            assert sent[1] == {name: count * TOKENS * (there + back) for name, count in slabs.items()}
+
+
+@pytest.mark.parametrize("per_node", [4, 2])
+def test_bounded_legs_in_fp8_and_with_aligned_groups(eight_ranks, per_node):
+    settings = [("router", torch.bfloat16, True, alignment) for alignment in (0, 16)]
+    for rank in eight_ranks.run(forms, ParallelSection(data=8, expert=4), per_node, settings):
+        for made, _, (exact, bounded) in rank:
+            same(made)
+            assert exact[1] == bounded[1]
+
+
+def same(made):
+    for exact, bounded in zip(*made, strict=True):
+        assert torch.equal(exact, bounded)
+
+
+@pytest.mark.parametrize("per_node", [4, 2])
+def test_the_host_reads_nothing_of_a_bounded_exchange(eight_ranks, per_node):
+    for wide, narrow in eight_ranks.run(without_looking, ParallelSection(data=8, expert=4), per_node):
+        assert wide < 1e-6
+        assert narrow < 0.1

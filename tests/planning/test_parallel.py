@@ -135,6 +135,22 @@ def test_rows_are_those_that_are_drawn(expert, node, overrides):
     assert plan.wire["combine of a block, to other nodes"] == pytest.approx(4096 * plan.rows[0] * 2 * 7168)
 
 
+def test_bounded_exchanges_have_a_row_for_every_rank():
+    """Of two legs over 8 nodes of 8: 7 slabs to other nodes, then 8 to each of 7 neighbours; experts have room for all of these."""
+    exact, bounded = (report(f"parallel.bounded_exchange={each}") for each in ("false", "true"))
+    assert (exact.room, bounded.room) == (None, 64 * 4)
+    assert bounded.rows == (7, 56)
+    assert all(some < most for some, most in zip(exact.rows, bounded.rows, strict=True))
+    more = bounded.wire["combine of a block, within the node"]
+    assert more == 4096 * 56 * 2 * 7168
+    kept = (kept_bytes(V3, False, (), False, room) for room in (8, 16))
+    least, most = kept
+    assert least == kept_bytes(V3, False, ())
+    assert most - least == 8 * (40 + 2 * 7168 + 4 * 2048 + 2 * 2048)
+    alone = ["parallel.pipeline=1", "parallel.data=1", "parallel.expert=1", "parallel.bounded_exchange=true"]
+    assert (report(*alone, batch=8).room, report(*alone, batch=8).rows) == (None, (0, 0))
+
+
 def test_a_pair_hides_the_shorter_of_both():
     slow, fast = (report(machine=Machine(between=each, within=each)) for each in (1e9, 1e15))
     assert fast.costs(5).pair == pytest.approx(3 * fast.costs(5).weight_gradient)

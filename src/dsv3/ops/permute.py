@@ -63,16 +63,34 @@ def sort_reference(expert_TK: Tensor, num_experts: int, equal_groups: int = 0, a
     return placed(assignment_R, expert_TK, counts, padded, rows)
 
 
-def sort_some(expert_TK: Tensor, num_experts: int, rows: int, aligned: int = 0) -> Permutation:
-    """As `sort_by_expert`, of the assignments whose expert is not -1: `rows` of them, which the caller must know."""
+def sort_some(expert_TK: Tensor, num_experts: int, rows: int, aligned: int = 0, bounded: bool = False) -> Permutation:
+    """As `sort_by_expert`, of the assignments whose expert is not -1: `rows` of them, which the caller must know. `bounded`: so many
+    at most, and the rows behind the last group are nobody's."""
     expert_A = expert_TK.flatten()
     missing_A = expert_A < 0
     counts = count_by_expert(expert_A.masked_fill(missing_A, num_experts), num_experts + 1)[:-1]
     assignment_R = torch.argsort(expert_A.masked_fill(missing_A, num_experts), stable=True)[:rows]
-    if not aligned:
+    if not aligned and not bounded:
         return placed(assignment_R, expert_TK, counts, counts, None, partial=True)
-    padded = (counts + aligned - 1) // aligned * aligned
+    padded = (counts + aligned - 1) // aligned * aligned if aligned else counts
+    if bounded:
+        before_E = (padded.cumsum(0) - padded) - (counts.cumsum(0) - counts)
+        numbers_R = torch.arange(len(assignment_R), device=expert_A.device)
+        row_A = torch.empty_like(expert_A)
+        row_A[assignment_R] = numbers_R + before_E[expert_A[assignment_R].clamp(min=0)]
+        room = aligned_rows(rows, num_experts, aligned) if aligned else rows
+        return with_rows(row_A.masked_fill_(missing_A, -1).view_as(expert_TK), room, padded)
     return placed(assignment_R, expert_TK, counts, padded, aligned_rows(rows, num_experts, aligned), partial=True)
+
+
+def with_rows(row_TK: Tensor, rows: int, counts_E: Tensor) -> Permutation:
+    """The partial permutation of assignments whose rows are known (int64 [T, K], -1: none), of so many rows; nobody waits."""
+    row_A = row_TK.flatten()
+    # What has no row is written behind the last one.
+    at_A = row_A.masked_fill(row_A < 0, rows)
+    assignment_R = row_A.new_zeros(rows + 1).scatter_(0, at_A, torch.arange(len(row_A), device=row_A.device))
+    real_R = torch.zeros(rows + 1, dtype=torch.bool, device=row_A.device).scatter_(0, at_A, True)
+    return Permutation(assignment_R[:rows], row_TK, counts_E, real_R[:rows], partial=True)
 
 
 def placed(

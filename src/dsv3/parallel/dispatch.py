@@ -15,7 +15,7 @@ from torch import Tensor
 from dsv3.errors import UserError
 from dsv3.model.feed_forward import Dispatched, Routing
 from dsv3.ops.permute import Permutation, permute, sort_some, unpermute
-from dsv3.parallel.leg import Leg, plan_leg
+from dsv3.parallel.leg import Leg, plan_bounded_leg, plan_leg
 from dsv3.parallel.mesh import Mesh
 
 log = logging.getLogger(__name__)
@@ -37,10 +37,11 @@ class ExpertParallel:
 
     `fp8` sends tokens, and in backward the gradients of the experts' outputs, in E4M3 with scales of tiles that are powers of
     two; sums and the tokens' gradients travel in the activations' own dtype and are added up in FP32 (report, sections 3.3.3 and 3.4).
+    `bounded` sends as many rows as there could be, so that the host need not learn how many there are (`parallel.bounded_exchange`).
     """
 
-    def __init__(self, mesh: Mesh, fp8: bool = False):
-        self.expert, self.fp8 = mesh.expert, fp8
+    def __init__(self, mesh: Mesh, fp8: bool = False, bounded: bool = False):
+        self.expert, self.fp8, self.bounded = mesh.expert, fp8, bounded
         self.groups = [group for group in (mesh.rail, mesh.node) if group.size > 1]
         self.crowded = False
 
@@ -57,11 +58,12 @@ class ExpertParallel:
         legs: list[Leg] = []
         for group in self.groups:
             span //= group.size
-            leg = plan_leg(expert, span, group)
+            leg = (plan_bounded_leg if self.bounded else plan_leg)(expert, span, group)
             rows, weight, expert = leg.carry(rows, self.fp8), leg.carry(weight), leg.expert_AK
             legs.append(leg)
-        self.watch(legs[-1].assignments, routing.expert.numel())
-        local = sort_some(expert, span, legs[-1].assignments, alignment)
+        if not self.bounded:
+            self.watch(legs[-1].assignments, routing.expert.numel())
+        local = sort_some(expert, span, legs[-1].assignments, alignment, self.bounded)
         return Dispatched(permute(rows, local), local.by_row(weight), local.counts_E, Journey(legs, local))
 
     def combine(self, rows_RD: Tensor, handle: Journey) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv3.ops.permute import Permutation, count_by_expert, permute, sort_some, unpermute
+from dsv3.ops.permute import Permutation, count_by_expert, permute, sort_some, unpermute, with_rows
 from dsv3.ops.tiles import TILE, Tiles, dequantize_rows, empty_scale, quantize_rows
 from dsv3.parallel.group import Group
 
@@ -29,7 +29,7 @@ class Leg:
     expert_AK: Tensor
     """int64: the experts of each row that arrived, counted from this rank's first; -1 for those elsewhere."""
     assignments: int
-    """How many of these are not -1."""
+    """How many of these are not -1; of a bounded leg the most that there can be."""
 
     def carry(self, x_TD: Tensor, fp8: bool = False) -> Tensor:
         """[T, D] -> [A, D], ordered by the rank they came from. `fp8`: with 8 bits an element, and scales that are powers of
@@ -49,17 +49,45 @@ def plan_leg(expert_TK: Tensor, span: int, group: Group) -> Leg:
     Waits for the device, to learn how many rows go where; all ranks of the group must call it together.
     """
     rank_TK = expert_TK.div(span, rounding_mode="floor")
-    same_TKK = rank_TK.unsqueeze(2) == rank_TK.unsqueeze(1)
-    first_TK = rank_TK.masked_fill(same_TKK.tril(-1).any(2), -1)
+    first_TK = first_on_rank(rank_TK)
     rows, assignments = (count_of(each, group.size) for each in (first_TK, rank_TK))
     counts = torch.stack([rows, assignments], dim=1)
     arriving = group.exchange(counts, [1] * group.size, [1] * group.size)
     sent, received, assigned = torch.stack([counts[:, 0], arriving[:, 0], arriving[:, 1]]).tolist()
     to = sort_some(first_TK, group.size, sum(sent))
     expert_AK = group.exchange(expert_TK.index_select(0, to.token_R).int(), sent, received).long()
-    expert_AK = expert_AK - group.rank * span
-    here = (expert_AK >= 0) & (expert_AK < span)
-    return Leg(group, to, sent, received, expert_AK.masked_fill(~here, -1), sum(assigned))
+    return Leg(group, to, sent, received, on_this_rank(expert_AK, span, group), sum(assigned))
+
+
+def plan_bounded_leg(expert_TK: Tensor, span: int, group: Group) -> Leg:
+    """The same without waiting: every rank is sent as many rows as there are tokens here, the most it can be due.
+
+    Those due come first, in the order of the exact leg; the others hold anything, and have no experts. All ranks of the group must
+    have equally many tokens, as in training they do.
+    """
+    (tokens, chosen), ranks = expert_TK.shape, group.size
+    first_TK = first_on_rank(expert_TK.div(span, rounding_mode="floor"))
+    due_TG = (first_TK.unsqueeze(2) == torch.arange(ranks, device=first_TK.device)).any(1).long()
+    place_TK = (due_TG.cumsum(0) - 1).gather(1, first_TK.clamp(min=0))
+    row_TK = (first_TK * tokens + place_TK).masked_fill(first_TK < 0, -1)
+    to = with_rows(row_TK, ranks * tokens, due_TG.sum(0))
+    assert to.real_R is not None
+    sent = [tokens] * ranks
+    carried = expert_TK.index_select(0, to.token_R).masked_fill(~to.real_R.unsqueeze(1), -1)
+    expert_AK = on_this_rank(group.exchange(carried.int(), sent, sent).long(), span, group)
+    return Leg(group, to, sent, sent, expert_AK, ranks * tokens * min(chosen, span))
+
+
+def first_on_rank(rank_TK: Tensor) -> Tensor:
+    """Each token's ranks, every one once, where it stands first; -1 elsewhere."""
+    same_TKK = rank_TK.unsqueeze(2) == rank_TK.unsqueeze(1)
+    return rank_TK.masked_fill(same_TKK.tril(-1).any(2), -1)
+
+
+def on_this_rank(expert_AK: Tensor, span: int, group: Group) -> Tensor:
+    """The experts counted from this rank's first, -1 for those of others."""
+    own_AK = expert_AK - group.rank * span
+    return own_AK.masked_fill((own_AK < 0) | (own_AK >= span), -1)
 
 
 def count_of(rank_TK: Tensor, ranks: int) -> Tensor:

@@ -135,7 +135,9 @@ class Plan:
     def memory(self, rank: int) -> RankMemory:
         """Of one rank of the pipeline, on each of its data-parallel ranks."""
         held, recompute = self.held[rank], self.recipe.training.recompute
-        kept = sum(kept_bytes(self.config, is_dense(self.config, each), recompute, self.fp8) for each in held.blocks)
+        kept = sum(
+            kept_bytes(self.config, is_dense(self.config, each), recompute, self.fp8, self.room) for each in held.blocks
+        )
         chunks = peak_activations(self.schedule.programs[rank]) / len(self.schedule.held(rank))
         weights = held.weights + (0 if self.recipe.training.precision == "fp32" else 2 * held.parameters)
         return RankMemory(
@@ -154,12 +156,23 @@ class Plan:
         )  # fmt: skip
         return 1 - missed / comb(config.n_group, config.topk_group) / comb(chosen, picked)
 
+    @property
+    def room(self) -> int | None:
+        """Rows a token that a rank's experts have room for where exchanges are bounded; else None, as many as a token chooses."""
+        ranks, chosen = self.recipe.parallel.expert, self.config.num_experts_per_tok
+        if ranks == 1 or not self.recipe.parallel.bounded_exchange:
+            return None
+        return ranks * min(chosen, self.config.n_routed_experts // ranks)
+
     @cached_property
     def rows(self) -> tuple[float, float]:
-        """Rows a token of one dispatch: to other nodes, each once; from there to the other ranks of the node (see `parallel.dispatch`)."""
+        """Rows a token of one dispatch: to other nodes, each once; from there to the other ranks of the node (see `parallel.dispatch`).
+        Bounded, a token has a row for every rank."""
         ranks = self.recipe.parallel.expert
         width, each = min(self.machine.node, ranks), self.config.n_routed_experts // ranks
         nodes = ranks // width
+        if self.recipe.parallel.bounded_exchange:
+            return nodes - 1, ranks - nodes
         return (nodes - 1) * self.reached(each * width), (ranks - nodes) * self.reached(each)
 
     @property
@@ -243,8 +256,11 @@ class Plan:
         )  # fmt: skip
 
 
-def kept_bytes(config: ModelConfig, dense: bool, recompute: Collection[str], fp8: bool = False) -> float:
-    """Bytes a token that one block keeps between its passes; see docs/memory.md for what `recompute` leaves out.
+def kept_bytes(
+    config: ModelConfig, dense: bool, recompute: Collection[str], fp8: bool = False, room: int | None = None
+) -> float:
+    """Bytes a token that one block keeps between its passes; see docs/memory.md for what `recompute` leaves out. `room`: rows a
+    token of the routed experts, where there are more than a token chooses (`Plan.room`).
 
     In FP8, linear layers keep their inputs as tiles of E4M3 (attention's result in 12 bits), and gate and up alike.
     """
@@ -252,7 +268,7 @@ def kept_bytes(config: ModelConfig, dense: bool, recompute: Collection[str], fp8
     low = config.q_lora_rank or 0
     values = heads * config.v_head_dim
     inner = config.intermediate_size if dense else config.moe_intermediate_size
-    chosen, always = (0, 1) if dense else (config.num_experts_per_tok, config.n_shared_experts)
+    chosen, always = (0, 1) if dense else (room or config.num_experts_per_tok, config.n_shared_experts)
     # The stream twice, both latents before their norms, attention's result.
     kept = 2 * (2 * hidden + low + latent + config.qk_rope_head_dim + values) + 4 * heads
     if not dense:

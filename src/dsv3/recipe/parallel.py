@@ -25,6 +25,10 @@ class ParallelSection(Section):
     """What takes its place, on the same layout, in steps with too few micro-batches for it (DualPipe and DualPipeV need two a
     rank of the pipeline), as at the start of a batch ramp; by default such a batch is refused. Ours."""
 
+    bounded_exchange: bool = False
+    """Whether tokens go to their experts in slabs of fixed size, which the host does not have to wait for: every rank sends every
+    other as many rows as it could be due. More bytes and memory, no wait a layer: for few ranks (docs/parallel.md). Ours."""
+
     @property
     def ranks(self) -> int:
         """Processes in all."""

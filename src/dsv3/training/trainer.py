@@ -125,7 +125,8 @@ class Trainer:
         """The recipe's whole network, on no device."""
         fp8, apart = self.recipe.training.precision == "fp8", self.mesh.expert.size > 1
         with torch.device("meta"):
-            return DeepSeekV3(self.recipe.model.config(), self.dtype, ExpertParallel(self.mesh, fp8) if apart else None)
+            experts = ExpertParallel(self.mesh, fp8, self.recipe.parallel.bounded_exchange) if apart else None
+            return DeepSeekV3(self.recipe.model.config(), self.dtype, experts)
 
     def run(self) -> None:
         """Trains to the recipe's last token. Ctrl-C finishes the step, saves and raises `Interrupted`."""

@@ -2,13 +2,15 @@
 
 One turn is some pairs of passes, the forward pass of a micro-batch and the backward pass of the one before. They run overlapped by
 the pipeline's executor, one after the other, and overlapped with dispatchers that bring what was brought once without doing
-anything. What the last one saves is what communication costs; beside it stands what dispatch and combine take alone.
+anything. What the last one saves is what communication costs; beside it stands what dispatch and combine take alone. Exchanges are
+exact, with a wait of the host, and bounded (`parallel.bounded_exchange`).
 
 Legend: T tokens, K experts per token, D hidden, R rows sorted by expert.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from torch import Tensor
 from dsv3.bench.gpus.findings import Figure, Part, exactly, milliseconds
 from dsv3.bench.gpus.rank import Rank
 from dsv3.bench.gpus.sizes import Size, Sizes
-from dsv3.bench.measure import Spread
+from dsv3.bench.measure import Spread, Work
 from dsv3.errors import RunError
 from dsv3.model.feed_forward import Dispatched, Dispatcher, Routing
 from dsv3.model.micro_batch import MicroBatch
@@ -32,6 +34,7 @@ from dsv3.precision.deferred import WeightGradients
 
 HIDDEN_SHARE = 0.9
 """What the issue asks for."""
+APART = "one after the other"
 MIDDLE = 1
 """The stage between the embedding's and the head's, which nobody holds here."""
 
@@ -147,8 +150,7 @@ class Stream:
 
 def measure_overlap(rank: Rank, sizes: Sizes) -> Sequence[Part]:
     """In BF16, then with products and what is dispatched in FP8."""
-    size = sizes.overlap
-    mesh = rank.mesh(data=rank.size, expert=rank.size)
+    size, mesh = sizes.overlap, rank.mesh(data=rank.size, expert=rank.size)
     model = rank.network(size.config, dispatcher=ExpertParallel(mesh))
     gradients, found = WeightGradients(), []
     for precision in ("bf16", "fp8"):
@@ -156,8 +158,10 @@ def measure_overlap(rank: Rank, sizes: Sizes) -> Sequence[Part]:
         if fp8:
             model.compute_in_fp8(gradients)
         model.zero_grad()
-        found.append(compare(rank, size, precision, Executor(model, layout(model), Group("pipeline"), gradients),
-                             ExpertParallel(mesh, fp8)))  # fmt: skip
+        kinds = {"": ExpertParallel(mesh, fp8), ", bounded": ExpertParallel(mesh, fp8, True)}
+        found.append(
+            compare(rank, size, precision, Executor(model, layout(model), Group("pipeline"), gradients), kinds)
+        )
     return found
 
 
@@ -166,55 +170,47 @@ def layout(model: DeepSeekV3) -> Layout:
     return Layout(((), tuple(block.name for block in model.blocks()), ()))
 
 
-def compare(rank: Rank, size: Size, precision: str, executor: Executor, real: ExpertParallel) -> Part:
-    """The sides in one precision."""
-    config, device = size.config, rank.device
-    generator = torch.Generator(device).manual_seed(rank.number)
-    dtype = executor.model.compute_dtype
+def compare(rank: Rank, size: Size, precision: str, executor: Executor, kinds: Mapping[str, ExpertParallel]) -> Part:
+    """The sides in one precision: each kind of exchange overlapped, left out and alone, the first also one after the other."""
+    config, count, sides = size.config, size.micro_batches, dict[str, Work]()
+    generator = torch.Generator(rank.device).manual_seed(rank.number)
     x, gradient = (
-        torch.randn(1, size.length, config.hidden_size, device=device, generator=generator).to(dtype) for _ in range(2)
-    )
-    tokens = torch.zeros(1, size.length + 1, dtype=torch.long, device=device)
-    batch = [MicroBatch.of(config, tokens, divisor=1.0)] * 2
-    blocks = config.num_hidden_layers
-    remembered = [Remembered(real) for _ in range(blocks)]
-    exchanging: Sequence[Dispatcher] = [real] * blocks
-    streams = {
-        name: Stream(executor, batch, x, gradient, dispatchers)
-        for name, dispatchers in (
-            ("overlapped", exchanging),
-            ("one after the other", exchanging),
-            ("without", remembered),
+        torch.randn(1, size.length, config.hidden_size, device=rank.device, generator=generator).to(
+            executor.model.compute_dtype
         )
-    }
-    count = size.micro_batches
-
-    def alone() -> None:
-        for _ in range(count):
-            for each in remembered:
-                each.alone()
-
-    seconds = rank.turns(
-        {
-            "overlapped": lambda: streams["overlapped"].pairs(count, True),
-            "one after the other": lambda: streams["one after the other"].pairs(count, False),
-            "overlapped, nothing exchanged": lambda: streams["without"].pairs(count, True),
-            "dispatch and combine alone": alone,
-        },
-        f"{precision} pairs",
+        for _ in range(2)
     )
-    overlapped, apart, without, exchange = seconds.values()
-    rounds = list(zip(overlapped, apart, without, exchange, strict=True))
-    figures = [
-        Figure("share of dispatch and combine hidden", Spread.of([1 - (o - w) / e for o, _, w, e in rounds]), "%", HIDDEN_SHARE),
-        Figure("the same, one after the other", Spread.of([1 - (a - w) / e for _, a, w, e in rounds]), "%"),
-        Figure("times faster than one after the other", Spread.of([a / o for o, a, _, _ in rounds])),
-        Figure("sent by a rank a pair", exactly(wire(streams["overlapped"], real)), "MB"),
-    ]  # fmt: skip
+    tokens = torch.zeros(1, size.length + 1, dtype=torch.long, device=rank.device)
+    batch = [MicroBatch.of(config, tokens, divisor=1.0)] * 2
+    streams: dict[str, Stream] = {}
+    for kind, real in kinds.items():
+        remembered = [Remembered(real) for _ in range(config.num_hidden_layers)]
+        streams[f"overlapped{kind}"] = Stream(executor, batch, x, gradient, [real] * config.num_hidden_layers)
+        streams[f"overlapped{kind}, nothing exchanged"] = Stream(executor, batch, x, gradient, remembered)
+        sides[f"dispatch and combine alone{kind}"] = partial(alone, remembered, count)
+    streams[APART] = Stream(executor, batch, x, gradient, streams["overlapped"].dispatchers)
+    sides |= {name: partial(stream.pairs, count, name != APART) for name, stream in streams.items()}
+    seconds = rank.turns(sides, f"{precision} pairs")
+    figures, checks = [], {}
+    for kind, real in kinds.items():
+        names = (f"overlapped{kind}", f"overlapped{kind}, nothing exchanged", f"dispatch and combine alone{kind}")
+        rounds = list(zip(*(seconds[name] for name in (*names, APART, "overlapped")), strict=True))
+        figures += [
+            Figure(f"dispatch and combine hidden{kind}", Spread.of([1 - (o - w) / e for o, w, e, _, _ in rounds]), "%", HIDDEN_SHARE),
+            Figure(f"overlapped{kind}, times faster than {APART}", Spread.of([a / o for o, _, _, a, _ in rounds])),
+            Figure(f"sent by a rank a pair{kind}", exactly(wire(streams[names[0]], real)), "MB"),
+        ]  # fmt: skip
+        checks[f"output and input's gradient, overlapped{kind}"] = agreement(streams[names[0]], streams[APART])
+    shapes = {**size.shapes, "precision": precision}
     return Part(
-        "overlap", f"experts over {rank.size} GPUs, {precision}", {**size.shapes, "precision": precision},
-        milliseconds(seconds), figures, {"output and input's gradient": agreement(streams["overlapped"], streams["one after the other"])},
-    )  # fmt: skip
+        "overlap", f"experts over {rank.size} GPUs, {precision}", shapes, milliseconds(seconds), figures, checks
+    )
+
+
+def alone(dispatchers: Sequence[Remembered], count: int) -> None:
+    """What one turn exchanges, and nothing else."""
+    for each in [*dispatchers] * count:
+        each.alone()
 
 
 def wire(stream: Stream, real: ExpertParallel) -> float:

@@ -40,7 +40,7 @@ class Size:
         }  # fmt: skip
 
 
-FOUR_BLOCKS = {"num_hidden_layers": 4, "first_k_dense_replace": 0, "n_routed_experts": 32, "vocab_size": 512}
+THREE_WIDE = {"num_hidden_layers": 3, "first_k_dense_replace": 0, "n_routed_experts": 32, "vocab_size": 512}
 """Of DeepSeek-V3's width, eight choices a token; experts that two GPUs hold beside their gradients in FP32."""
 EIGHT_DENSE = {"num_hidden_layers": 8, "first_k_dense_replace": 8, "vocab_size": 8192}
 THREE_BLOCKS = {"num_hidden_layers": 3, "vocab_size": 32768}
@@ -50,7 +50,7 @@ THREE_BLOCKS = {"num_hidden_layers": 3, "vocab_size": 32768}
 class Sizes:
     """Of all parts."""
 
-    overlap: Size = field(default_factory=lambda: Size("deepseek-v3", FOUR_BLOCKS, 4096, 3))
+    overlap: Size = field(default_factory=lambda: Size("deepseek-v3", THREE_WIDE, 4096, 3))
     """Its micro-batches are pairs of passes."""
     pipeline: Size = field(default_factory=lambda: Size("lite", EIGHT_DENSE, 4096, 12))
     zero: Size = field(default_factory=lambda: Size("lite", THREE_BLOCKS, 4096, 1))
