@@ -20,6 +20,7 @@ from dsv3.inference.scheduler import Scheduler
 from dsv3.inference.text import TextSoFar
 from dsv3.model.transformer import DeepSeekV3
 from dsv3.ops.latent_pages import PAGE
+from dsv3.ops.tiles import TILE
 
 SHARE_OF_FREE = 0.85
 """Of a GPU's free memory, what the cache takes unless told otherwise; the rest is for activations."""
@@ -339,6 +340,11 @@ def check(model: DeepSeekV3, config: EngineConfig) -> None:
     for name in ("max_num_seqs", "max_num_batched_tokens"):
         if getattr(config, name) < 1:
             raise UserError(f"{name} = {getattr(config, name)}: expected 1 or more")
+    if config.fp8_cache and model.config.kv_lora_rank % TILE:
+        raise UserError(
+            f"an FP8 cache has a scale for every {TILE} elements of a latent, and kv_lora_rank = {model.config.kv_lora_rank} is no "
+            "multiple of that: leave fp8_cache (--fp8-cache) out"
+        )
     if not 0 <= config.num_speculative_tokens <= 16:
         raise UserError(f"num_speculative_tokens = {config.num_speculative_tokens}: expected 0 to 16")
 

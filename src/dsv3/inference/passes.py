@@ -124,5 +124,8 @@ class Passes:
     def replays(self, rows: int) -> bool:
         """Whether passes of so many rows may be recorded."""
         if rows not in self.worth:
-            self.worth[rows] = self.graphs if self.model.lm_head.weight.is_cuda else pays(self.model, rows)
+            # On a CPU, attention over packed pages looks into tensors.
+            packed = any(each.dtype == torch.uint8 for each in self.cache.held.values())
+            on_gpu = self.model.lm_head.weight.is_cuda
+            self.worth[rows] = self.graphs if on_gpu else not packed and pays(self.model, rows)
         return self.worth[rows]
