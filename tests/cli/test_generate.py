@@ -56,6 +56,12 @@ def test_drafts_change_nothing_and_how_many_were_right_is_told(checkpoint, capsy
     assert re.fullmatch(r"\n\d+ of \d+ drafts accepted \(\d+%; by position \d+%, \d+%\)\n", told)
 
 
+def test_an_fp8_cache_can_be_asked_for(checkpoint, capsys):
+    code, _, said = generate(capsys, checkpoint, "--prompt", "def", "--fp8-cache")
+    assert code == 2
+    assert "an FP8 cache has a scale for every 128 elements of a latent" in said
+
+
 def test_a_suffix_makes_it_fill_the_middle(checkpoint, capsys):
     arguments = ["--prompt", "def add(", "--suffix", r"\n    return first", "--seed", 3, "--max-tokens", 10]
     code, out, _ = generate(capsys, checkpoint, *arguments)

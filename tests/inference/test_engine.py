@@ -322,6 +322,23 @@ def test_logits_that_are_not_finite_end_one_request_alone(drafting_model):
     assert engine.stats().kv_cache_usage == 0
 
 
+def test_a_cache_in_fp8_takes_fewer_bytes_and_says_nearly_the_same(make_model):
+    model = make_model("debug", max_position_embeddings=512, kv_lora_rank=128)
+    engine = Engine(model, None, EngineConfig(num_blocks=16, fp8_cache=True))
+    held = engine.runner.cache.held["0"]
+    # The latent's 128 elements in a byte each, their scale, and the rotated key in BF16.
+    assert (held.dtype, held.shape[2]) == (torch.uint8, 128 + 4 + 2 * model.config.qk_rope_head_dim)
+    for prompt in PROMPTS[:2]:
+        tokens = tokens_of(drive(engine, [prompt], GREEDY)[0, 0])
+        with torch.inference_mode():
+            logits = model(torch.tensor([[*prompt, *tokens[:-1]]])).logits[0, len(prompt) - 1 :]
+        below = logits.amax(1) - logits.gather(1, torch.tensor(tokens).unsqueeze(1)).squeeze(1)
+        assert below.median() == 0
+        assert below.max() < 0.2
+    with pytest.raises(UserError, match=r"kv_lora_rank = 16 is no multiple .* leave fp8_cache"):
+        Engine(make_model("debug"), None, EngineConfig(fp8_cache=True))
+
+
 def test_refusals(drafting_model, make_model):
     engine = Engine(drafting_model, None, EngineConfig(num_blocks=4))
     params = SamplingParams(max_tokens=8)

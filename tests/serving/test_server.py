@@ -38,6 +38,8 @@ def test_what_cannot_be_served_is_one_paragraph(directory):
     result = CliRunner().invoke(serve, [str(directory), "--api-key", ""])
     assert isinstance(result.exception, UserError)
     assert "--api-key is empty" in str(result.exception)
+    result = CliRunner().invoke(serve, [str(directory), "--fp8-cache", "--device", "cpu"])
+    assert "leave fp8_cache (--fp8-cache) out" in str(result.exception)
     text = CliRunner().invoke(serve, ["--help"]).output
     assert "429" in text
     for name in (each for each in dir(settings) if each.startswith("MAX_")):

@@ -19,6 +19,7 @@ from dsv3.ops import (
     paged_attention,
     permute,
     rms_norm,
+    rooms,
     rotary,
     router,
     swiglu,
@@ -67,6 +68,10 @@ def calls(device: torch.device) -> Iterator[Call]:
     order = permute.sort_by_expert(expert, EXPERTS)
     yield permute.permute, (x, order)
     yield permute.unpermute, (random(ROWS * CHOSEN, SIZE).requires_grad_(), order)
+    size = rooms.room_for(ROWS)
+    yield rooms.assign_rooms, (expert, affinity[:, :CHOSEN].contiguous(), EXPERTS, size)
+    row = rooms.assign_rooms(expert, affinity[:, :CHOSEN].contiguous(), EXPERTS, size)[0]
+    yield rooms.quantize_to_rooms, (rows, row, EXPERTS * size)
     counts = torch.full((EXPERTS,), ROWS // EXPERTS, device=device)
     yield grouped_linear.grouped_linear, (x, random(EXPERTS, SIZE, SIZE, dtype=torch.float32), counts)
     yield grouped_linear.grouped_weight_gradient, (rows, rows, counts)

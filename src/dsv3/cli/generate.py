@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dsv3.cli.options import PATH, device_option, drafts_option, ema_option, several
+from dsv3.cli.options import PATH, device_option, drafts_option, ema_option, fp8_cache_option, several
 
 if TYPE_CHECKING:
     from dsv3.inference.llm import LLM, Prompt
@@ -20,6 +20,7 @@ sampling_options = several(
     click.option("--stop", multiple=True, help="A text that ends the continuation; may be given several times."),
     click.option("--seed", type=int, help="Repeats a continuation."),
     drafts_option,
+    fp8_cache_option,
     ema_option,
     device_option,
 )
@@ -27,7 +28,7 @@ sampling_options = several(
 
 
 def opened(
-    checkpoint: Path, ema: bool, device: str, num_speculative_tokens: int, **sampling: Any
+    checkpoint: Path, ema: bool, device: str, num_speculative_tokens: int, fp8_cache: bool, **sampling: Any
 ) -> "tuple[LLM, SamplingParams]":
     """The model of a checkpoint, and how it continues."""
     from dsv3.inference.engine import EngineConfig
@@ -35,7 +36,7 @@ def opened(
     from dsv3.inference.params import SamplingParams
 
     params = SamplingParams(**sampling)
-    config = EngineConfig(num_speculative_tokens=num_speculative_tokens)
+    config = EngineConfig(num_speculative_tokens=num_speculative_tokens, fp8_cache=fp8_cache)
     return LLM(checkpoint, device=device, ema=ema, config=config), params
 
 

@@ -54,6 +54,8 @@ device_option = click.option("--device", default="auto", help="cpu, cuda, cuda:1
 ema_option = click.option("--ema", is_flag=True, help="With the average of the weights that the run kept.")
 drafts_option = click.option("--num-speculative-tokens", type=click.IntRange(0, 8), default=0,
                              help="Drafts of the MTP modules a step; they change no token.")  # fmt: skip
+fp8_cache_option = click.option("--fp8-cache", is_flag=True,
+                                help="Latents in E4M3: 656 bytes a token and layer instead of 1152. For GPUs.")  # fmt: skip
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
 json_file_option = click.option("--json", "json_path", type=PATH, help="Also write everything measured to this file.")
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from dsv3.cli.options import PATH, device_option, drafts_option, ema_option
+from dsv3.cli.options import PATH, device_option, drafts_option, ema_option, fp8_cache_option
 from dsv3.errors import UserError
 from dsv3.serving import settings as limits
 from dsv3.serving.settings import Settings
@@ -35,6 +35,7 @@ headers {limits.MAX_HEADER_BYTES >> 10} KiB, {Settings.prepare_seconds:g} s to t
               help="Sequences that may wait beyond those; more are refused with 429.")  # fmt: skip
 @click.option("--cache-gib", type=click.FloatRange(0, min_open=True),
               help="Memory of the latent cache.  [default: most of what is free on a GPU, 0.25 on a CPU]")  # fmt: skip
+@fp8_cache_option
 @drafts_option
 @click.option("--prefix-caching/--no-prefix-caching", default=True)
 @click.option("--max-body-mib", type=click.FloatRange(0, min_open=True), default=4.0, help="Of a request.")
@@ -43,8 +44,8 @@ headers {limits.MAX_HEADER_BYTES >> 10} KiB, {Settings.prepare_seconds:g} s to t
 @device_option
 def serve(
     checkpoint: Path, host: str, port: int, api_keys: tuple[str, ...], name: str | None, dtype: str, max_model_len: int | None,
-    max_num_seqs: int, max_num_batched_tokens: int, max_waiting: int, cache_gib: float | None, num_speculative_tokens: int,
-    prefix_caching: bool, max_body_mib: float, drain_seconds: int, ema: bool, device: str,
+    max_num_seqs: int, max_num_batched_tokens: int, max_waiting: int, cache_gib: float | None, fp8_cache: bool,
+    num_speculative_tokens: int, prefix_caching: bool, max_body_mib: float, drain_seconds: int, ema: bool, device: str,
 ) -> None:  # fmt: skip
     """Serves the model in CHECKPOINT (a run, a checkpoint or a Hugging Face directory) as OpenAI's API, with a chat page at /.
 
@@ -66,7 +67,7 @@ def serve(
     config = EngineConfig(
         cache_bytes=None if cache_gib is None else int(cache_gib * 2**30), max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens, num_speculative_tokens=num_speculative_tokens,
-        prefix_caching=prefix_caching, max_model_len=max_model_len,
+        prefix_caching=prefix_caching, max_model_len=max_model_len, fp8_cache=fp8_cache,
     )  # fmt: skip
     engine = Engine(model, tokenizer, config)
     settings = Settings(

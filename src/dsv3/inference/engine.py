@@ -20,6 +20,7 @@ from dsv3.inference.scheduler import Scheduler
 from dsv3.inference.text import TextSoFar
 from dsv3.model.transformer import DeepSeekV3
 from dsv3.ops.latent_pages import PAGE
+from dsv3.ops.tiles import TILE
 
 SHARE_OF_FREE = 0.85
 """Of a GPU's free memory, what the cache takes unless told otherwise; the rest is for activations."""
@@ -43,7 +44,7 @@ class EngineConfig:
     max_model_len: int | None = None
     """Tokens of a prompt and its continuation."""
     cuda_graphs: bool = True
-    """Whether decoding on a GPU is recorded. In FP32 it is not: the host counts its experts' rows."""
+    """Whether decoding on a GPU is recorded, where the host has nothing to count."""
     fp8_cache: bool = False
     """Keeps latents in E4M3: 656 bytes a token and layer instead of 1152. For GPUs."""
 
@@ -124,8 +125,7 @@ class Engine:
         self.max_model_len = min(config.max_model_len or reach, reach, blocks * PAGE - 2 * drafts)
         if self.max_model_len < 2:
             raise UserError(f"a cache of {blocks} blocks of {PAGE} tokens is too small: give it more blocks or bytes")
-        graphs = config.cuda_graphs and dtype != torch.float32
-        self.runner = Runner(model, PagedCache(model.config, layers, blocks, dtype, device), graphs)
+        self.runner = Runner(model, PagedCache(model.config, layers, blocks, dtype, device), config.cuda_graphs)
         self.scheduler = Scheduler(
             BlockPool(blocks, PAGE), config.max_num_seqs, config.max_num_batched_tokens, drafts, len(model.mtp),
             config.prefix_caching,
@@ -340,6 +340,11 @@ def check(model: DeepSeekV3, config: EngineConfig) -> None:
     for name in ("max_num_seqs", "max_num_batched_tokens"):
         if getattr(config, name) < 1:
             raise UserError(f"{name} = {getattr(config, name)}: expected 1 or more")
+    if config.fp8_cache and model.config.kv_lora_rank % TILE:
+        raise UserError(
+            f"an FP8 cache has a scale for every {TILE} elements of a latent, and kv_lora_rank = {model.config.kv_lora_rank} is no "
+            "multiple of that: leave fp8_cache (--fp8-cache) out"
+        )
     if not 0 <= config.num_speculative_tokens <= 16:
         raise UserError(f"num_speculative_tokens = {config.num_speculative_tokens}: expected 0 to 16")
 

@@ -124,5 +124,22 @@ class Passes:
     def replays(self, rows: int) -> bool:
         """Whether passes of so many rows may be recorded."""
         if rows not in self.worth:
-            self.worth[rows] = self.graphs if self.model.lm_head.weight.is_cuda else pays(self.model, rows)
+            # On a CPU, attention over packed pages looks into tensors.
+            packed = any(each.dtype == torch.uint8 for each in self.cache.held.values())
+            on_gpu = self.model.lm_head.weight.is_cuda
+            self.worth[rows] = (
+                self.graphs and not counted_on_the_host(self.model) if on_gpu else not packed and pays(self.model, rows)
+            )
         return self.worth[rows]
+
+
+@torch.inference_mode()
+def counted_on_the_host(model: DeepSeekV3) -> bool:
+    """Whether a GPU's passes wait for how many rows experts have: in FP32, and where weights in FP8 are multiplied out."""
+    head = model.lm_head.weight
+    x = head.new_empty(1, model.config.hidden_size, dtype=model.compute_dtype or head.dtype)
+    experts = [block.moe.experts for block in model.blocks() if block.moe is not None]
+    return any(
+        x.dtype == torch.float32 if each.gate_up_proj_scale_inv is None else not each.serves_in_fp8(x)
+        for each in experts
+    )

@@ -23,6 +23,7 @@ from dsv3.ops.latent_pages import read_latents
 from dsv3.ops.paged_attention import entries_attention, paged_latent_attention
 from dsv3.ops.rotary import keys_and_values
 from dsv3.precision.projection import Projection
+from dsv3.precision.stored import Stored
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +81,7 @@ class MultiHeadLatentAttention(nn.Module):
         self.kv_b_proj = Linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim))
         self.o_proj = Linear(heads * config.v_head_dim, config.hidden_size)
         self.inputs_fp8: Projection | None = None
+        self.inputs_stored = Stored(*self.input_layers)
         self.recomputation: Recomputation | None = None
 
     def forward(self, x: Tensor, rope: Rope, segment_ids: Tensor | None = None, cache: Cache | None = None) -> Tensor:
@@ -132,6 +134,9 @@ class MultiHeadLatentAttention(nn.Module):
             q, kv = self.inputs_fp8(x)
             return q, kv
         to_q, to_kv = self.input_layers
+        if self.inputs_stored.serves(x):
+            q, kv = self.inputs_stored(x).split([len(to_q.weight), len(to_kv.weight)], dim=-1)
+            return q, kv
         return to_q(x), to_kv(x)
 
     def queries(self, q: Tensor) -> Tensor:
@@ -182,7 +187,7 @@ class MultiHeadLatentAttention(nn.Module):
         """
         config = self.config
         heads, latent = q_FHX.shape[1], config.kv_lora_rank
-        weight = self.kv_b_proj.weight_in(q_FHX.dtype).view(heads, -1, latent)
+        weight = self.kv_b_proj.kept_in(q_FHX.dtype).view(heads, -1, latent)
         q_nope, q_rope = q_FHX.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
         q_HFC = torch.bmm(q_nope.transpose(0, 1), weight[:, : config.qk_nope_head_dim])
         q_FHL = torch.cat((q_HFC.transpose(0, 1), q_rope), dim=-1)

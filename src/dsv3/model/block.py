@@ -14,6 +14,7 @@ from dsv3.model.config import ModelConfig
 from dsv3.model.feed_forward import DeepSeekMoE, Dispatcher, Routing, SwiGLU
 from dsv3.model.linear import RMSNorm
 from dsv3.model.rope import Rope
+from dsv3.ops.rooms import Rooms
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,8 @@ class Carry:
     normed: Tensor
     """[B, T, D]: the feed-forward's input."""
     routing: Routing | None = None
-    rows: Tensor | None = None
-    """[R, D]: what goes into this rank's experts, then what comes out."""
+    rows: Tensor | Rooms | None = None
+    """[R, D]: what goes into this rank's experts, in rooms where they want it so, then what comes out."""
     weight: Tensor | None = None
     counts: Tensor | None = None
     handle: Any = None
@@ -91,9 +92,8 @@ class Block(nn.Module):
         """Tokens travel to their experts."""
         if self.moe is not None and carry.routing is not None:
             alignment = self.moe.experts.alignment(carry.routing.expert.numel())
-            carry.rows, carry.weight, carry.counts, carry.handle = self.moe.dispatcher.dispatch(
-                carry.normed.flatten(0, 1), carry.routing, alignment
-            )
+            found = self.moe.dispatch(carry.normed.flatten(0, 1), carry.routing, alignment)
+            carry.rows, carry.weight, carry.counts, carry.handle = found
             carry.aligned = alignment > 0
 
     def experts(self, carry: Carry) -> None:
@@ -107,7 +107,7 @@ class Block(nn.Module):
 
     def combine(self, carry: Carry) -> None:
         """Rows travel back and are summed."""
-        if self.moe is not None and carry.rows is not None:
+        if self.moe is not None and isinstance(carry.rows, Tensor):
             routed = self.moe.dispatcher.combine(carry.rows, carry.handle).view_as(carry.normed)
             carry.update = routed if carry.update is None else carry.update + routed
 

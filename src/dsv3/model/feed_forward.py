@@ -17,11 +17,23 @@ from dsv3.model.recompute import Recomputation
 from dsv3.ops.block_scaled import dequantize
 from dsv3.ops.grouped_linear import grouped_linear, segments
 from dsv3.ops.permute import Permutation, count_by_expert, permute, sort_by_expert, unpermute
+from dsv3.ops.rooms import Rooms, assign_rooms, quantize_to_rooms, room_for
 from dsv3.ops.router import add_loss, balance_loss, expert_frequency, select_experts
 from dsv3.ops.swiglu import swiglu
 from dsv3.precision.feed_forward import FeedForward
 from dsv3.precision.products import row_alignment
 from dsv3.precision.split import Split
+from dsv3.precision.stored import (
+    IN_ROOMS,
+    Blocks,
+    Once,
+    Stored,
+    experts_in_groups,
+    experts_in_rooms,
+    feed_forward,
+    in_fp8,
+    stacked_scale,
+)
 
 
 class SwiGLU(nn.Module):
@@ -35,11 +47,14 @@ class SwiGLU(nn.Module):
         self.recomputation: Recomputation | None = None
         self.fp8: FeedForward | None = None
         self.split: Split | None = None
+        self.gate_up_stored = Stored(self.gate_proj, self.up_proj)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]; gate and up in one product, unless copying their weights would cost more than it saves."""
         if self.fp8 is not None:
             return self.fp8(x, (self.gate_proj.weight, self.up_proj.weight), self.down_proj.weight)
+        if self.gate_up_stored.serves(x) and self.down_proj.stored.serves(x):
+            return feed_forward(x, self.gate_up_stored, self.down_proj.stored)
         if x.numel() < FEW_ROWS * x.shape[-1]:
             return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
         if self.split is not None:
@@ -145,12 +160,12 @@ class Dispatcher(Protocol):
 class Dispatched(NamedTuple):
     """What arrived at a rank's experts."""
 
-    rows: Tensor
-    """[R, D], sorted by expert."""
+    rows: Tensor | Rooms
+    """[R, D], sorted by expert; or in rooms."""
     weight: Tensor
     """FP32 [R]: each row's in the sum; gradients flow through it."""
     counts: Tensor
-    """int64 [E of this rank]: rows of each expert."""
+    """int64 [E of this rank]: rows of each expert, those of a room that are used."""
     handle: Any
     """For `Dispatcher.combine`."""
 
@@ -176,6 +191,14 @@ class LocalDispatcher:
         equal = 0 if alignment else equal_groups(routing)
         to = sort_by_expert(routing.expert, routing.num_experts, equal, alignment)
         return Dispatched(permute(x_TD, to), to.by_row(routing.weight), to.counts_E, to)
+
+    def to_rooms(self, x_TD: Tensor, routing: Routing) -> Dispatched:
+        """`dispatch` of few tokens in FP8: quantised once, each row written to the rooms of its token's experts."""
+        room, experts = room_for(len(x_TD)), routing.num_experts
+        row_TK, weight_R, counts_E = assign_rooms(routing.expert, routing.weight, experts, room)
+        rows = Rooms(quantize_to_rooms(x_TD, row_TK, experts * room), room)
+        # `combine` reads the rows of tokens alone.
+        return Dispatched(rows, weight_R, counts_E, Permutation(row_TK.new_empty(0), row_TK, counts_E))
 
     def combine(self, rows_RD: Tensor, handle: Permutation | int) -> Tensor:
         """See `Dispatcher`; a number stands for tokens that are all here for each of their experts, one expert after the other."""
@@ -220,6 +243,7 @@ class Experts(nn.Module):
         """Of the two products, where the gradients of the weights may have to wait; `fp8` has its own way."""
         self.register_buffer("gate_up_proj_scale_inv", None)
         self.register_buffer("down_proj_scale_inv", None)
+        self.scales = Once(stacked_scale), Once(stacked_scale)
 
     def keep_in_fp8(self) -> None:
         """As for `Linear`. Gate and up have blocks of their own: scales are [E, 2 ceil(I / 128), ceil(D / 128)]."""
@@ -232,8 +256,31 @@ class Experts(nn.Module):
         """What each expert's rows should be padded to a multiple of, when there are so many in all; 0 for nothing."""
         return 0 if self.fp8 is None else row_alignment(rows, len(self.down_proj))
 
-    def forward(self, rows_RD: Tensor, counts_E: Tensor, weight_R: Tensor, aligned: bool = False) -> Tensor:
-        """Each expert's SwiGLU on its rows, times their weights: [R, D] -> [R, D]. `aligned`: they were padded as `alignment` said."""
+    def serves_in_fp8(self, x: Tensor) -> bool:
+        """Whether weights are stored in FP8, and multiplied so with x."""
+        up, down = self.gate_up_proj_scale_inv, self.down_proj_scale_inv
+        return up is not None and down is not None and in_fp8(x, (self.gate_up_proj, up), (self.down_proj, down))
+
+    def takes_rooms(self, x_TD: Tensor) -> bool:
+        """Whether these tokens should come in rooms: few, to be multiplied with weights in FP8."""
+        return len(x_TD) <= IN_ROOMS and self.serves_in_fp8(x_TD)
+
+    @property
+    def stored(self) -> tuple[Blocks, Blocks]:
+        """Gate and up, and down, as products in FP8 read them."""
+        assert self.gate_up_proj_scale_inv is not None
+        assert self.down_proj_scale_inv is not None
+        of_up, of_down = self.scales
+        up = self.gate_up_proj.detach(), of_up.of(self.gate_up_proj_scale_inv)
+        return up, (self.down_proj.detach(), of_down.of(self.down_proj_scale_inv))
+
+    def forward(self, rows_RD: Tensor | Rooms, counts_E: Tensor, weight_R: Tensor, aligned: bool = False) -> Tensor:
+        """Each expert's SwiGLU on its rows, times their weights: [R, D] -> [R, D], also of rows in rooms. `aligned`: they were padded as
+        `alignment` said."""
+        if isinstance(rows_RD, Rooms):
+            return experts_in_rooms(rows_RD, counts_E, weight_R, *self.stored)
+        if self.serves_in_fp8(rows_RD):
+            return experts_in_groups(rows_RD, counts_E, weight_R, *self.stored)
         if self.gate_up_proj_scale_inv is not None:
             return self.from_blocks(rows_RD, counts_E, weight_R)
         if self.fp8 is not None:
@@ -246,7 +293,7 @@ class Experts(nn.Module):
         return grouped_linear(activated(gate_up, self.recomputation, weight_R), self.down_proj, counts_E)
 
     def from_blocks(self, rows_RD: Tensor, counts_E: Tensor, weight_R: Tensor) -> Tensor:
-        """`forward` with weights in FP8: one expert after the other, so that only one is ever held in another dtype."""
+        """`forward` with weights in FP8 multiplied out: one expert after the other, so that only one is ever held in another dtype."""
         assert self.gate_up_proj_scale_inv is not None
         assert self.down_proj_scale_inv is not None
         out_RD = torch.empty_like(rows_RD)
@@ -272,3 +319,9 @@ class DeepSeekMoE(nn.Module):
         if config.n_shared_experts:
             self.shared_experts = SwiGLU(config.hidden_size, config.n_shared_experts * config.moe_intermediate_size)
         self.dispatcher = dispatcher
+
+    def dispatch(self, x_TD: Tensor, routing: Routing, alignment: int = 0) -> Dispatched:
+        """Tokens to their experts, in the form that these want."""
+        if isinstance(self.dispatcher, LocalDispatcher) and self.experts.takes_rooms(x_TD):
+            return self.dispatcher.to_rooms(x_TD, routing)
+        return self.dispatcher.dispatch(x_TD, routing, alignment)

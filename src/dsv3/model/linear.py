@@ -10,6 +10,7 @@ from dsv3.ops.cast import cast
 from dsv3.ops.rms_norm import rms_norm
 from dsv3.precision.projection import Projection
 from dsv3.precision.split import Split
+from dsv3.precision.stored import Once, Stored
 
 
 class Linear(nn.Module):
@@ -24,9 +25,14 @@ class Linear(nn.Module):
         self.fp8: Projection | None = None
         self.split: Split | None = None
         """Where the gradient of the weight may have to wait; `fp8` has its own way."""
+        self.stored = Stored(self)
+        self.wide = Once(dequantize)
 
     def keep_in_fp8(self) -> None:
-        """Makes room for released FP8 weights as they are: E4M3 and one FP32 scale a block, not to be trained."""
+        """Makes room for released FP8 weights as they are: E4M3 and one FP32 scale a block, not to be trained.
+
+        See `dsv3.precision.stored` for how they are multiplied.
+        """
         self.weight, self.weight_scale_inv = fp8_storage(self.weight, tuple(self.weight.shape))
 
     def weight_in(self, dtype: torch.dtype) -> Tensor:
@@ -35,12 +41,20 @@ class Linear(nn.Module):
             return cast(self.weight, dtype)
         return dequantize(self.weight, self.weight_scale_inv, dtype)
 
+    def kept_in(self, dtype: torch.dtype) -> Tensor:
+        """`weight_in` for what is read in every step: of a weight in FP8, a copy made once for each of its values."""
+        if self.weight_scale_inv is None:
+            return cast(self.weight, dtype)
+        return self.wide.of(self.weight, self.weight_scale_inv, option=dtype)
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out] in x's dtype."""
         if self.fp8 is not None:
             return self.fp8(x)[0]
         if self.split is not None:
             return self.split(x, [self.weight])
+        if self.stored.serves(x):
+            return self.stored(x)
         return F.linear(x, self.weight_in(x.dtype))
 
     def multiply(self, x: Tensor, weight: Tensor) -> Tensor:

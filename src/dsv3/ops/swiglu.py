@@ -66,8 +66,16 @@ def side_by_side(grad: Tensor) -> Tensor:
     return grad if grad.stride(-1) == 1 else grad.contiguous()
 
 
-def not_by_triton(gate_up: Tensor, weight_R: Tensor | None = None, power_of_two: bool = False) -> str | None:
+ROOM_MULTIPLE = 16
+"""Rows: what one program of the kernel that quantises takes lies in one room."""
+
+
+def not_by_triton(
+    gate_up: Tensor, weight_R: Tensor | None = None, power_of_two: bool = False, counts_E: Tensor | None = None
+) -> str | None:
     """The reason why the kernels do not serve; None when they do."""
+    if counts_E is not None and len(gate_up) % (ROOM_MULTIPLE * len(counts_E)):
+        return f"needs rooms of a multiple of {ROOM_MULTIPLE} rows"
     if gate_up.dtype not in (torch.bfloat16, torch.float32):
         return f"needs BF16 or FP32, not {gate_up.dtype}"
     if gate_up.stride(-1) != 1:
@@ -87,18 +95,22 @@ def activation(gate_up_RJ: Tensor, weight_R: Tensor | None) -> Tensor:
     return reference(gate_up_RJ.float(), weight_R)
 
 
-def tiles_reference(gate_up_RJ: Tensor, weight_R: Tensor | None = None, power_of_two: bool = False) -> Tiles:
-    """The definition, in FP32 until it is quantised."""
+def tiles_reference(
+    gate_up_RJ: Tensor, weight_R: Tensor | None = None, power_of_two: bool = False, counts_E: Tensor | None = None
+) -> Tiles:
+    """The definition, in FP32 until it is quantised; what nobody needs is computed as well."""
     return rows_reference(activation(gate_up_RJ, weight_R), power_of_two)
 
 
-def tiles_triton(gate_up_RJ: Tensor, weight_R: Tensor | None = None, power_of_two: bool = False) -> Tiles:
+def tiles_triton(
+    gate_up_RJ: Tensor, weight_R: Tensor | None = None, power_of_two: bool = False, counts_E: Tensor | None = None
+) -> Tiles:
     """One program for some rows of one tile."""
     from dsv3.ops.kernels.swiglu import quantise
 
     rows, columns = gate_up_RJ.shape
     tiles = empty_tiles(rows, columns // 2, gate_up_RJ.device)
-    quantise(gate_up_RJ, weight_R, tiles, power_of_two)
+    quantise(gate_up_RJ, weight_R, tiles, power_of_two, counts_E)
     return tiles
 
 
@@ -151,9 +163,10 @@ swiglu_tiles = Operation(
     "swiglu_tiles",
     [Implementation("triton", tiles_triton, not_by_triton), Implementation("reference", tiles_reference, anything)],
 )
-"""`swiglu_tiles(gate_up [R, 2I], weight [R] FP32 or None, power_of_two=False) -> Tiles` of `silu(gate) up weight`, [R, I]: the input
-of the down projection, with the routing weight of each row, if given, applied before it. In FP32 until it is quantised; without
-gradients: `swiglu_backward` makes them."""
+"""`swiglu_tiles(gate_up [R, 2I], weight [R] FP32 or None, power_of_two=False, counts [E] int or None) -> Tiles` of
+`silu(gate) up weight`, [R, I]: the input of the down projection, with the routing weight of each row, if given, applied before it.
+In FP32 until it is quantised; without gradients: `swiglu_backward` makes them. With counts, rows are rooms (`dsv3.ops.rooms`) of R / E
+rows each, of which the first counts[e] are wanted; tiles of the others hold anything."""
 
 swiglu_backward = Operation(
     "swiglu_backward",

@@ -34,6 +34,7 @@ def variants() -> Iterator[Variant]:
     yield from of_swiglu()
     yield from permute()
     yield from sort()
+    yield from of_rooms()
     yield from router()
     yield from cross_entropy()
     yield from products_fp8()
@@ -168,10 +169,14 @@ def of_swiglu() -> Iterator[Variant]:
     from dsv3.ops.kernels import swiglu
 
     rows, warps = swiglu.QUANTISING
-    tiles = {"gate_up": "*bf16", "values": "*fp8e4nv", "scale": "*fp32"} | i32("rows columns stride scale_stride")
+    tiles = {"gate_up": "*bf16", "values": "*fp8e4nv", "scale": "*fp32"} | i32("rows columns room stride scale_stride")
     shape = {"POWER_OF_TWO": False, "ROWS": rows, "TILE": 128}
-    yield Variant(swiglu.tiles_kernel, tiles, {"WEIGHTED": False, "weight": None} | shape, {"num_warps": warps})
-    yield Variant(swiglu.tiles_kernel, tiles | {"weight": "*fp32"}, {"WEIGHTED": True} | shape, {"num_warps": warps})
+    sorted_rows = {"IN_ROOMS": False, "counts": None} | shape
+    yield Variant(swiglu.tiles_kernel, tiles, {"WEIGHTED": False, "weight": None} | sorted_rows, {"num_warps": warps})
+    tiles["weight"] = "*fp32"
+    yield Variant(swiglu.tiles_kernel, tiles, {"WEIGHTED": True} | sorted_rows, {"num_warps": warps})
+    in_rooms = {"WEIGHTED": True, "IN_ROOMS": True} | shape
+    yield Variant(swiglu.tiles_kernel, tiles | {"counts": "*i64"}, in_rooms, {"num_warps": warps})
     block, warps = swiglu.ALONE
     types = {"gate_up": "*bf16", "out": "*bf16"} | i32("columns stride")
     for weight in (None, "*fp32"):
@@ -220,6 +225,18 @@ def sort() -> Iterator[Variant]:
     constants = {"PART": PART, "EXPERTS": 256}
     yield Variant(place_kernel, types | {"real": "*u8"}, constants | {"ALIGNED": True}, warps)
     yield Variant(place_kernel, types, constants | {"ALIGNED": False, "real": None}, warps)
+
+
+def of_rooms() -> Iterator[Variant]:
+    """Eight experts a token: a lone token, and as many as decode in rooms."""
+    from dsv3.ops.kernels import rooms
+
+    types = {"expert": "*i64", "weight": "*fp32", "row": "*i64", "weight_of_row": "*fp32", "counts": "*i64"}
+    for block in (8, 1024):
+        yield Variant(rooms.assign_kernel, types | i32("assignments room"), {"BLOCK": block}, {"num_warps": 4})
+    tiles, warps = rooms.ROWS
+    types = {"x": "*bf16", "row": "*i64", "values": "*fp8e4nv", "scale": "*fp32"} | i32("columns x_stride scale_stride")
+    yield Variant(rooms.rows_kernel, types, {"K": 8, "TILES": tiles, "TILE": 128}, {"num_warps": warps})
 
 
 def router() -> Iterator[Variant]:

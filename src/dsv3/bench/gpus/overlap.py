@@ -72,6 +72,7 @@ class Remembered:
             self.asked = x, replace(routing, weight=weight), alignment
             with torch.no_grad():
                 found = self.real.dispatch(*self.asked)
+                assert isinstance(found.rows, Tensor)
                 self.made = self.real.combine(found.rows, found.handle)
             self.rows, self.weight, self.counts = found.rows, found.weight, found.counts
         x, asked, _ = self.asked
@@ -89,6 +90,7 @@ class Remembered:
         x, routing, alignment = self.asked
         x, weight = x.detach().requires_grad_(), routing.weight.detach().requires_grad_()
         found = self.real.dispatch(x, replace(routing, weight=weight), alignment)
+        assert isinstance(found.rows, Tensor)
         made = self.real.combine(found.rows, found.handle)
         torch.autograd.backward([made, found.weight], [self.made, self.weight])
 

@@ -16,12 +16,15 @@ ALONE = (2048, 8)
 
 @triton.jit
 def tiles_kernel(
-    gate_up, weight, values, scale, rows, columns, stride, scale_stride,
-    WEIGHTED: tl.constexpr, POWER_OF_TWO: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+    gate_up, weight, counts, values, scale, rows, columns, room, stride, scale_stride,
+    WEIGHTED: tl.constexpr, IN_ROOMS: tl.constexpr, POWER_OF_TWO: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(columns, TILE)
     tile = tl.program_id(0) % tiles
-    row = (tl.program_id(0) // tiles * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    first = tl.program_id(0) // tiles * ROWS
+    if IN_ROOMS:  # rows that nobody has are neither read nor written
+        rows = first // room * room + tl.load(counts + first // room).to(tl.int32)
+    row = (first + tl.arange(0, ROWS)).to(tl.int64)
     column = tile * TILE + tl.arange(0, TILE)
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     offset = row[:, None] * stride + column[None, :]
@@ -84,14 +87,23 @@ def backward_kernel(
 
 
 def quantise(
-    gate_up: Tensor, weight: Tensor | None, tiles: Tiles, power_of_two: bool, config: tuple[int, int] = QUANTISING
+    gate_up: Tensor,
+    weight: Tensor | None,
+    tiles: Tiles,
+    power_of_two: bool,
+    counts: Tensor | None = None,
+    config: tuple[int, int] = QUANTISING,
 ) -> None:
-    """(gate_up [R, 2I], weight FP32 [R]) -> fills the tiles of [R, I]."""
+    """(gate_up [R, 2I], weight FP32 [R]) -> fills the tiles of [R, I]; with counts [E], those of the rooms' first rows alone.
+
+    A room of R / E rows is a multiple of what a program takes.
+    """
     (rows, columns), (block, warps) = tiles.values.shape, config
     grid = (triton.cdiv(rows, block) * triton.cdiv(columns, TILE),)
+    room = rows if counts is None else rows // len(counts)
     tiles_kernel[grid](
-        gate_up, weight, tiles.values, tiles.scale, rows, columns, gate_up.stride(0), tiles.scale.stride(1),
-        weight is not None, power_of_two, block, TILE,
+        gate_up, weight, counts, tiles.values, tiles.scale, rows, columns, room, gate_up.stride(0),
+        tiles.scale.stride(1), weight is not None, counts is not None, power_of_two, block, TILE,
         num_warps=warps,
     )  # fmt: skip
 
