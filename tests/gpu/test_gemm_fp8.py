@@ -78,6 +78,24 @@ def test_both_sides_in_tiles(down, tokens, across):
     assert difference(columns_triton(a, b), expected) < 1e-6
 
 
+@pytest.mark.parametrize(
+    ("down", "tokens", "across"), [(2112, 1024, 1536), (4096, 4096, 7168), (256, 640, 576), (512, 4000, 512)]
+)
+def test_a_product_is_added_to_what_is_there(down, tokens, across):
+    """Of some rows of one side as well, as those of one of several layers that read the same."""
+    a, b = rows_reference(matrix(down, tokens)), rows_reference(matrix(across, tokens, seed=1))
+    for part in (slice(0, down), slice(64, down - 64)):
+        side = Tiles(a.values[part], a.scale[part])
+        expected = dequantize_reference(side, FP32) @ dequantize_reference(b, FP32).t()
+        before = matrix(len(side.values), across, seed=2).float()
+        for each in gemm_fp8_columns.implementations:
+            total = before.clone()
+            if each.supports(side, b, out=total) is None:
+                assert each.run(side, b, out_dtype=FP32, out=total) is not None
+                assert difference(total - before, expected) < 1e-5, each.name
+        assert gemm_fp8_columns(side, b, out=before) is before
+
+
 def test_triton_serves_what_cublas_does_not():
     x, (weight, scale) = rows_reference(matrix(20, 256)), quantize(matrix(40, 256, seed=1))
     reasons = dict(gemm_fp8.explain(x, weight, scale))

@@ -3,7 +3,7 @@ import torch
 
 from dsv3.errors import UserError
 from dsv3.ops.block_scaled import dequantize, quantize
-from dsv3.ops.gemm_fp8 import columns_reference, gemm_fp8, gemm_fp8_columns, padded, prepared_scale, reference
+from dsv3.ops.gemm_fp8 import columns_reference, gemm_fp8, gemm_fp8_columns, laid_out, padded, prepared_scale, reference
 from dsv3.ops.tiles import Tiles, dequantize_rows, quantize_rows
 from tests.ops.products import difference
 
@@ -33,6 +33,25 @@ def test_the_product_of_two_sides_in_tiles(down, tokens, across):
     found = gemm_fp8_columns(a, b)
     assert found.dtype == torch.float32
     assert difference(found, exact) < 1e-12
+
+
+def test_the_product_is_added_to_what_is_there():
+    a, b = quantize_rows(matrix(12, 256, 0)), quantize_rows(matrix(20, 256, 1))
+    total = matrix(12, 20, 2)
+    expected = total + gemm_fp8_columns(a, b)
+    assert gemm_fp8_columns(a, b, out=total) is total
+    assert torch.equal(total, expected)
+    with pytest.raises(UserError, match=r"adds to float32 \[12, 20\], not to torch.bfloat16"):
+        gemm_fp8_columns(a, b, out=total.bfloat16())
+
+
+def test_scales_of_some_rows_are_laid_out_anew():
+    x = quantize_rows(matrix(12, 256, 0))
+    some = Tiles(x.values[4:10], x.scale[4:10])
+    found = laid_out(some)
+    assert torch.equal(found.scale, some.scale)
+    assert found.scale.stride() == (1, 8)
+    assert laid_out(x) is x
 
 
 def test_close_to_the_product_before_quantisation():

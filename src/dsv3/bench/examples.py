@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dsv3.ops import (
+    accumulate,
     adamw,
     attention,
     block_scaled,
@@ -78,6 +79,7 @@ def calls(device: torch.device) -> Iterator[Call]:
 
     moment = torch.zeros_like(weight, dtype=torch.bfloat16)
     one, setting = torch.ones((), device=device), (1e-6, (0.9, 0.95), 1e-8, 0.1)
+    yield accumulate.accumulate, (torch.zeros_like(rows, dtype=torch.float32), rows)
     yield adamw.adamw, (weight, weight.clone(), moment, moment.clone(), one, one, *setting)
     for operation in (tiles.quantize_rows, tiles.quantize_columns, tiles.quantize_both, e5m6.pack_e5m6):
         yield operation, (rows,)

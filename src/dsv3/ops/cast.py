@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dsv3.ops.accumulate import accumulate
+
 
 def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """The weight in `dtype`. Asking is cheaper than a `to` with nothing to do, which counts where tokens come one by one.
@@ -41,4 +43,4 @@ def add_gradient(weight: Tensor, gradient: Tensor) -> None:
     if weight.grad is None:
         weight.grad = gradient.to(weight.dtype)
     else:
-        weight.grad.add_(gradient)
+        accumulate(weight.grad, gradient)

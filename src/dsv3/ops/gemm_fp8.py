@@ -13,9 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsv3.ops.block_scaled import BLOCK
-from dsv3.ops.kernels.available import no_triton
+from dsv3.ops.kernels.available import no_gluon, no_triton
 from dsv3.ops.operation import Implementation, Operation
-from dsv3.ops.tiles import TILE, Tiles
+from dsv3.ops.tiles import TILE, Tiles, empty_scale
+
+FILLING = 64
+"""Tiles from which on a product that is added to a sum is faster in Gluon than cuBLAS's and an addition."""
 
 
 def prepared_scale(scale_PQ: Tensor) -> Tensor:
@@ -35,14 +38,14 @@ def weight_factor(scale_PQ: Tensor, rows: int) -> Tensor:
     return scale_PQ.repeat_interleave(BLOCK, dim=0)[:rows]
 
 
-def columns_reference(a: Tiles, b: Tiles, out_dtype: torch.dtype = torch.float32) -> Tensor:
+def columns_reference(a: Tiles, b: Tiles, out_dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
     """The definition."""
     left, right = a.values.float(), b.values.float()
-    out = left.new_zeros(len(left), len(right))
+    product = left.new_zeros(len(left), len(right))
     for q, start in enumerate(range(0, left.shape[1], TILE)):
         part = left[:, start : start + TILE] @ right[:, start : start + TILE].t()
-        out += part * a.scale[:, q, None] * b.scale[None, :, q]
-    return out.to(out_dtype)
+        product += part * a.scale[:, q, None] * b.scale[None, :, q]
+    return product.to(out_dtype) if out is None else out.add_(product)
 
 
 def reference(x: Tiles, weight_NK: Tensor, scale_PQ: Tensor, out_dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -60,10 +63,14 @@ def disagree(x: Tiles, weight_NK: Tensor, scale_PQ: Tensor, out_dtype: torch.dty
     return None
 
 
-def columns_disagree(a: Tiles, b: Tiles, out_dtype: torch.dtype = torch.float32) -> str | None:
+def columns_disagree(
+    a: Tiles, b: Tiles, out_dtype: torch.dtype = torch.float32, out: Tensor | None = None
+) -> str | None:
     """What is wrong with the shapes."""
     if a.values.shape[1] != b.values.shape[1]:
         return f"the sides have {a.values.shape[1]} and {b.values.shape[1]} elements to sum over"
+    if out is not None and (out.shape, out.dtype) != ((len(a.values), len(b.values)), torch.float32):
+        return f"adds to float32 {[len(a.values), len(b.values)]}, not to {out.dtype} {list(out.shape)}"
     return None
 
 
@@ -100,6 +107,13 @@ def padded(tiles: Tiles) -> Tiles:
     return Tiles(values, tiles.scale.as_strided((len(values), tiles.scale.shape[1]), tiles.scale.stride()))
 
 
+def laid_out(tiles: Tiles) -> Tiles:
+    """With scales as cuBLAS reads them: those of some of a matrix's rows are too far apart."""
+    rows, columns = tiles.values.shape
+    scale = empty_scale(rows, columns, tiles.values.device)
+    return tiles if tiles.scale.stride() == scale.stride() else Tiles(tiles.values, scale.copy_(tiles.scale))
+
+
 def scaled_mm(x: Tiles, weight_NK: Tensor, scale_PQ: Tensor, out_dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """cuBLAS, through torch."""
     left = padded(x)
@@ -120,12 +134,21 @@ def scaled_mm(x: Tiles, weight_NK: Tensor, scale_PQ: Tensor, out_dtype: torch.dt
     return out[: len(x.values)]
 
 
-def columns_scaled_mm(a: Tiles, b: Tiles, out_dtype: torch.dtype = torch.float32) -> Tensor:
+def columns_scaled_mm(a: Tiles, b: Tiles, out_dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
     """cuBLAS, through torch."""
-    left = padded(a)
+    left = padded(laid_out(a))
     scaling = F.ScalingType.BlockWise1x128
-    out = F.scaled_mm(left.values, b.values.t(), left.scale, scaling, b.scale, scaling, output_dtype=out_dtype)
-    return out[: len(a.values)]
+    product = F.scaled_mm(left.values, b.values.t(), left.scale, scaling, b.scale, scaling, output_dtype=out_dtype)
+    product = product[: len(a.values)]
+    return product if out is None else out.add_(product)
+
+
+def columns_gluon(a: Tiles, b: Tiles, out_dtype: torch.dtype = torch.float32, *, out: Tensor) -> Tensor:
+    """The kernel of grouped weight gradients, with one group: what is added to is not read by it."""
+    from dsv3.ops.kernels.grouped_wgrad_fp8_gluon import wgrad
+
+    wgrad(a, b, torch.full((1,), a.values.shape[1], device=a.values.device), out.unsqueeze(0))
+    return out
 
 
 def scaled_mm_serves(
@@ -135,9 +158,24 @@ def scaled_mm_serves(
     return disagree(x, weight_NK, scale_PQ) or no_scaled_mm(x.values, weight_NK)
 
 
-def columns_scaled_mm_serves(a: Tiles, b: Tiles, out_dtype: torch.dtype = torch.float32) -> str | None:
+def columns_scaled_mm_serves(
+    a: Tiles, b: Tiles, out_dtype: torch.dtype = torch.float32, out: Tensor | None = None
+) -> str | None:
     """Why it does not."""
-    return columns_disagree(a, b) or no_scaled_mm(a.values, b.values)
+    return columns_disagree(a, b, out_dtype, out) or no_scaled_mm(a.values, b.values)
+
+
+def columns_gluon_serves(
+    a: Tiles, b: Tiles, out_dtype: torch.dtype = torch.float32, out: Tensor | None = None
+) -> str | None:
+    """Why it does not."""
+    if out is None:
+        return "pays where the product is added to what is there"
+    if len(a.values) * len(b.values) < FILLING * 128 * 256:
+        return f"pays from {FILLING} tiles of 128 x 256 on"
+    if a.values.shape[1] % TILE:
+        return f"needs a multiple of {TILE} tokens, not {a.values.shape[1]}"
+    return columns_disagree(a, b, out_dtype, out) or no_sums_in_gluon(a, b, out)
 
 
 def no_bulk_copies(a: Tensor, b: Tensor) -> str | None:
@@ -155,12 +193,12 @@ def triton(x: Tiles, weight_NK: Tensor, scale_PQ: Tensor, out_dtype: torch.dtype
     return contiguous(x, weight_NK.unsqueeze(0), scale_PQ.unsqueeze(0), count, out_dtype)
 
 
-def columns_triton(a: Tiles, b: Tiles, out_dtype: torch.dtype = torch.float32) -> Tensor:
+def columns_triton(a: Tiles, b: Tiles, out_dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
     """The kernel of grouped weight gradients, with one group."""
     from dsv3.ops.kernels.grouped_wgrad_fp8 import wgrad
 
     count = torch.full((1,), a.values.shape[1], device=a.values.device)
-    return wgrad(a, b, count, out_dtype=out_dtype)[0]
+    return wgrad(a, b, count, None if out is None else out.unsqueeze(0), out_dtype=out_dtype)[0]
 
 
 def triton_serves(x: Tiles, weight_NK: Tensor, scale_PQ: Tensor, out_dtype: torch.dtype = torch.bfloat16) -> str | None:
@@ -168,9 +206,24 @@ def triton_serves(x: Tiles, weight_NK: Tensor, scale_PQ: Tensor, out_dtype: torc
     return disagree(x, weight_NK, scale_PQ) or no_bulk_copies(x.values, weight_NK)
 
 
-def columns_triton_serves(a: Tiles, b: Tiles, out_dtype: torch.dtype = torch.float32) -> str | None:
+def columns_triton_serves(
+    a: Tiles, b: Tiles, out_dtype: torch.dtype = torch.float32, out: Tensor | None = None
+) -> str | None:
     """Why it does not."""
-    return columns_disagree(a, b) or no_bulk_copies(a.values, b.values)
+    if out is not None and not out.is_contiguous():
+        return "adds to a contiguous matrix"
+    return columns_disagree(a, b, out_dtype, out) or no_bulk_copies(a.values, b.values)
+
+
+def no_sums_in_gluon(a: Tiles, b: Tiles, out: Tensor | None) -> str | None:
+    """The reason why the kernel for weight gradients in Gluon cannot read these, or write there."""
+    if out is not None and not out.is_contiguous():
+        return "adds to contiguous matrices"
+    if (reason := no_bulk_copies(a.values, b.values) or no_gluon(a.values.device)) is not None:
+        return reason
+    if len(b.values) % 4 or any(each.data_ptr() % 16 for each in (a.scale, b.scale, out) if each is not None):
+        return "needs scales and rows of the result at multiples of 16 bytes"
+    return None
 
 
 gemm_fp8 = Operation(
@@ -190,12 +243,14 @@ One scale a 1 x 128 tile of x and one a 128 x 128 block of the weight; `prepared
 gemm_fp8_columns = Operation(
     "gemm_fp8_columns",
     [
+        Implementation("gluon", columns_gluon, columns_gluon_serves),
         Implementation("scaled_mm", columns_scaled_mm, columns_scaled_mm_serves),
         Implementation("triton", columns_triton, columns_triton_serves),
         Implementation("reference", columns_reference, columns_disagree),
     ],
 )
-"""`gemm_fp8_columns(a: Tiles [M, K], b: Tiles [N, K], out_dtype=float32) -> [M, N]` = a b^T, with one scale a 1 x 128 tile on both
-sides: the weight gradient, where K are tokens, a the output's gradient transposed and b the input transposed
-(`quantize_columns`). Raises `UserError` for shapes that do not agree.
+"""`gemm_fp8_columns(a: Tiles [M, K], b: Tiles [N, K], out_dtype=float32, out=None) -> [M, N]` = a b^T, with one scale a 1 x 128 tile
+on both sides: the weight gradient, where K are tokens, a the output's gradient transposed and b the input transposed
+(`quantize_columns`). Where `out` (FP32) is given, the product is added to it and it is returned. Raises `UserError` for shapes
+that do not agree.
 """

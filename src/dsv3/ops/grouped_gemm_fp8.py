@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dsv3.ops.block_scaled import scale_shape
-from dsv3.ops.gemm_fp8 import columns_reference, no_bulk_copies
+from dsv3.ops.gemm_fp8 import columns_reference, no_bulk_copies, no_sums_in_gluon
 from dsv3.ops.gemm_fp8 import reference as gemm_reference
 from dsv3.ops.grouped_linear import segments
 from dsv3.ops.kernels.available import no_gluon, no_triton
@@ -165,11 +165,7 @@ def wgrad_triton_serves(grad: Tiles, x: Tiles, counts_E: Tensor, out: Tensor | N
 
 def wgrad_gluon_serves(grad: Tiles, x: Tiles, counts_E: Tensor, out: Tensor | None = None) -> str | None:
     """Why it does not."""
-    if (reason := wgrad_triton_serves(grad, x, counts_E, out) or no_gluon(grad.values.device)) is not None:
-        return reason
-    if len(x.values) % 4 or any(each.data_ptr() % 16 for each in (grad.scale, x.scale, out) if each is not None):
-        return "needs scales and rows of the result at multiples of 16 bytes"
-    return None
+    return wgrad_disagree(grad, x, counts_E, out) or no_sums_in_gluon(grad, x, out)
 
 
 grouped_gemm_fp8 = Operation(

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from dsv3.ops.cast import add_gradient
 
+Sums = Sequence[Tensor | None]
+"""Gradients of weights from micro-batches before; None for the first."""
+
 
 class WeightGradients:
     """Who asks whether the gradients of weights are wanted now or later."""
@@ -30,13 +33,18 @@ class WeightGradients:
         finally:
             self.later = None
 
-    def take(self, weights: Sequence[Tensor], compute: Callable[[], Sequence[Tensor]]) -> list[None]:
-        """Has the gradients that `compute` gives added to their weights', now or later; what a backward pass returns for them."""
+    def take(self, weights: Sequence[Tensor], compute: Callable[[Sums], Sequence[Tensor]]) -> list[None]:
+        """Has the gradients that `compute` gives added to their weights', now or later; what a backward pass returns for them.
+
+        `compute` is given the sums so far, and may add to one itself and give it back.
+        """
 
         @torch.no_grad()
         def add() -> None:
-            for weight, gradient in zip(weights, compute(), strict=True):
-                add_gradient(weight, gradient)
+            sums = [each.grad for each in weights]
+            for weight, total, gradient in zip(weights, sums, compute(sums), strict=True):
+                if total is None or gradient is not total:
+                    add_gradient(weight, gradient)
 
         if self.later is None:
             add()

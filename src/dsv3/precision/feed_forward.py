@@ -12,8 +12,8 @@ from torch import Tensor
 
 from dsv3.ops.swiglu import swiglu_backward
 from dsv3.ops.tiles import Tiles, dequantize_rows
-from dsv3.precision.deferred import WeightGradients
-from dsv3.precision.products import product, weight_gradient
+from dsv3.precision.deferred import Sums, WeightGradients
+from dsv3.precision.products import experts_gradient, product, weight_gradients
 from dsv3.precision.scaling import QUANTIZERS, Quantizers
 from dsv3.precision.weights import BlockCache
 
@@ -94,9 +94,14 @@ class Compute(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = product(quantizers.gradient_rows(grad_inner), ctx.up.transposed, counts, dtype, aligned)
 
-        def compute() -> Sequence[Tensor]:
-            up = weight_gradient(grad_inner, Tiles(values, scale), counts, quantizers, aligned)
-            gate_up = up.split([each.shape[-2] for each in ctx.weights[1:]], dim=-2)
-            return weight_gradient(grad_RD, act, counts, quantizers, aligned), *gate_up
+        def compute(sums: Sums) -> Sequence[Tensor]:
+            x = Tiles(values, scale)
+            if counts is not None:
+                of_down = experts_gradient(grad_RD, act, counts, quantizers, aligned, sums[0])
+                return of_down, experts_gradient(grad_inner, x, counts, quantizers, aligned, sums[1])
+            sizes = [len(each) for each in ctx.weights]
+            down = weight_gradients(quantizers.gradient_columns(grad_RD), quantizers.columns(act), sizes[:1], sums[:1])
+            gate_up = quantizers.gradient_columns(grad_inner), quantizers.columns(x)
+            return *down, *weight_gradients(*gate_up, sizes[1:], sums[1:])
 
         return grad_x, grad_weight, None, None, None, *ctx.layers.gradients.take(ctx.weights, compute)

@@ -3,6 +3,8 @@
 Legend: R rows (tokens), K inputs, N outputs, E experts.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,7 @@ from dsv3.ops.gemm_fp8 import gemm_fp8, gemm_fp8_columns
 from dsv3.ops.grouped_gemm_fp8 import grouped_gemm_fp8, grouped_wgrad_fp8
 from dsv3.ops.grouped_linear import grouped_weight_gradient
 from dsv3.ops.tiles import TILE, Tiles, dequantize_rows
+from dsv3.precision.deferred import Sums
 from dsv3.precision.scaling import Quantizers
 from dsv3.precision.weights import Blocks
 
@@ -27,19 +30,28 @@ def product(x: Tiles, weight: Blocks, counts_E: Tensor | None, dtype: torch.dtyp
     return grouped_gemm_fp8(x, weight.values, weight.scale, counts_E, dtype, aligned=aligned)
 
 
-def weight_gradient(
-    grad_RN: Tensor, x: Tensor | Tiles, counts_E: Tensor | None, quantizers: Quantizers, aligned: bool = False
-) -> Tensor:
-    """[N, K]: grad^T x, both in tiles of 128 tokens; with counts [E, N, K], each expert's own. x [R, K] may be in tiles.
+def weight_gradients(grad: Tiles, x: Tiles, sizes: Sequence[int], sums: Sums) -> Sequence[Tensor]:
+    """FP32 [N, K] of each weight: grad^T x, where grad [sum of N, R] and x [K, R] are in tiles of 128 tokens and `sizes` are the
+    weights' N. What has a sum is added to it, which is given back."""
+    if any(each is None for each in sums):
+        return gemm_fp8_columns(grad, x).split(list(sizes))
+    parts = zip(grad.values.split(list(sizes)), grad.scale.split(list(sizes)), sums, strict=True)
+    return [gemm_fp8_columns(Tiles(values, scale), x, out=total) for values, scale, total in parts]
 
-    In FP32 from FP8 products. Experts get theirs in FP8 where their groups are multiples of 128 (`aligned`: the dispatcher pads
-    them, as `row_alignment` has asked it to); in BF16 otherwise.
+
+def experts_gradient(
+    grad_RN: Tensor, x: Tensor | Tiles, counts_E: Tensor, quantizers: Quantizers, aligned: bool, total: Tensor | None
+) -> Tensor:
+    """[E, N, K]: grad^T x over each expert's rows; x [R, K] may be in tiles.
+
+    In FP8 where groups are multiples of 128 (`aligned`: the dispatcher pads them, as `row_alignment` has asked it to): FP32, added to
+    `total`, which is given back, where there is one. In BF16 otherwise.
     """
-    if counts_E is not None and not aligned:
+    if not aligned:
         wide = dequantize_rows(x, grad_RN.dtype) if isinstance(x, Tiles) else x
         return grouped_weight_gradient(grad_RN, wide, counts_E)
-    grad, x = quantizers.gradient_columns(grad_RN), quantizers.columns(x)
-    return gemm_fp8_columns(grad, x) if counts_E is None else grouped_wgrad_fp8(grad, x, counts_E)
+    gradient: Tensor = grouped_wgrad_fp8(quantizers.gradient_columns(grad_RN), quantizers.columns(x), counts_E, total)
+    return gradient
 
 
 def row_alignment(rows: int, experts: int) -> int:

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from dsv3.ops.e5m6 import PackedTiles, pack_e5m6, unpack_e5m6
-from dsv3.ops.gemm_fp8 import gemm_fp8_columns
 from dsv3.ops.tiles import Tiles
-from dsv3.precision.deferred import WeightGradients
-from dsv3.precision.products import product
+from dsv3.precision.deferred import Sums, WeightGradients
+from dsv3.precision.products import product, weight_gradients
 from dsv3.precision.scaling import QUANTIZERS, Quantizers
 from dsv3.precision.weights import BlockCache
 
@@ -80,9 +79,9 @@ class Multiply(torch.autograd.Function):
         kept, scale = ctx.saved_tensors
         grad_x = product(rows, ctx.blocks.transposed, None, ctx.dtype) if ctx.needs_input_grad[0] else None
 
-        def compute() -> Sequence[Tensor]:
+        def compute(sums: Sums) -> Sequence[Tensor]:
             twelve_bits = ctx.projection.twelve_bits
             x = unpack_e5m6(PackedTiles(kept, scale, ctx.columns)) if twelve_bits else Tiles(kept, scale)
-            return gemm_fp8_columns(columns, quantizers.columns(x)).split(ctx.sizes)
+            return weight_gradients(columns, quantizers.columns(x), ctx.sizes, sums)
 
         return grad_x, None, *ctx.projection.gradients.take(ctx.projection.weights, compute)

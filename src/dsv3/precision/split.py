@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsv3.ops.grouped_linear import grouped_linear, grouped_weight_gradient
-from dsv3.precision.deferred import WeightGradients
+from dsv3.precision.deferred import Sums, WeightGradients
 
 
 class Split:
@@ -72,7 +72,7 @@ class Product(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = grad @ weight if counts is None else grouped_linear(grad, weight.mT, counts)
 
-        def compute() -> Sequence[Tensor]:
+        def compute(sums: Sums) -> Sequence[Tensor]:
             if counts is not None:
                 return [grouped_weight_gradient(grad, x, counts)]
             return (grad.flatten(0, -2).t() @ x.flatten(0, -2)).split([len(each) for each in parameters])

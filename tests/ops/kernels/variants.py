@@ -39,6 +39,7 @@ def variants() -> Iterator[Variant]:
     yield from cross_entropy()
     yield from products_fp8()
     yield from of_adamw()
+    yield from of_accumulate()
     yield from attention()
     yield from pages()
     yield from paged_attention()
@@ -58,6 +59,15 @@ def of_adamw() -> Iterator[Variant]:
     numbers = {"size": "i32"} | dict.fromkeys(("lr", "eps", "weight_decay"), "fp32")
     constants = {"BETA1": 0.9, "BETA2": 0.95, "BLOCK": block}
     yield Variant(adamw.update_kernel, pointers | numbers, constants, {"num_warps": warps})
+
+
+def of_accumulate() -> Iterator[Variant]:
+    """BF16 added to FP32."""
+    from dsv3.ops.kernels import accumulate
+
+    block, warps = accumulate.CONFIG
+    types = {"total": "*fp32", "gradient": "*bf16", "size": "i32"}
+    yield Variant(accumulate.add_kernel, types, {"BLOCK": block}, {"num_warps": warps})
 
 
 def of_tiles() -> Iterator[Variant]:

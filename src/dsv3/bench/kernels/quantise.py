@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dsv3.bench.kernels.case import Case
+from dsv3.ops.accumulate import accumulate
 from dsv3.ops.adamw import adamw
 from dsv3.ops.block_scaled import quantize_blocks, transpose_blocks
 from dsv3.ops.e5m6 import pack_e5m6, unpack_e5m6
@@ -25,6 +26,7 @@ def cases(device: torch.device) -> Iterator[Case]:
     yield from of_rms_norm(device)
     yield from of_swiglu(device)
     yield of_adamw(device)
+    yield of_accumulate(device)
 
 
 def against_copy(op: str, shape: str, ours: Callable[[], object], moved: float, target: float | None = None) -> Case:
@@ -96,3 +98,15 @@ def of_adamw(device: torch.device) -> Case:
         return weight
 
     return against_copy("adamw", f"4x4096x{HIDDEN}, moments in BF16", ours, 20 * weight.numel())
+
+
+def of_accumulate(device: torch.device) -> Case:
+    """Of the same: 6 bytes an element read, 4 written."""
+    total = torch.zeros(4 * 4096, HIDDEN, device=device)
+    gradient = torch.randn_like(total, dtype=torch.bfloat16)
+
+    def ours() -> Tensor:
+        accumulate(total, gradient)
+        return total
+
+    return against_copy("accumulate", f"BF16 to FP32, 4x4096x{HIDDEN}", ours, 10 * total.numel())
