@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import torch
@@ -43,8 +44,9 @@ class Group:
         """[S, ...] -> [sum(received), ...]: `sent[i]` rows, in order, go to rank i, and `received[i]` come from it."""
         if self.handle is None:
             return rows
-        # As bytes: gloo knows fewer dtypes than torch.
-        flat = rows.contiguous().flatten(1).view(torch.uint8)
+        # As bytes: gloo knows fewer dtypes than torch. Of a lone column, a contiguous tensor may have any strides: flat, it has not.
+        width = prod(rows.shape[1:]) * rows.element_size()
+        flat = rows.contiguous().flatten().view(torch.uint8).view(len(rows), width)
         self.traffic["sent"] += (sum(sent) - sent[self.rank]) * flat.shape[1]
         out = flat.new_empty(sum(received), flat.shape[1])
         with self.activity.communicating(f"exchange over {self.name}"):
