@@ -3,10 +3,12 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from dsv3.data.loader import Loader
 from dsv3.data.token_shards import ShardSet
+from dsv3.model.transformer import DeepSeekV3
 from dsv3.parallel.mesh import Mesh, make_mesh
 from dsv3.recipe.schema import Recipe
 from dsv3.stages.extend import Start, load_start
@@ -48,17 +50,24 @@ def evaluate(model):
 
 def train(
     shards: str, directory: str, overrides: list[str], ranks_per_node: int | None = None, resume: bool = False,
-    start: str | None = None,
+    start: str | None = None, wide: bool = False, save: bool = False,
 ):  # fmt: skip
     """The parameters, biases and average of this rank after training, where its experts begin, and its optimizer's bytes.
 
-    `start` is the checkpoint that an extension begins with.
+    `start` is the checkpoint that an extension begins with. `wide` has all weights in FP32 on all ranks,
+    `save` a checkpoint written although nothing was left to train.
     """
-    trainer = make(shards, directory, overrides, ranks_per_node, evaluate=evaluate)
+    with pytest.MonkeyPatch.context() as patch:
+        if wide:
+            patch.setattr(DeepSeekV3, "matrices", lambda model: set())
+        trainer = make(shards, directory, overrides, ranks_per_node, evaluate=evaluate)
     assert trainer.resume() == resume
     if start is not None:
         load_start(trainer, Start(Path(start), Path("tokenizer"), {}))
     trainer.run()
+    if save:
+        trainer.save()
+        trainer.saver.finish()
     tensors = {name: each.detach().clone() for name, each in trainer.model.state_dict().items()}
     tensors |= {f"ema.{name}": each.clone() for name, each in trainer.average.tensors().items()}
     held = {f"{prefix}{name}": trainer.model.held_experts()[each]

@@ -102,7 +102,7 @@ def test_a_snapshot_is_that_of_its_moment(tmp_path: Path) -> None:
 
 def test_the_average_is_that_of_the_moments_of_its_updates() -> None:
     model = DeepSeekV3(ModelConfig.preset("debug")).initialize("fan_in").cuda()
-    average, expected = Average(model, 0.5), model.lm_head.weight.detach().cpu().clone()
+    average, expected = Average(model.state_dict(), 0.5), model.lm_head.weight.detach().cpu().clone()
     for n in range(1, 30):
         average.before_change()
         with torch.no_grad():

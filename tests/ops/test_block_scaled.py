@@ -80,6 +80,19 @@ def test_quantising_what_was_dequantised_changes_nothing(rows, columns, seed, po
     assert torch.equal(dequantize(again, same, torch.float32), dequantize(values, scale, torch.float32))
 
 
+def test_of_bf16_the_blocks_are_as_near_to_the_master():
+    """The figures of docs/fp8.md."""
+    master = torch.randn(512, 1024, generator=torch.Generator().manual_seed(0)) * 0.02
+    (values, scale), (others, other_scale) = quantize(master), quantize(master.bfloat16())
+    away, further = (
+        ((dequantize(*each, torch.float32) - master).norm() / master.norm()).item()
+        for each in ((values, scale), (others, other_scale))
+    )
+    assert away == pytest.approx(0.0264, abs=2e-4)
+    assert 0 < further / away - 1 < 0.003
+    assert 0.02 < (values.float() != others.float()).float().mean() < 0.03
+
+
 @pytest.mark.parametrize("magnitude", [1e-45, 1e-38, 1e-30, 3e38])
 def test_extreme_magnitudes(magnitude):
     values, scale = quantize(torch.full((2, 2), magnitude))

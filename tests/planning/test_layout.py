@@ -1,11 +1,13 @@
 import pytest
 
 from dsv3.model.transformer import DeepSeekV3
+from dsv3.ops.cast import gradient_dtype
 from dsv3.parallel.dispatch import ExpertParallel
 from dsv3.parallel.group import Group
 from dsv3.parallel.mesh import Mesh
 from dsv3.planning.layout import holdings
 from dsv3.recipe.schema import Recipe
+from dsv3.training.device import COMPUTE_DTYPES
 from dsv3.training.optimizer import Optimizer
 
 CONTENT = {
@@ -27,8 +29,11 @@ def test_layers_are_written_as_runs():
 
 
 @pytest.mark.parametrize(("data", "expert"), [(1, 1), (4, 2), (8, 8)])
-def test_the_table_is_what_a_rank_holds(data, expert):
-    recipe = Recipe.from_dict(CONTENT, [f"parallel.data={data}", f"parallel.expert={expert}", "optimizer.moments=bf16"])
+@pytest.mark.parametrize(("precision", "kind"), [("fp32", "adamw"), ("bf16", "adamw"), ("bf16", "muon")])
+def test_the_table_is_what_a_rank_holds(data, expert, precision, kind):
+    overrides = [f"parallel.data={data}", f"parallel.expert={expert}", "optimizer.moments=bf16"]
+    overrides += [f"training.precision={precision}", f"optimizer.kind={kind}"]
+    recipe = Recipe.from_dict(CONTENT, overrides)
     expected = holdings(recipe)
     assert sorted(rank for each in expected for rank in each.ranks) == list(range(data))
     for rank, holding in ((rank, each) for each in expected for rank in each.ranks):
@@ -37,10 +42,15 @@ def test_the_table_is_what_a_rank_holds(data, expert):
             expert=Group("expert", tuple(range(expert)), rank % expert),
             expert_data=Group("expert_data", tuple(range(data // expert)), rank // expert),
         )
-        model = DeepSeekV3(recipe.model.config(), None, ExpertParallel(mesh))
+        model = DeepSeekV3(recipe.model.config(), COMPUTE_DTYPES[precision], ExpertParallel(mesh))
         assert sum(each.numel() for each in model.parameters()) == holding.parameters
         assert {tuple(held) for held in model.held_experts().values()} == {tuple(holding.experts)}
-        moments = sum(
-            each.nbytes for each in Optimizer(model, recipe.optimizer, mesh=mesh).tensors().values() if each.dim()
-        )
-        assert moments == pytest.approx(holding.moments, rel=0.05)
+        optimizer = Optimizer(model, recipe.optimizer, mesh=mesh)
+        if kind == "adamw":
+            moments = sum(each.nbytes for each in optimizer.tensors().values() if each.dim())
+            assert moments == pytest.approx(holding.moments, rel=0.05)
+        masters = sum(optimizer.shares.own[name].nbytes for name in optimizer.shares.narrow)
+        assert sum(each.nbytes for each in model.parameters()) == holding.weights - 4 * holding.masters
+        assert masters == pytest.approx(4 * holding.masters, rel=0.1)
+        gradients = sum(gradient_dtype(each).itemsize * each.numel() for each in model.parameters())
+        assert gradients == holding.gradients

@@ -16,7 +16,7 @@ def change(model, seed):
 
 def test_it_is_the_average_of_the_equation_of_weights_and_biases():
     model = DeepSeekV3(CONFIG).initialize("fan_in")
-    average = Average(model, 0.5)
+    average = Average(model.state_dict(), 0.5)
     expected = {name: each.clone().double() for name, each in model.state_dict().items()}
     for n in range(1, 13):
         change(model, n)
@@ -32,7 +32,7 @@ def test_it_is_the_average_of_the_equation_of_weights_and_biases():
 
 def test_the_model_gets_its_own_weights_back_to_the_bit():
     model = DeepSeekV3(CONFIG).initialize("fan_in")
-    average = Average(model, 0.9)
+    average = Average(model.state_dict(), 0.9)
     change(model, 1)
     average.update()
     own = {name: each.clone() for name, each in model.state_dict().items()}
@@ -48,7 +48,7 @@ def test_the_model_gets_its_own_weights_back_to_the_bit():
 
 def test_a_change_right_after_the_update_is_not_in_it():
     model, other = (DeepSeekV3(CONFIG).initialize("fan_in") for _ in range(2))
-    slow, quick = Average(model, 0.9), Average(other, 0.9)
+    slow, quick = Average(model.state_dict(), 0.9), Average(other.state_dict(), 0.9)
     for n in range(20):
         for each in (model, other):
             change(each, n)

@@ -81,7 +81,7 @@ def print_layout(recipe: "Recipe") -> None:
     rows = [
         (
             few(each.ranks), each.layers, f"{each.experts.start}-{each.experts.stop - 1}", f"{each.parameters:,}",
-            *(f"{human(size)}B" for size in (each.weights, each.weights, each.moments)),
+            *(f"{human(size)}B" for size in (each.weights, each.gradients, each.moments)),
         )
         for each in shown
     ]  # fmt: skip

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from dsv3.model.recompute import Recomputation
 from dsv3.ops.block_scaled import dequantize, scale_shape
-from dsv3.ops.cast import cast
+from dsv3.ops.cast import Rows, cast, gradient_dtype
 from dsv3.ops.rms_norm import rms_norm
 from dsv3.precision.projection import Projection
 from dsv3.precision.split import Split
@@ -90,3 +90,14 @@ class RMSNorm(nn.Module):
     def norm(self, x: Tensor, weight: Tensor) -> Tensor:
         """`forward` as a function of all that it reads."""
         return rms_norm(x, weight, self.eps)
+
+
+class Embedding(nn.Embedding):
+    """Rows of `weight` [entries, dim], in its dtype; their gradients are added up in that of the weight's."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """int [...] -> [..., dim]."""
+        if gradient_dtype(self.weight) == self.weight.dtype:
+            return super().forward(tokens)
+        rows: Tensor = Rows.apply(self.weight, tokens)
+        return rows

@@ -18,7 +18,7 @@ from dsv3.model.attention import Cache, MultiHeadLatentAttention
 from dsv3.model.block import Block, Pass
 from dsv3.model.config import ModelConfig
 from dsv3.model.feed_forward import Dispatcher, Experts, Gate, LocalDispatcher, Routing, SwiGLU
-from dsv3.model.linear import Linear, RMSNorm
+from dsv3.model.linear import Embedding, Linear, RMSNorm
 from dsv3.model.micro_batch import MicroBatch, default_positions
 from dsv3.model.mtp import MultiTokenPrediction
 from dsv3.model.recompute import Recomputation
@@ -81,7 +81,7 @@ class DeepSeekV3(nn.Module):
         self.compute_dtype = compute_dtype
         self.recomputation: Recomputation | None = None
         dispatcher = dispatcher or LocalDispatcher()
-        self.embed_tokens = nn.Embedding(
+        self.embed_tokens = Embedding(
             config.vocab_size, config.hidden_size, _weight=torch.empty(config.vocab_size, config.hidden_size)
         )
         self.layers: Sequence[Block] = module_list(
@@ -106,6 +106,11 @@ class DeepSeekV3(nn.Module):
             if isinstance(module, Experts)
             for parameter in module.parameters()
         }
+
+    def matrices(self) -> set[nn.Parameter]:
+        """Every weight that passes read in the compute dtype: all but gains of norms and the routers', which they read in FP32."""
+        routers = {block.moe.gate.weight for block in self.blocks() if block.moe is not None}
+        return {each for each in self.parameters() if each.dim() > 1 and each not in routers}
 
     def initialize(self, std: float | Literal["fan_in"] | None = None, seed: int = 0) -> "DeepSeekV3":
         """Normal weights: one `std` for all (the report: 0.006; None: the config's `initializer_range`), or 1 / sqrt(inputs).

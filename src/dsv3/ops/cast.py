@@ -13,7 +13,7 @@ def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
     The gradient of a parameter goes straight to its `grad`: see `add_gradient`.
     """
-    if weight.dtype == dtype:
+    if weight.dtype == dtype and (not torch.is_grad_enabled() or gradient_dtype(weight) == dtype):
         return weight
     if isinstance(weight, nn.Parameter) and weight.requires_grad and torch.is_grad_enabled():
         cast_weight: Tensor = Cast.apply(weight, dtype)
@@ -37,10 +37,32 @@ class Cast(torch.autograd.Function):
         return None, None
 
 
+def gradient_dtype(weight: Tensor) -> torch.dtype:
+    """What a weight's gradient is in: its own dtype, but FP32 for one in BF16 whose master copy is elsewhere (`parallel.zero`)."""
+    return (weight.grad_dtype if weight.is_leaf else None) or weight.dtype
+
+
+class Rows(torch.autograd.Function):
+    """Rows of a weight in BF16 whose gradient is in FP32: added up as torch does for one in FP32, and not in BF16."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, row: Tensor) -> Tensor:
+        """(weight [R, D], row int [...]) -> [..., D]."""
+        ctx.rows = len(weight)
+        ctx.save_for_backward(row)
+        return torch.nn.functional.embedding(row, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        """The weight's."""
+        (row,) = ctx.saved_tensors
+        return torch.ops.aten.embedding_dense_backward(grad.float(), row, ctx.rows, -1, False), None
+
+
 @torch.no_grad()
 def add_gradient(weight: Tensor, gradient: Tensor) -> None:
-    """Adds to `weight.grad`, in the weight's dtype, a gradient of any: one pass over memory in place of two."""
+    """Adds to `weight.grad`, in its dtype, a gradient of any: one pass over memory in place of two."""
     if weight.grad is None:
-        weight.grad = gradient.to(weight.dtype)
+        weight.grad = gradient.to(gradient_dtype(weight))
     else:
         accumulate(weight.grad, gradient)

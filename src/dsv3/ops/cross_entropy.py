@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsv3.ops.cast import gradient_dtype
 from dsv3.ops.kernels.available import no_triton
 from dsv3.ops.operation import Implementation, Operation, anything
 
@@ -98,7 +99,7 @@ class Chunked(torch.autograd.Function):
             row_scale = row_scale / norm
             torch.mm(grad, weight, out=grad_hidden[part]).mul_(row_scale)
             grad_weight += grad.t() @ (hidden * row_scale).to(hidden.dtype)
-        ctx.save_for_backward(grad_hidden, grad_weight.to(weight_VD.dtype))
+        ctx.save_for_backward(grad_hidden, grad_weight.to(gradient_dtype(weight_VD)))
         return total
 
     @staticmethod
@@ -127,8 +128,8 @@ class InPlace(torch.autograd.Function):
             grad_weight = plus_product(grad_weight, logits.t(), hidden_ND[part])
             del logits
         if grad_weight is None:
-            grad_weight = torch.zeros_like(weight_VD)
-        ctx.save_for_backward(grad_hidden, grad_weight.to(weight_VD.dtype))
+            grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32)
+        ctx.save_for_backward(grad_hidden, grad_weight.to(gradient_dtype(weight_VD)))
         ctx.divisor = divisor
         return total / divisor
 

@@ -1,13 +1,14 @@
 """ZeRO-1 (Rajbhandari et al. 2020): every data-parallel rank updates its share of each parameter, and passes on what came of it.
 
-A share is some rows of the parameter: of a matrix, of a stack of experts laid out as one, or elements of a gain. It is a view:
-weights lie on every rank once, whole; gradients are summed in FP32 to the rank whose share they are of, optimizer state
-exists for the share alone, and updated shares are gathered into the whole. Experts are shared among the ranks that hold the
+A share is some rows of the parameter: of a matrix, of a stack of experts laid out as one, or elements of a gain. Gradients are
+summed in FP32 to the rank whose share they are of, optimizer state exists for the share alone, and updated shares are gathered
+into the whole. Where passes compute in BF16, a matrix is whole in BF16 alone ("narrow"), and its FP32 master copy is in the
+shares; of what passes read in FP32 (gains, routers) the share is a view. Experts are shared among the ranks that hold the
 same ones, everything else among all data-parallel ranks. What two ranks of a pipeline hold (DualPipe's stages, and the embedding
 where MTP reads it elsewhere), both update by the sum of their gradients, a sum of two numbers, which is the same on both.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -28,14 +29,25 @@ class Shares:
     def __init__(
         self, model: DeepSeekV3, mesh: Mesh, whole: Collection[nn.Parameter] = (), holders: Holders | None = None
     ):
-        """Parameters among `whole` are updated by every rank, for update rules that need all of a matrix. `holders` are those of
-        the pipeline's parts, if there is one."""
+        """The model's matrices are in FP32, and made narrow here where its compute dtype is.
+
+        Parameters among `whole` are updated by every rank, for update rules that need all of a matrix. `holders` are those of
+        the pipeline's parts, if there is one.
+        """
         self.holders = holders or {}
         self.parameters = dict(model.named_parameters())
         self.held, self.experts = model.held_experts(), model.config.n_routed_experts
         self.whole = set(whole)
         self.mesh = mesh
-        self.own = {name: self.share(parameter) for name, parameter in self.parameters.items()}
+        matrices, dtype = model.matrices(), model.compute_dtype or torch.float32
+        self.narrow = {
+            name
+            for name, parameter in self.parameters.items()
+            if parameter in matrices and self.divided(parameter) and parameter.dtype != dtype
+        }
+        """The names of what is whole in `dtype` alone."""
+        self.dtype = dtype
+        self.own = {name: self.share(name) for name in self.parameters}
         """By the parameter's name: [rows of this rank, columns], or [elements]; none has gradients but by `reduce`."""
 
     def group(self, parameter: nn.Parameter) -> Group:
@@ -54,13 +66,33 @@ class Shares:
         """Whether each of these ranks has a share of its own."""
         return parameter not in self.whole and self.group(parameter).size > 1
 
-    def share(self, parameter: nn.Parameter) -> nn.Parameter:
-        """A view of this rank's rows."""
+    def share(self, name: str) -> nn.Parameter:
+        """A view of this rank's rows; or a copy, their master, of a parameter that becomes narrow here."""
+        parameter = self.parameters[name]
         if not self.divided(parameter):
             return parameter
-        rows, each = as_rows(parameter.detach()), share_of(parameter, self.group(parameter).size)
-        start = self.group(parameter).rank * each
-        return nn.Parameter(rows[start : start + each])
+        rows = self.rows(name, parameter.detach())
+        if name not in self.narrow:
+            return nn.Parameter(rows)
+        master = nn.Parameter(rows.clone())
+        parameter.data, parameter.grad_dtype = parameter.data.to(self.dtype), rows.dtype
+        return master
+
+    def rows(self, name: str, whole: Tensor) -> Tensor:
+        """Those of this rank."""
+        group = self.group(self.parameters[name])
+        each = share_of(whole, group.size)
+        return as_rows(whole)[group.rank * each :][:each]
+
+    def masters(self, model: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A state dict of the model with this rank's FP32 rows in the place of what is narrow: what a checkpoint holds."""
+        return {name: self.own[name].detach() if name in self.narrow else each for name, each in model.items()}
+
+    @torch.no_grad()
+    def put(self, name: str, whole: Tensor) -> None:
+        """Gives a narrow parameter and its master other values, FP32."""
+        self.own[name].copy_(self.rows(name, whole))
+        self.parameters[name].copy_(whole)
 
     def whole_place(self, name: str, tensor: Tensor) -> Place:
         """Where a parameter or buffer of this rank lies in the whole one, and whether this rank writes it into a checkpoint."""
@@ -83,7 +115,7 @@ class Shares:
 
     def reduce(self) -> None:
         """Sums the parameters' gradients over the ranks into those of the shares, and frees them."""
-        for group, names in self.buckets():
+        for group, names in self.buckets(name for name, each in self.parameters.items() if each.grad is not None):
             gradients = [as_rows(self.parameters[name].grad) for name in names]
             mine = group.scatter_sum(torch.cat([divide(each, group.size) for each in gradients], dim=1))
             for name, part in zip(names, mine.split(self.widths(names, group)), strict=True):
@@ -100,31 +132,41 @@ class Shares:
 
     def gather(self) -> None:
         """Brings every share that has been updated to all ranks, and frees its gradient."""
-        with torch.no_grad():
-            for group, names in self.buckets(of_shares=True):
-                padded = []
-                for name, width in zip(names, self.widths(names, group), strict=True):
-                    flat = self.own[name].detach().flatten()
-                    padded.append(nn.functional.pad(flat, (0, width - len(flat))))
-                everyone = group.gather(torch.cat(padded))
-                for name, parts in zip(names, everyone.split(self.widths(names, group), dim=1), strict=True):
-                    parameter = self.parameters[name]
-                    parameter.copy_(parts.flatten()[: parameter.numel()].view_as(parameter))
+        updated = [name for name, share in self.own.items() if share.grad is not None]
+        self.spread(name for name in updated if name not in self.narrow)
+        self.spread(name for name in updated if name in self.narrow)
         for name, parameter in self.parameters.items():
             if self.divided(parameter):
                 self.own[name].grad = None
+
+    @torch.no_grad()
+    def spread(self, names: Iterable[str]) -> None:
+        """Brings these shares to all ranks in their parameters' dtype, one for all."""
+        for group, bucket in self.buckets(names):
+            padded = []
+            for name, width in zip(bucket, self.widths(bucket, group), strict=True):
+                flat = self.own[name].detach().flatten().to(self.parameters[name].dtype)
+                padded.append(nn.functional.pad(flat, (0, width - len(flat))))
+            everyone = group.gather(torch.cat(padded))
+            for name, parts in zip(bucket, everyone.split(self.widths(bucket, group), dim=1), strict=True):
+                parameter = self.parameters[name]
+                parameter.copy_(parts.flatten()[: parameter.numel()].view_as(parameter))
+
+    def spread_masters(self) -> None:
+        """Brings what was written into masters to all ranks, each of which calls it."""
+        self.spread(self.narrow)
 
     def widths(self, names: Sequence[str], group: Group) -> list[int]:
         """Elements of one rank's share of each, its padding included."""
         return [share_of(self.parameters[name], group.size) * columns(self.parameters[name]) for name in names]
 
-    def buckets(self, of_shares: bool = False) -> Iterator[tuple[Group, list[str]]]:
-        """The parameters, or shares, with a gradient that are divided, so many at a time as `BUCKET` allows."""
-        tensors: Mapping[str, Tensor] = self.own if of_shares else self.parameters
+    def buckets(self, names: Iterable[str]) -> Iterator[tuple[Group, list[str]]]:
+        """Those of the parameters named that are divided, so many at a time as `BUCKET` allows."""
+        wanted = set(names)
         for group in (self.mesh.data, self.mesh.expert_data):
             bucket, size = list[str](), 0
             for name, parameter in self.parameters.items():
-                if self.group(parameter) is not group or not self.divided(parameter) or tensors[name].grad is None:
+                if name not in wanted or self.group(parameter) is not group or not self.divided(parameter):
                     continue
                 if bucket and size + parameter.numel() > BUCKET:
                     yield group, bucket

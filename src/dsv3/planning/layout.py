@@ -26,6 +26,14 @@ class Holding:
     """Parameters beside the routed experts'; the router's correction biases are none."""
     routed: int
     """Parameters of these experts."""
+    outside: int
+    """Of `shared`, those of embedding and head."""
+    narrow_shared: int
+    """Of `shared`, those whose FP32 master copy is in shares (`parallel.zero`)..."""
+    narrow_routed: int
+    """...and of `routed`."""
+    masters: int
+    """Parameters whose master copy the rank has: its share of these, to within a row a parameter."""
     updated: int
     """Parameters whose moments the rank keeps: its share, to within a row a parameter; with Muon all, at most."""
     moment_bytes: int
@@ -36,8 +44,18 @@ class Holding:
         return self.shared + self.routed
 
     @property
+    def narrow(self) -> int:
+        """Parameters held in BF16."""
+        return self.narrow_shared + self.narrow_routed
+
+    @property
     def weights(self) -> int:
-        """Bytes in FP32; gradients take as many."""
+        """Bytes in FP32 and BF16, master copies included."""
+        return 4 * (self.parameters - self.narrow + self.masters) + 2 * self.narrow
+
+    @property
+    def gradients(self) -> int:
+        """Bytes, all in FP32."""
         return 4 * self.parameters
 
     @property
@@ -63,16 +81,24 @@ def holdings(recipe: Recipe) -> list[Holding]:
     found = []
     for place, stages in enumerate(schedule.placement):
         blocks = tuple(name for stage in stages for name in layout.stages[stage])
-        sizes = [part_parameters(config, part) for part in set().union(*map(layout.parts, stages))]
+        parts = set().union(*map(layout.parts, stages))
+        sizes = [part_parameters(config, part) for part in parts]
+        outside = count_parameters(config).embedding * len(parts & {"embed_tokens", "lm_head"})
         shared, routed = sum(size for size, _ in sizes), sum(size for _, size in sizes) // parallel.expert
         updated = shared // parallel.data + routed * parallel.expert // parallel.data
+        narrow_shared, narrow_routed = shared - sum(wide_parameters(config, part) for part in parts), routed
         if recipe.optimizer.kind == "muon":
-            updated = shared + routed
+            updated, narrow_shared, narrow_routed = shared + routed, outside, 0
+        if recipe.training.precision == "fp32" or parallel.data == 1:
+            narrow_shared = narrow_routed = 0
+        elif parallel.data == parallel.expert:
+            narrow_routed = 0
+        masters = narrow_shared // parallel.data + narrow_routed * parallel.expert // parallel.data
         first, end = place * parallel.data, (place + 1) * parallel.data
         found += [
             Holding(
-                range(first + e, end, parallel.expert), blocks, range(e * each, (e + 1) * each), shared, routed, updated,
-                moment_bytes,
+                range(first + e, end, parallel.expert), blocks, range(e * each, (e + 1) * each), shared, routed, outside,
+                narrow_shared, narrow_routed, masters, updated, moment_bytes,
             )
             for e in range(parallel.expert)
         ]  # fmt: skip
@@ -112,3 +138,16 @@ def part_parameters(config: ModelConfig, part: str) -> tuple[int, int]:
     routed = config.n_routed_experts * counted.expert
     whole = counted.mtp_module if part.startswith("mtp.") else counted.moe_block
     return whole - routed - config.n_routed_experts, routed
+
+
+def wide_parameters(config: ModelConfig, part: str) -> int:
+    """Those of a part that passes read in FP32: gains of norms, and the router of a block with experts."""
+    if part in ("embed_tokens", "lm_head"):
+        return 0
+    if part == "norm":
+        return config.hidden_size
+    gains = 2 * config.hidden_size + (config.q_lora_rank or 0) + config.kv_lora_rank
+    if is_dense(config, part.removeprefix("layers.")):
+        return gains
+    joining = 3 * config.hidden_size if part.startswith("mtp.") else 0
+    return gains + joining + config.n_routed_experts * config.hidden_size

@@ -1,7 +1,8 @@
 """What a recipe's layout over many GPUs costs, before any is rented: memory of each rank, wire traffic, time of a step.
 
-Memory is what this code base keeps: weights and gradients in FP32 on every rank that holds them, moments shared out among the
-data-parallel ranks (ZeRO-1), copies of the matrices for their products (one in BF16, or two in FP8), and activations. Times
+Memory is what this code base keeps: gradients in FP32 on every rank that holds a parameter, weights in FP32, or with several
+data-parallel ranks in BF16, then their FP32 master copies, as moments, shared out among these (ZeRO-1), copies of the matrices for
+their products (of FP32 weights one in BF16; or two in FP8), and activations. Times
 follow from what a GPU computes and sends in a second, or from measured times of layers; docs/scale.md says what is left out.
 
 Legend: D hidden, I inner elements of an expert, K experts per token, E experts.
@@ -56,7 +57,7 @@ class RankMemory:
     layers: str
     parameters: int
     weights: int
-    """FP32, and two bytes for copies."""
+    """With their master copies, and two bytes for copies that products read."""
     gradients: int
     moments: int
     activations: int
@@ -139,9 +140,10 @@ class Plan:
             kept_bytes(self.config, is_dense(self.config, each), recompute, self.fp8, self.room) for each in held.blocks
         )
         chunks = peak_activations(self.schedule.programs[rank]) / len(self.schedule.held(rank))
-        weights = held.weights + (0 if self.recipe.training.precision == "fp32" else 2 * held.parameters)
+        copied = {"fp32": 0, "bf16": held.parameters - held.narrow, "fp8": held.parameters - held.outside}
+        weights = held.weights + 2 * copied[self.recipe.training.precision]
         return RankMemory(
-            held.layers, held.parameters, weights, held.weights, held.moments, round(kept * chunks * self.tokens)
+            held.layers, held.parameters, weights, held.gradients, held.moments, round(kept * chunks * self.tokens)
         )
 
     def reached(self, experts: int) -> float:
@@ -207,13 +209,14 @@ class Plan:
         return 2 * self.tokens * self.config.hidden_size
 
     def update_bytes(self, rank: int) -> float:
-        """Sent by a rank for one step: FP32 gradients to those that update them, updated weights to all, and gradients of its shares
-        of what another rank of the pipeline holds too."""
+        """Sent by a rank for one step: FP32 gradients to those that update them, updated weights to all in the dtype they have there,
+        and gradients of its shares of what another rank of the pipeline holds too."""
         held, parallel = self.held[rank], self.recipe.parallel
         others = parallel.data // parallel.expert
-        shared = held.shared * (parallel.data - 1) / parallel.data
+        shared = (8 * held.shared - 2 * held.narrow_shared) * (parallel.data - 1) / parallel.data
+        routed = (8 * held.routed - 2 * held.narrow_routed) * (others - 1) / others
         twice = self.recipe.parallel.pipeline > 1 and self.recipe.parallel.schedule == "dual_pipe"
-        return 8 * (shared + held.routed * (others - 1) / others) + (4 * held.updated if twice else 0)
+        return shared + routed + (4 * held.updated if twice else 0)
 
     def compute(self, stage: int) -> float:
         """Seconds of a chunk, forward and backward."""

@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dsv3.errors import UserError
 from dsv3.model.config import ModelConfig
 from dsv3.parallel.mesh import Mesh
@@ -122,7 +124,13 @@ def load_start(trainer: Trainer, start: Start) -> None:
     """
     source, _ = open_weights(start.path)
     held = next(iter(trainer.model.held_experts().values()), None)
-    fill(trainer.model.state_dict(), source, trainer.model.config, held)
+    shares = trainer.optimizer.shares
+    for name, tensor in trainer.model.state_dict().items():
+        narrow = name in shares.narrow
+        whole = torch.empty_like(tensor, dtype=torch.float32) if narrow else tensor
+        fill({name: whole}, source, trainer.model.config, held)
+        if narrow:
+            shares.put(name, whole)
     if extension_of(trainer.recipe).optimizer_state == "fresh":
         return
     wanted = flatten({"optimizer": trainer.optimizer.tensors()})

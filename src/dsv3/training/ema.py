@@ -5,27 +5,26 @@ is not published, nor how it begins: here the weights count evenly at first, `mi
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from dsv3.model.transformer import DeepSeekV3
-
 
 class Average:
-    """The average of a model's weights and routing biases, FP32.
+    """The average of a model's weights and routing biases, FP32: of a rank's, where its share alone is in FP32.
 
     `update` hands the values of this moment over and returns; on a GPU `before_change` then keeps the next change of the
     weights (not the host) from overtaking the copy. All else waits for the thread.
     """
 
-    def __init__(self, model: DeepSeekV3, decay: float):
-        self.decay = decay
-        self.weights = model.state_dict()
-        self.device = next(model.parameters()).device
+    def __init__(self, weights: Mapping[str, Tensor], decay: float, written: Callable[[], None] = lambda: None):
+        """`weights` are the model's by name, as they are in its `state_dict` or `Shares.masters`; `written` is called when values
+        were written into them."""
+        self.decay, self.weights, self.written = decay, weights, written
+        self.device = next(iter(weights.values())).device
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.copied: torch.cuda.Event | None = None
         size = sum(each.numel() for each in self.weights.values())
@@ -45,7 +44,7 @@ class Average:
         self.average.copy_(self.staged)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The average by the names of the model's `state_dict`, for a checkpoint to read or to fill."""
+        """The average by the weights' names, for a checkpoint to read or to fill."""
         self.wait()
         return self.parts(self.average)
 
@@ -102,7 +101,7 @@ class Average:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Within it the model has the average for weights; afterwards, to the bit, its own again."""
+        """Within it the model has the average for weights; afterwards, to the bit, its own again. All ranks do it together."""
         self.stage()
         self.wait()
         self.write(self.average)
@@ -116,3 +115,4 @@ class Average:
         """Into the model's weights."""
         for name, part in self.parts(flat).items():
             self.weights[name].copy_(part)
+        self.written()

@@ -104,7 +104,12 @@ class Trainer:
                 self.passes, self.optimizer.keep_gradients = Replay(), True
             elif self.mesh.first:
                 log.warning("training.cuda_graphs: passes are not recorded on several ranks, whose hosts read sizes")
-        self.average = None if training.ema_decay is None else Average(self.model, training.ema_decay)
+        shares = self.optimizer.shares
+        self.weights = shares.masters(self.model.state_dict())
+        """What is trained, in FP32: all of it, or of what is whole in BF16 alone this rank's rows."""
+        self.average = None
+        if training.ema_decay is not None:
+            self.average = Average(self.weights, training.ema_decay, shares.spread_masters)
         self.saver = Saver(training.keep_last, training.keep_every_steps, self.mesh.saving)
         self.health = Health()
         self.recorder = Recorder(recipe, self.device)
@@ -267,28 +272,25 @@ class Trainer:
         if self.evaluate is None:
             return
         self.mesh.activity.begin("evaluation")
-        if self.mesh.data.rank == 0 or self.mesh.expert.size > 1:
-            self.evaluate_here(self.evaluate, metrics)
-        self.mesh.world.objects(None)
-
-    def evaluate_here(self, evaluate: Evaluate, metrics: Metrics | None) -> None:
-        """On this rank."""
-        found = self.scores(evaluate)
+        found = self.scores(self.evaluate)
         if self.average is not None and self.step_count:
             with self.average.in_place():
-                found = {**found, "ema": self.scores(evaluate)}
-        if metrics is None:
-            return
-        at = {"step": self.step_count, "tokens": self.token_count, "seconds": round(self.seconds, 3)}
-        metrics.evaluation({**at, **found})
+                found = {**found, "ema": self.scores(self.evaluate)}
+        if metrics is not None:
+            at = {"step": self.step_count, "tokens": self.token_count, "seconds": round(self.seconds, 3)}
+            metrics.evaluation({**at, **found})
 
     def scores(self, evaluate: Evaluate) -> dict[str, Any]:
-        """What the evaluation found in the weights of now."""
-        model = self.model
-        if self.pipelined is not None:
-            model = spread(self.model, self.skeleton(), self.pipelined.holders, self.mesh.pipeline)
-        with evaluating(self.model), evaluating(model):
-            return evaluate(model)
+        """What the evaluation found in the weights of now; a rank that does none waits, as long as it takes."""
+        found = dict[str, Any]()
+        if self.mesh.data.rank == 0 or self.mesh.expert.size > 1:
+            model = self.model
+            if self.pipelined is not None:
+                model = spread(self.model, self.skeleton(), self.pipelined.holders, self.mesh.pipeline)
+            with evaluating(self.model), evaluating(model):
+                found = evaluate(model)
+        self.mesh.world.objects(None)
+        return found
 
     @property
     def checkpoint_directory(self) -> Path:
@@ -308,15 +310,18 @@ class Trainer:
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """All tensors of a checkpoint."""
-        tensors = {MODEL_GROUP: self.model.state_dict(), "optimizer": self.optimizer.tensors()}
+        tensors = {MODEL_GROUP: self.weights, "optimizer": self.optimizer.tensors()}
         return tensors if self.average is None else {**tensors, EMA_GROUP: self.average.tensors()}
 
     def places(self) -> dict[str, Place] | None:
         """Where each of `tensors` lies in what all ranks have together, by its name in a checkpoint; None for a rank alone."""
         if self.mesh.world.size == 1:
             return None
-        shares, weights = self.optimizer.shares, self.model.state_dict()
-        model = {name: shares.whole_place(name, each) for name, each in weights.items()}
+        shares = self.optimizer.shares
+        model = {
+            name: shares.place(name) if name in shares.narrow else shares.whole_place(name, each)
+            for name, each in self.weights.items()
+        }
         groups = {MODEL_GROUP: model, "optimizer": self.optimizer.places()}
         if self.average is not None:
             groups[EMA_GROUP] = model
@@ -340,6 +345,7 @@ class Trainer:
         leave = [] if self.average is not None else [EMA]
         elsewhere = {name for names in self.mesh.world.objects(list(flatten(tensors))) for name in names}
         load_checkpoint(found.directory, tensors, leave, self.places(), elsewhere)
+        self.optimizer.shares.spread_masters()
         if self.average is not None and averaged:
             self.average.updates = state["updates of the average"]
         elif self.average is not None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from dsv3.errors import UserError
 from dsv3.model.micro_batch import MicroBatch
 from dsv3.model.transformer import DeepSeekV3, count
+from dsv3.ops.cast import gradient_dtype
 from dsv3.parallel.group import Group
 from dsv3.parallel.pipeline.instructions import (
     Backward,
@@ -73,7 +74,7 @@ class Executor:
         for name, parameter in self.model.named_parameters():
             # Where only the other rank that holds it had passes through it. MTP that takes no part has no gradient anywhere.
             if parameter.grad is None and (batch[0].mtp_weight > 0 or not name.startswith("mtp.")):
-                parameter.grad = torch.zeros_like(parameter)
+                parameter.grad = torch.zeros_like(parameter, dtype=gradient_dtype(parameter))
         return run.figures()
 
 
