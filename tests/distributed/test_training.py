@@ -68,6 +68,12 @@ def serial(shard_directory, tmp_path_factory):
 
 LAYOUTS = [
     (["parallel.data=2", "parallel.expert=2"], 2, ["training.micro_batch_size=2"], 2e-5),
+    (
+        ["parallel.data=2", "parallel.expert=2", "parallel.bounded_exchange=true"],
+        2,
+        ["training.micro_batch_size=2"],
+        2e-5,
+    ),
     (["parallel.data=2"], 2, ["optimizer.kind=muon"], 2e-5),
     # Moments are rounded to eight bits: now and then one goes the other way.
     (["parallel.data=2", "parallel.expert=2"], 1, ["training.balance=batch", "optimizer.moments=bf16"], 2e-4),

@@ -68,7 +68,7 @@ def test_memory_is_that_of_the_formula(two_ranks):
 
 def test_layouts_begin_with_the_same_loss(two_ranks):
     (found,), _ = two_ranks.run(measure, "scaling")
-    assert [each["target"] for each in found["figures"]] == [None, None, None, 0.95, 0.95]
+    assert [each["target"] for each in found["figures"]] == [None] * 4 + [0.95] * 3
     assert len(set(found["checks"].values())) == 1
 
 

@@ -27,13 +27,13 @@ RATE = 1e-6
 def measure_scaling(rank: Rank, sizes: Sizes) -> Sequence[Part]:
     """A turn is one optimizer step."""
     size, n = sizes.scaling, rank.size
-    meshes = {
-        "each GPU by itself": Mesh(),
-        f"data = {n}": rank.mesh(data=n),
-        f"data = {n}, expert = {n}": rank.mesh(data=n, expert=n),
+    batch, spread = random_batch(rank, size), rank.mesh(data=n, expert=n)
+    steps = {
+        "each GPU by itself": stepper(rank, size, Mesh(), batch),
+        f"data = {n}": stepper(rank, size, rank.mesh(data=n), batch),
+        f"data = {n}, expert = {n}": stepper(rank, size, spread, batch),
+        f"data = {n}, expert = {n}, bounded": stepper(rank, size, spread, batch, True),
     }
-    batch = random_batch(rank, size)
-    steps = {name: stepper(rank, size, mesh, batch) for name, mesh in meshes.items()}
     checks = agreement(rank, {name: step() for name, step in steps.items()})
     sides: dict[str, Work] = dict(steps)
     seconds = rank.turns(sides, "steps")
@@ -56,9 +56,9 @@ def random_batch(rank: Rank, size: Size) -> Batch:
     return Batch(tokens, torch.ones_like(tokens, dtype=torch.bool), torch.zeros_like(tokens), positions, [])
 
 
-def stepper(rank: Rank, size: Size, mesh: Mesh, batch: Batch) -> Callable[[], float]:
+def stepper(rank: Rank, size: Size, mesh: Mesh, batch: Batch, bounded: bool = False) -> Callable[[], float]:
     """One optimizer step as the trainer does it, which gives back the batch's loss."""
-    model = rank.network(size.config, dispatcher=ExpertParallel(mesh) if mesh.expert.size > 1 else None)
+    model = rank.network(size.config, dispatcher=ExpertParallel(mesh, False, bounded) if mesh.expert.size > 1 else None)
     optimizer = Optimizer(model, OptimizerSection(moments="bf16"), torch.bfloat16, mesh)
 
     def step() -> float:
