@@ -1,10 +1,15 @@
 """One MoE layer on ranks: what each computes, against all of it in one process."""
 
+from functools import partial
+
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dsv3.errors import RunError
 from dsv3.model.config import ModelConfig
 from dsv3.model.feed_forward import DeepSeekMoE, LocalDispatcher, Routing
+from dsv3.parallel.copies import Window
 from dsv3.parallel.dispatch import ExpertParallel
 from dsv3.parallel.mesh import make_mesh
 
@@ -183,3 +188,46 @@ class Blind(TorchDispatchMode):
         indices = arguments[1] if name in ("index", "index_put", "index_put_", "_index_put_impl_") else []
         assert not any(each is not None and each.dtype == torch.bool for each in indices), "a mask as an index waits"
         return operation(*arguments, **(options or {}))
+
+
+class Files:
+    """Windows of ranks on the CPU: files that all of them map."""
+
+    def __init__(self, directory):
+        self.directory, self.opened = directory, 0
+
+    def __call__(self, group, size, device):
+        self.opened += 1
+        meet = partial(torch.distributed.barrier, group=group.handle)
+        names = [f"{self.directory}/{group.name} {group.ranks} {self.opened} {rank}" for rank in range(group.size)]
+        own = torch.from_file(names[group.rank], shared=True, size=size, dtype=torch.uint8)
+        meet()
+        everyone = [
+            own if rank == group.rank else torch.from_file(name, shared=True, size=size, dtype=torch.uint8)
+            for rank, name in enumerate(names)
+        ]
+        return Window(everyone, meet)
+
+
+def by_copies(section, ranks_per_node, directory, fp8):
+    """(what bounded legs make through NCCL's place and through windows, bytes sent by both): two passes, the second smaller."""
+    mesh = make_mesh(section, ranks_per_node)
+    made, sent = [], []
+    for copies in (None, Files(directory)):
+        dispatcher, found = ExpertParallel(mesh, fp8, True, copies), []
+        before = sum(group.traffic["sent"] for group in dispatcher.groups)
+        moe = layer(dispatcher, torch.float32)
+        for tokens in (TOKENS, TOKENS - 5):
+            x, grad = tokens_of(mesh.data.rank, tokens)
+            routing = routed("router", mesh.expert.rank, x, moe)
+            y = through(moe, x.requires_grad_(), routing)
+            (y * grad).sum().backward()
+            found += [y.detach(), x.grad, routing.weight.grad]
+        made.append([*found, *(each.grad for each in moe.experts.parameters())])
+        sent.append(sum(group.traffic["sent"] for group in dispatcher.groups) - before)
+    if copies.opened:
+        with pytest.raises(RunError, match="slabs of one size"):
+            dispatcher.groups[-1].exchange(
+                x, [1] * (dispatcher.groups[-1].size - 1) + [2], [1] * dispatcher.groups[-1].size
+            )
+    return made, sent, copies.opened

@@ -5,7 +5,7 @@ import torch
 
 from dsv3.parallel.leg import wire_bytes
 from dsv3.recipe.parallel import ParallelSection
-from tests.distributed.dispatching import CONFIG, KINDS, TOKENS, check, forms, without_looking
+from tests.distributed.dispatching import CONFIG, KINDS, TOKENS, by_copies, check, forms, without_looking
 
 LAYOUTS = [(8, 8), (8, 2), (4, 1), (2, 2)]
 """(ranks with experts, ranks a node): at once, over four nodes of two, over nodes of one, two groups of ranks."""
@@ -93,3 +93,13 @@ def test_the_host_reads_nothing_of_a_bounded_exchange(eight_ranks, per_node):
     for wide, narrow in eight_ranks.run(without_looking, ParallelSection(data=8, expert=4), per_node):
         assert wide < 1e-6
         assert narrow < 0.1
+
+
+@pytest.mark.parametrize(("per_node", "fp8"), [(4, False), (2, True)])
+def test_slabs_through_memory_that_all_see_are_those_sent(eight_ranks, tmp_path, per_node, fp8):
+    """Within each node; windows are opened anew where more bytes come, and two are there at a time."""
+    found = eight_ranks.run(by_copies, ParallelSection(data=8, expert=4), per_node, str(tmp_path), fp8)
+    for made, sent, opened in found:
+        same(made)
+        assert sent[0] == sent[1] > 0
+        assert opened in (2, 4, 6)

@@ -15,6 +15,7 @@ from torch import Tensor
 from dsv3.errors import UserError
 from dsv3.model.feed_forward import Dispatched, Routing
 from dsv3.ops.permute import Permutation, permute, sort_some, unpermute
+from dsv3.parallel.copies import CopyingGroup, Open
 from dsv3.parallel.leg import Leg, plan_bounded_leg, plan_leg
 from dsv3.parallel.mesh import Mesh
 
@@ -38,11 +39,13 @@ class ExpertParallel:
     `fp8` sends tokens, and in backward the gradients of the experts' outputs, in E4M3 with scales of tiles that are powers of
     two; sums and the tokens' gradients travel in the activations' own dtype and are added up in FP32 (report, sections 3.3.3 and 3.4).
     `bounded` sends as many rows as there could be, so that the host need not learn how many there are (`parallel.bounded_exchange`).
+    Then windows, where it is said how to open them, carry them within a node (`parallel.transport`).
     """
 
-    def __init__(self, mesh: Mesh, fp8: bool = False, bounded: bool = False):
+    def __init__(self, mesh: Mesh, fp8: bool = False, bounded: bool = False, open_window: Open | None = None):
         self.expert, self.fp8, self.bounded = mesh.expert, fp8, bounded
-        self.groups = [group for group in (mesh.rail, mesh.node) if group.size > 1]
+        node = mesh.node if open_window is None else CopyingGroup.of(mesh.node, open_window)
+        self.groups = [group for group in (mesh.rail, node) if group.size > 1]
         self.crowded = False
 
     def held(self, experts: int) -> range:

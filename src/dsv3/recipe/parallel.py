@@ -29,6 +29,10 @@ class ParallelSection(Section):
     """Whether tokens go to their experts in slabs of fixed size, which the host does not have to wait for: every rank sends every
     other as many rows as it could be due. More bytes and memory, no wait a layer: for few ranks (docs/parallel.md). Ours."""
 
+    transport: Literal["nccl", "copy"] = "nccl"
+    """What carries tokens to experts within a node: NCCL, or the GPUs' copy engines through memory that all of them see, which need
+    no multiprocessor and so go on beside products; for bounded exchanges on GPUs. Ours."""
+
     @property
     def ranks(self) -> int:
         """Processes in all."""
@@ -42,6 +46,19 @@ def check_experts(parallel: ParallelSection, experts: int) -> None:
         raise ValueError(
             f"parallel.expert = {parallel.expert}: expected a divisor of parallel.data = {parallel.data} and of "
             f"model.n_routed_experts = {experts}, such as {neighbours(parallel.expert, legal)}"
+        )
+
+
+def check_exchange(parallel: ParallelSection, device: str) -> None:
+    """`ValueError` where tokens cannot be carried as asked."""
+    if parallel.transport == "copy" and not parallel.bounded_exchange:
+        raise ValueError(
+            "parallel.transport = 'copy' takes slabs of one size: expected parallel.bounded_exchange = true, or parallel.transport = "
+            "'nccl'"
+        )
+    if parallel.transport == "copy" and device == "cpu":
+        raise ValueError(
+            "parallel.transport = 'copy' is by copy engines of GPUs: expected 'nccl' with training.device = 'cpu'"
         )
 
 

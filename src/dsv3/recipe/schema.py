@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from dsv3.recipe.network import ModelSection
-from dsv3.recipe.parallel import ParallelSection, check_experts, check_micro_batches, check_pipeline
+from dsv3.recipe.parallel import ParallelSection, check_exchange, check_experts, check_micro_batches, check_pipeline
 from dsv3.recipe.quantity import Length, Quantity
 from dsv3.recipe.schedule import Schedules, round_down
 from dsv3.recipe.section import Section
@@ -327,6 +327,7 @@ class Recipe(Section):
                 "leave tokenizer.path out"
             )
         check_experts(self.parallel, config.n_routed_experts)
+        check_exchange(self.parallel, training.device)
         check_pipeline(self.parallel, config.num_hidden_layers, training.micro_batch_size, training.balance)
         self._check_batches()
         for size in Schedules.resolve(self).batch_sizes:

@@ -22,6 +22,7 @@ from dsv3.errors import RunError
 from dsv3.evaluation.mode import evaluating
 from dsv3.model.device import pick_device
 from dsv3.model.transformer import DeepSeekV3
+from dsv3.parallel.copies import symmetric
 from dsv3.parallel.dispatch import ExpertParallel
 from dsv3.parallel.mesh import Mesh
 from dsv3.parallel.pipeline.parts import spread
@@ -128,9 +129,12 @@ class Trainer:
 
     def skeleton(self) -> DeepSeekV3:
         """The recipe's whole network, on no device."""
-        fp8, apart = self.recipe.training.precision == "fp8", self.mesh.expert.size > 1
+        fp8, parallel = self.recipe.training.precision == "fp8", self.recipe.parallel
+        experts = None
+        if self.mesh.expert.size > 1:
+            copies = symmetric if parallel.transport == "copy" else None
+            experts = ExpertParallel(self.mesh, fp8, parallel.bounded_exchange, copies)
         with torch.device("meta"):
-            experts = ExpertParallel(self.mesh, fp8, self.recipe.parallel.bounded_exchange) if apart else None
             return DeepSeekV3(self.recipe.model.config(), self.dtype, experts)
 
     def run(self) -> None:

@@ -3,7 +3,7 @@
 One turn is some pairs of passes, the forward pass of a micro-batch and the backward pass of the one before. They run overlapped by
 the pipeline's executor, one after the other, and overlapped with dispatchers that bring what was brought once without doing
 anything. What the last one saves is what communication costs; beside it stands what dispatch and combine take alone. Exchanges are
-exact, with a wait of the host, and bounded (`parallel.bounded_exchange`).
+exact, with a wait of the host, bounded (`parallel.bounded_exchange`), and bounded by copy engines (`parallel.transport`).
 
 Legend: T tokens, K experts per token, D hidden, R rows sorted by expert.
 """
@@ -24,6 +24,7 @@ from dsv3.errors import RunError
 from dsv3.model.feed_forward import Dispatched, Dispatcher, Routing
 from dsv3.model.micro_batch import MicroBatch
 from dsv3.model.transformer import DeepSeekV3
+from dsv3.parallel.copies import symmetric
 from dsv3.parallel.dispatch import ExpertParallel
 from dsv3.parallel.group import Group
 from dsv3.parallel.pipeline.executor import Executor, Run
@@ -161,6 +162,8 @@ def measure_overlap(rank: Rank, sizes: Sizes) -> Sequence[Part]:
             model.compute_in_fp8(gradients)
         model.zero_grad()
         kinds = {"": ExpertParallel(mesh, fp8), ", bounded": ExpertParallel(mesh, fp8, True)}
+        if rank.device.type == "cuda":
+            kinds[", copied"] = ExpertParallel(mesh, fp8, True, symmetric)
         found.append(
             compare(rank, size, precision, Executor(model, layout(model), Group("pipeline"), gradients), kinds)
         )
