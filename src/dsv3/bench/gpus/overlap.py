@@ -8,6 +8,7 @@ exact, with a wait of the host, bounded (`parallel.bounded_exchange`), and bound
 Legend: T tokens, K experts per token, D hidden, R rows sorted by expert.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,12 +28,14 @@ from dsv3.model.transformer import DeepSeekV3
 from dsv3.parallel.copies import symmetric
 from dsv3.parallel.dispatch import ExpertParallel
 from dsv3.parallel.group import Group
+from dsv3.parallel.mesh import Mesh
 from dsv3.parallel.pipeline.executor import Executor, Run
 from dsv3.parallel.pipeline.instructions import Backward, Forward, Instruction, Overlapped
 from dsv3.parallel.pipeline.layout import Layout
 from dsv3.parallel.pipeline.schedule import Schedule
 from dsv3.precision.deferred import WeightGradients
 
+log = logging.getLogger(__name__)
 HIDDEN_SHARE = 0.9
 """What the issue asks for."""
 APART = "one after the other"
@@ -155,19 +158,34 @@ def measure_overlap(rank: Rank, sizes: Sizes) -> Sequence[Part]:
     """In BF16, then with products and what is dispatched in FP8."""
     size, mesh = sizes.overlap, rank.mesh(data=rank.size, expert=rank.size)
     model = rank.network(size.config, dispatcher=ExpertParallel(mesh))
-    gradients, found = WeightGradients(), []
+    gradients, found, copies = WeightGradients(), [], can_copy(rank, mesh)
     for precision in ("bf16", "fp8"):
         fp8 = precision == "fp8"
         if fp8:
             model.compute_in_fp8(gradients)
         model.zero_grad()
+        rank.clear()
         kinds = {"": ExpertParallel(mesh, fp8), ", bounded": ExpertParallel(mesh, fp8, True)}
-        if rank.device.type == "cuda":
+        if copies:
             kinds[", copied"] = ExpertParallel(mesh, fp8, True, symmetric)
         found.append(
             compare(rank, size, precision, Executor(model, layout(model), Group("pipeline"), gradients), kinds)
         )
     return found
+
+
+def can_copy(rank: Rank, mesh: Mesh) -> bool:
+    """Whether all ranks see each other's memory; says why not."""
+    refusal = "copy engines are a GPU's" if rank.device.type != "cuda" else None
+    if refusal is None:
+        try:
+            symmetric(mesh.node, 2**20, rank.device)
+        except RunError as error:
+            refusal = str(error)
+    refused = [each for each in mesh.world.objects(refusal) if each is not None]
+    if refused and rank.number == 0:
+        log.warning("exchanges by copies are left out: %s", refused[0])
+    return not refused
 
 
 def layout(model: DeepSeekV3) -> Layout:

@@ -1,6 +1,5 @@
 """The processes of `dsv3 bench train --gpus N`, one a GPU: started, watched and ended here, without `torchrun`."""
 
-import gc
 import sys
 import tempfile
 import time
@@ -76,7 +75,9 @@ def bench_gpus(
 
     with tempfile.TemporaryDirectory() as directory:
         job = Job(gpus, str(Path(directory) / "meeting"), tuple(parts), sizes)
-        context = multiprocessing.start_processes(serve, (job, news), gpus, join=False, start_method="spawn")
+        context = multiprocessing.start_processes(
+            serve, (job, news), gpus, join=False, daemon=True, start_method="spawn"
+        )
         try:
             while not context.join(timeout=0.1):
                 listen()
@@ -127,8 +128,6 @@ def show(news: Any, part: str, **figures: Any) -> None:
 def measured(part: str, rank: Rank, sizes: Sizes) -> Sequence[Part]:
     """One part, and nothing of it left in memory."""
     found = PARTS[part](rank, sizes)
-    gc.collect()
-    if rank.device.type == "cuda":
-        torch.cuda.empty_cache()
+    rank.clear()
     rank.wait()
     return found

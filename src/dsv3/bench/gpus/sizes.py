@@ -55,7 +55,7 @@ class Sizes:
     pipeline: Size = field(default_factory=lambda: Size("lite", EIGHT_DENSE, 4096, 12))
     zero: Size = field(default_factory=lambda: Size("lite", THREE_BLOCKS, 4096, 1))
     scaling: Size = field(default_factory=lambda: Size("lite", THREE_BLOCKS, 4096, 16, 2))
-    rounds: int = 7
+    rounds: int = 5
     device: str = "cuda"
     threads: int | None = None
     """Of each rank on the CPU."""
