@@ -135,6 +135,8 @@ def test_no_pass_of_decoding_waits_for_the_device(kept, count, multiplied):
     model = multiplied[0 if kept else 1]
     engine = Engine(model, None, EngineConfig(num_blocks=600))
     passes = engine.runner.passes
+    for held in engine.runner.cache.held.values():
+        held.normal_()  # no prompt was read
     batch = lay_out([Work(k, [7 + k], 70, [2 * k, 2 * k + 1]) for k in range(count)], CONFIG, torch.device("cuda"))
     row_N = torch.arange(count, device="cuda")
     with torch.inference_mode():

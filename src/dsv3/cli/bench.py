@@ -86,23 +86,30 @@ def train(
 @click.option("--rounds", type=click.IntRange(1), default=3)
 @click.option("--checkpoint", type=PATH, help="Instead: drafts of this run's MTP modules on its held-out text.")
 @click.option("--streams", type=click.IntRange(1), help="With --checkpoint, instead: so many streams of `dsv3 serve`.")
+@click.option("--slice", "a_slice", is_flag=True, help="Instead: full-width layers of DeepSeek-V3 in FP8 on one GPU.")
 @device_option
 @threads_option
 @json_file_option
 def decode(
     preset: str, batch: list[int], tokens: int | None, rounds: int, checkpoint: Path | None, streams: int | None,
-    device: str, threads: int | None, json_path: Path | None,
+    a_slice: bool, device: str, threads: int | None, json_path: Path | None,
 ) -> None:  # fmt: skip
     """Greedy decoding on the CPU with a cache, against transformers' generate.
 
     With --checkpoint, on any device: what speculation brings, drafts against none; with --streams as well, what the server takes
-    beside the model.
+    beside the model. With --slice, on a GPU: 5 layers with all their experts, beside what memory and arithmetic allow and
+    transformers in BF16.
     """
     from dsv3.cli.ui import Progress
 
     use_threads(threads)
     if streams is not None and checkpoint is None:
         raise UserError("--streams serves a model: name it with --checkpoint")
+    if a_slice:
+        from dsv3.cli.bench_slice import show_slice
+
+        show_slice(json_path)
+        return
     with Progress() as progress:
         if checkpoint is None:
             from dsv3.bench.decode import bench_decode

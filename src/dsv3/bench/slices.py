@@ -1,0 +1,63 @@
+"""Slices of a network for measuring: a few full-width layers with random weights, stored in FP8 as the released ones are."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dsv3.bench.kernels.products import values
+from dsv3.model.config import ModelConfig
+from dsv3.model.feed_forward import Experts
+from dsv3.model.linear import Linear
+from dsv3.model.transformer import DeepSeekV3
+
+DEVIATION = 120
+"""Of the E4M3 values that `values` makes."""
+
+
+def stored_network(config: ModelConfig, device: torch.device) -> DeepSeekV3:
+    """Linear layers of attention, feed-forward and experts in FP8, the rest in BF16; weights have a deviation of 1 / sqrt(inputs).
+
+    Values are made in FP8 expert by expert: memory never holds more than one of them in BF16.
+    """
+    with torch.device("meta"):
+        model = DeepSeekV3(config).to(torch.bfloat16)
+        stored = {each for block in model.blocks() for each in block.modules() if isinstance(each, Linear | Experts)}
+        for module in stored:
+            module.keep_in_fp8()
+        for block in model.blocks():
+            if block.moe is not None:
+                block.moe.gate.e_score_correction_bias = block.moe.gate.e_score_correction_bias.float()
+    model = model.to_empty(device=device).eval()
+    for name, tensor in model.state_dict().items():
+        fill(name, tensor)
+    return model
+
+
+def fill(name: str, tensor: Tensor) -> None:
+    """Random values, in place; scales are those that give a weight of that many inputs its deviation."""
+    if tensor.dtype == torch.float8_e4m3fn:
+        for matrix in tensor if tensor.dim() == 3 else [tensor]:
+            matrix.copy_(values(matrix.device, *matrix.shape))
+    elif name.endswith("_scale_inv"):
+        # The last block of a row may be smaller, which does not matter here.
+        tensor.fill_((tensor.shape[-1] * 128) ** -0.5 / DEVIATION)
+    elif name.endswith("e_score_correction_bias"):
+        tensor.zero_()
+    elif tensor.dim() == 1:
+        tensor.fill_(1.0)
+    else:
+        tensor.normal_(0.0, 1.0 if name.startswith("embed") else tensor.shape[-1] ** -0.5)
+
+
+def layers_of(model: DeepSeekV3, dense: int, moe: int) -> DeepSeekV3:
+    """A network of so many of a model's dense and MoE layers, over the same weights."""
+    first = model.config.num_dense_layers
+    chosen: Sequence[nn.Module] = [*model.layers[:dense], *model.layers[first : first + moe]]
+    with torch.device("meta"):
+        part = DeepSeekV3(
+            model.config.replace(num_hidden_layers=dense + moe, first_k_dense_replace=dense, num_nextn_predict_layers=0)
+        )
+    part.embed_tokens, part.norm, part.lm_head = model.embed_tokens, model.norm, model.lm_head
+    part.layers = nn.ModuleList(chosen)  # type: ignore[assignment]
+    return part.eval()
