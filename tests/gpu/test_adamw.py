@@ -16,7 +16,7 @@ def test_kernel(shape: tuple[int, ...]) -> None:
     tensors = weight, grad * 1e-3, (first * 1e-4).bfloat16(), (second.square() * 1e-7).bfloat16()
     twin = tuple(each.clone() for each in tensors)
     for number in range(1, 4):
-        scalars = torch.tensor(float(number), device="cuda"), torch.ones((), device="cuda")
+        scalars = [torch.tensor(each, device="cuda") for each in (float(number), 1.0, 2.5)]
         operation.adamw(*tensors, *scalars, *SETTING)
         operation.reference(*twin, *scalars, *SETTING)
     assert operation.triton_serves(*tensors, *scalars, *SETTING) is None
@@ -31,5 +31,5 @@ def test_nothing_changes_where_a_step_is_not_kept() -> None:
     tensors[1][5] = torch.nan
     before = [each.clone() for each in tensors]
     zero = torch.zeros((), device="cuda")
-    operation.adamw(*tensors, zero, zero, *SETTING)
+    operation.adamw(*tensors, zero, zero, zero, *SETTING)
     assert all(torch.equal(tensors[i], before[i]) for i in (0, 2, 3))

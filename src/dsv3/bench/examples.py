@@ -80,7 +80,7 @@ def calls(device: torch.device) -> Iterator[Call]:
     moment = torch.zeros_like(weight, dtype=torch.bfloat16)
     one, setting = torch.ones((), device=device), (1e-6, (0.9, 0.95), 1e-8, 0.1)
     yield accumulate.accumulate, (torch.zeros_like(rows, dtype=torch.float32), rows)
-    yield adamw.adamw, (weight, weight.clone(), moment, moment.clone(), one, one, *setting)
+    yield adamw.adamw, (weight, weight.clone(), moment, moment.clone(), one, one, one, *setting)
     for operation in (tiles.quantize_rows, tiles.quantize_columns, tiles.quantize_both, e5m6.pack_e5m6):
         yield operation, (rows,)
     across, down = tiles.quantize_both(rows)

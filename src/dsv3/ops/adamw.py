@@ -13,7 +13,7 @@ PART = 2**26
 
 
 def reference(
-    weight: Tensor, grad: Tensor, first: Tensor, second: Tensor, step: Tensor, keep: Tensor,
+    weight: Tensor, grad: Tensor, first: Tensor, second: Tensor, step: Tensor, keep: Tensor, scale: Tensor,
     lr: float, betas: tuple[float, float], eps: float, weight_decay: float,
 ) -> None:  # fmt: skip
     """The definition. `nan_to_num` because `keep` is 0 where anything is not finite, and 0 times that is not 0."""
@@ -22,7 +22,7 @@ def reference(
     for part, grad_part, first_part, second_part in zip(
         *(each.view(-1).split(PART) for each in (weight, grad, first, second)), strict=True
     ):
-        finite = grad_part.nan_to_num(0.0, 0.0, 0.0)
+        finite = (grad_part / scale).nan_to_num_(0.0, 0.0, 0.0)
         mean = first_part.float().lerp_(finite, keep * (1 - betas[0]))
         square = second_part.float().lerp_(finite.square_(), keep * (1 - betas[1]))
         first_part.copy_(mean)
@@ -46,6 +46,6 @@ adamw = Operation(
         Implementation("reference", reference, anything),
     ],
 )
-"""`adamw(weight, grad, first, second, step, keep, lr, betas, eps, weight_decay)` changes weight (FP32), and the moments first and
-second (BF16, of its shape) in place. `step` (FP32 scalar) counts this update; where `keep` (FP32 scalar) is 0 and not 1, nothing
-changes, whatever the gradient (FP32) holds."""
+"""`adamw(weight, grad, first, second, step, keep, scale, lr, betas, eps, weight_decay)` changes weight (FP32), and the moments first
+and second (BF16, of its shape) in place. `step` (FP32 scalar) counts this update, whose gradient (FP32) is divided by `scale` (FP32
+scalar); where `keep` (FP32 scalar) is 0 and not 1, nothing changes, whatever the gradient holds."""

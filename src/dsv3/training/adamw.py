@@ -18,6 +18,7 @@ class AdamWInBF16(torch.optim.Optimizer):
     def __init__(self, groups: Iterable[dict[str, Any]], betas: tuple[float, float], eps: float):
         super().__init__(groups, dict(lr=0.0, weight_decay=0.0))
         self.betas, self.eps = betas, eps
+        self.grad_scale: Tensor | None = None
         self.found_inf: Tensor | None = None
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -29,7 +30,8 @@ class AdamWInBF16(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One update; `closure` is not used. Nothing changes where `found_inf`, as for torch's own optimizers, is 1."""
+        """One update by gradients divided by `grad_scale`; `closure` is not used. Nothing changes where `found_inf`, as for torch's own
+        optimizers, is 1."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None:
@@ -37,7 +39,8 @@ class AdamWInBF16(torch.optim.Optimizer):
                 state = self.state[parameter]
                 keep = torch.ones_like(state["step"]) if self.found_inf is None else 1 - self.found_inf
                 state["step"] += keep
+                scale = torch.ones_like(keep) if self.grad_scale is None else self.grad_scale
                 adamw(
-                    parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"], state["step"], keep,
+                    parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"], state["step"], keep, scale,
                     group["lr"], self.betas, self.eps, group["weight_decay"],
                 )  # fmt: skip

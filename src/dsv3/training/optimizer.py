@@ -55,6 +55,7 @@ class Muon(torch.optim.Optimizer):
     ):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
         self.dtype = dtype
+        self.grad_scale: Tensor | None = None
         self.found_inf: Tensor | None = None
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -62,7 +63,8 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One update; `closure` is not used. Nothing changes where `found_inf`, as for torch's own optimizers, is 1."""
+        """One update by gradients divided by `grad_scale`; `closure` is not used. Nothing changes where `found_inf`, as for torch's own
+        optimizers, is 1."""
         for group in self.param_groups:
             by_shape: dict[tuple[int, int], list[nn.Parameter]] = defaultdict(list)
             for parameter in group["params"]:
@@ -77,6 +79,8 @@ class Muon(torch.optim.Optimizer):
         keep = parameters[0].new_ones(()) if self.found_inf is None else 1 - self.found_inf
         for parameter in parameters:
             assert parameter.grad is not None
+            if self.grad_scale is not None:
+                parameter.grad.div_(self.grad_scale)
             parameter.grad.nan_to_num_(0.0, 0.0, 0.0)
             momentum = self.state[parameter]["momentum"].lerp_(parameter.grad, keep * (1 - group["momentum"]))
             directions.append(parameter.grad.lerp(momentum, group["momentum"]).view(-1, *shape))
@@ -109,6 +113,8 @@ class Optimizer:
         }
         self.keep_gradients = False
         """Whether gradients are cleared by zeros, in the memory where they are."""
+        self.shortening: Tensor | None = None
+        """How many times too long the gradient of the next step is, at least 1."""
         self.shares = Shares(model, self.mesh, hidden, holders)
         self.names = {share: name for name, share in self.shares.own.items() if share.numel()}
         own = [module_group(name, share.dim()) for name, share in self.shares.own.items()]
@@ -145,8 +151,8 @@ class Optimizer:
         return parameter.dim() > 1 or self.section.decay_norms
 
     def clip(self) -> dict[str, Tensor]:
-        """Sums the gradient over the ranks, and shortens it to the recipe's global norm where it is longer; the norms it had,
-        FP32 scalars.
+        """Sums the gradient over the ranks, and has the next `step` shorten it to the recipe's global norm where it is longer; its
+        norms, FP32 scalars.
 
         One for each group of modules that has a gradient, of a pipeline each group, and that of them all as "all".
         """
@@ -161,7 +167,7 @@ class Optimizer:
                 gradients[module_group(name, share.dim())].append(share.grad if counted else zero)
         norms = self.shares.norms({group: nn.utils.get_total_norm(each) for group, each in gradients.items()})
         norms["all"] = torch.linalg.vector_norm(torch.stack(list(norms.values())))
-        nn.utils.clip_grads_with_norm_(self.names, self.section.clip_norm, norms["all"])
+        self.shortening = (norms["all"] / self.section.clip_norm).clamp(min=1.0)
         return norms
 
     def step(self, learning_rate: float, skip: Tensor | None = None) -> None:
@@ -171,10 +177,13 @@ class Optimizer:
         to learn which it was.
         """
         for part, scale in self.parts:
-            part.found_inf = None if skip is None else skip.float()  # type: ignore[attr-defined]  # GradScaler's protocol
+            # GradScaler's protocol: gradients are divided by the one, and nothing is done where the other is 1.
+            part.grad_scale = self.shortening  # type: ignore[attr-defined]
+            part.found_inf = None if skip is None else skip.float()  # type: ignore[attr-defined]
             for group in part.param_groups:
                 group["lr"] = learning_rate * scale
             part.step()
+        self.shortening = None
         # Torch's fused AdamW does not; copies of weights in FP8 are made again when the version is another.
         torch.autograd.graph.increment_version(self.names)
         self.shares.gather()

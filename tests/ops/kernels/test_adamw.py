@@ -19,7 +19,7 @@ def state(size, moments=torch.float32, seed=0):
 @pytest.mark.parametrize("count", [1, 7])
 def test_kernel(size, count):
     expected, found = state(size), state(size)
-    scalars = torch.tensor(float(count)), torch.ones(())
+    scalars = torch.tensor(float(count)), torch.ones(()), torch.tensor(2.5)
     operation.reference(*expected, *scalars, *SETTING)
     update(*found, *scalars, *SETTING)
     for a, b in zip(expected, found, strict=True):
@@ -31,7 +31,7 @@ def test_kernel(size, count):
 def test_nothing_changes_where_a_step_is_not_kept(bad, run):
     before, found = state(300), state(300)
     found[1][7] = bad
-    run(*found, torch.zeros(()), torch.zeros(()), *SETTING)
+    run(*found, torch.zeros(()), torch.zeros(()), torch.tensor(torch.nan), *SETTING)
     for a, b in zip(before[::2], found[::2], strict=True):
         assert torch.equal(a, b)
     assert torch.equal(before[3], found[3])
@@ -45,7 +45,8 @@ def test_reference_is_adamw(monkeypatch):
     optimizer = torch.optim.AdamW([theirs], lr=lr, betas=betas, eps=eps, weight_decay=decay)
     for number in range(1, 5):
         grad = torch.randn(3, 100, generator=torch.Generator().manual_seed(number))
-        theirs.grad = grad.clone()
+        theirs.grad = grad / 4
         optimizer.step()
-        operation.adamw(weight, grad, first, second, torch.tensor(float(number)), torch.ones(()), *SETTING)
+        scalars = torch.tensor(float(number)), torch.ones(()), torch.tensor(4.0)
+        operation.adamw(weight, grad, first, second, *scalars, *SETTING)
     torch.testing.assert_close(weight, theirs.detach(), rtol=1e-6, atol=1e-6)

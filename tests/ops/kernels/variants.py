@@ -55,7 +55,9 @@ def of_adamw() -> Iterator[Variant]:
     from dsv3.ops.kernels import adamw
 
     block, warps = adamw.CONFIG
-    pointers = dict.fromkeys(("weight", "grad", "step", "keep"), "*fp32") | dict.fromkeys(("first", "second"), "*bf16")
+    pointers = dict.fromkeys(("weight", "grad", "step", "keep", "scale"), "*fp32") | dict.fromkeys(
+        ("first", "second"), "*bf16"
+    )
     numbers = {"size": "i32"} | dict.fromkeys(("lr", "eps", "weight_decay"), "fp32")
     constants = {"BETA1": 0.9, "BETA2": 0.95, "BLOCK": block}
     yield Variant(adamw.update_kernel, pointers | numbers, constants, {"num_warps": warps})

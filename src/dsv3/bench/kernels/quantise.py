@@ -94,7 +94,7 @@ def of_adamw(device: torch.device) -> Case:
     one = torch.ones((), device=device)
 
     def ours() -> Tensor:
-        adamw(weight, grad, *moments, one, one, 1e-6, (0.9, 0.95), 1e-8, 0.1)
+        adamw(weight, grad, *moments, one, one, one, 1e-6, (0.9, 0.95), 1e-8, 0.1)
         return weight
 
     return against_copy("adamw", f"4x4096x{HIDDEN}, moments in BF16", ours, 20 * weight.numel())
