@@ -8,6 +8,7 @@ import torch
 
 from dsv3.bench.gpus import ranks
 from dsv3.bench.gpus.findings import Figure, Findings, Part, exactly
+from dsv3.bench.gpus.pipeline import TORCH
 from dsv3.bench.gpus.rank import Rank
 from dsv3.bench.gpus.sizes import Size, Sizes
 from dsv3.bench.measure import Spread
@@ -53,8 +54,9 @@ def test_overlapped_pairs_compute_what_passes_one_after_the_other_do(two_ranks):
 
 def test_all_schedules_find_the_same_loss(two_ranks):
     (found,), _ = two_ranks.run(measure, "pipeline")
-    assert set(found["times"]) == {"dsv3 DualPipeV", "dsv3 1F1B", "torch DualPipeV", "torch 1F1B"}
-    assert len(found["figures"]) == 4
+    left_out = {"torch DualPipeV"} if TORCH < (2, 13) else set()
+    assert set(found["times"]) == {"dsv3 DualPipeV", "dsv3 1F1B", "torch DualPipeV", "torch 1F1B"} - left_out
+    assert len(found["figures"]) == 4 - len(left_out)
     assert len(found["checks"]) == 4
 
 

@@ -26,6 +26,11 @@ from dsv3.planning.layout import divided
 log = logging.getLogger(__name__)
 SCHEDULES = {"DualPipeV": "dual_pipe_v", "1F1B": "one_f_one_b"}
 """By the words of the table."""
+TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
+TORCH_FAILS = {
+    "DualPipeV": "torch 2.11 fails at the weights' gradients of its last stage on one rank, and the other waits for ever"
+}
+"""Before torch 2.13, which runs it."""
 TOLERANCE = 0.01
 """Of losses and gradient norms, which are sums in other orders of numbers in BF16."""
 
@@ -59,8 +64,11 @@ def measure_pipeline(rank: Rank, sizes: Sizes) -> Sequence[Part]:
         schedule = make_schedule(name, rank.size, count)
         ours = Ours(rank, size, mesh.pipeline, schedule, batch)
         steps[f"dsv3 {words}"] = ours.model, ours.step
-        theirs = TorchPipeline(rank, size, mesh.pipeline, schedule, rows, words)
-        if (refused := everywhere(mesh.pipeline, theirs.refusal())) is None:
+        refused = TORCH_FAILS.get(words) if TORCH < (2, 13) else None
+        if refused is None:
+            theirs = TorchPipeline(rank, size, mesh.pipeline, schedule, rows, words)
+            refused = everywhere(mesh.pipeline, theirs.refusal())
+        if refused is None:
             steps[f"torch {words}"] = theirs.model, theirs.step
         else:
             checks[f"torch {words}"] = f"left out: {refused}"
