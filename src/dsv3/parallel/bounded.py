@@ -16,6 +16,7 @@ from dsv3.parallel.copies import CopyingGroup, Open
 from dsv3.parallel.dispatch import ExpertParallel, Journey
 from dsv3.parallel.leg import Leg, on_this_rank, plan_bounded_leg
 from dsv3.parallel.mesh import Mesh
+from dsv3.parallel.pipeline.tape import used_by_this_stream
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,8 @@ class BoundedExpertParallel(ExpertParallel):
             if number:
                 parcel = self.next_leg(parcel, here(parcel))
             leg = parcel.legs[-1]
+            # Made where the block computes, and let go of here; what has gradients is taken care of where it passes over.
+            used_by_this_stream(parcel.expert)
             expert = group.exchange(parcel.expert, leg.sent, leg.received)
             parcel = replace(
                 parcel, rows=leg.there(parcel.rows, self.fp8), weight=leg.there(parcel.weight), expert=expert
