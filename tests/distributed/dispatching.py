@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dsv3.errors import RunError
 from dsv3.model.config import ModelConfig
 from dsv3.model.feed_forward import DeepSeekMoE, LocalDispatcher, Routing
+from dsv3.parallel.bounded import BoundedExpertParallel
 from dsv3.parallel.copies import Window
 from dsv3.parallel.dispatch import ExpertParallel
 from dsv3.parallel.mesh import make_mesh
@@ -53,11 +54,11 @@ def choices(kind, x, moe):
     return Routing(expert.contiguous(), weight.requires_grad_(), CONFIG.n_routed_experts, None, None)
 
 
-def check(section, ranks_per_node, kind="router", empty=None, dtype=torch.float32, fp8=False, bounded=False):
+def check(section, ranks_per_node, kind="router", empty=None, dtype=torch.float32, fp8=False):
     """(deviation of outputs and of every gradient from the serial run's, wire bytes by group, routing of this rank)."""
     mesh = make_mesh(section, ranks_per_node)
     rank, ranks = mesh.expert.rank, mesh.expert.size
-    dispatcher = ExpertParallel(mesh, fp8, bounded)
+    dispatcher = ExpertParallel(mesh, fp8)
     results = []
     for moe, mine in ((layer(dispatcher, dtype), [rank]), (layer(LocalDispatcher(), dtype), range(ranks))):
         outputs, inputs, weights, expert = [], [], [], None
@@ -123,8 +124,8 @@ def forms(section, ranks_per_node, settings):
 def form(mesh, kind, dtype, fp8, alignment):
     """(everything that one pass makes with exact and with bounded legs, wire bytes of both, its shapes): of this rank."""
     made, sent, shapes = [], [], []
-    for bounded in (False, True):
-        dispatcher = ExpertParallel(mesh, fp8, bounded)
+    for dispatch in (ExpertParallel, BoundedExpertParallel):
+        dispatcher = dispatch(mesh, fp8)
         before = {name: getattr(mesh, name).traffic["sent"] for name in ("rail", "node")}
         moe = layer(dispatcher, dtype)
         x, grad = (each.to(dtype) for each in tokens_of(mesh.data.rank, TOKENS))
@@ -150,7 +151,7 @@ def without_looking(section, ranks_per_node):
 
 def blindly(mesh, fp8):
     """One of them."""
-    dispatcher = ExpertParallel(mesh, fp8, True)
+    dispatcher = BoundedExpertParallel(mesh, fp8)
     x, grad = tokens_of(mesh.data.rank, TOKENS)
     x.requires_grad_()
     routing = routed("router", mesh.expert.rank, x.detach(), layer(dispatcher, torch.float32))
@@ -214,7 +215,7 @@ def by_copies(section, ranks_per_node, directory, fp8):
     mesh = make_mesh(section, ranks_per_node)
     made, sent = [], []
     for copies in (None, Files(directory)):
-        dispatcher, found = ExpertParallel(mesh, fp8, True, copies), []
+        dispatcher, found = BoundedExpertParallel(mesh, fp8, copies), []
         before = sum(group.traffic["sent"] for group in dispatcher.groups)
         moe = layer(dispatcher, torch.float32)
         for tokens in (TOKENS, TOKENS - 5):

@@ -118,9 +118,11 @@ def test_1f1b_takes_what_is_below_the_schedule_s_least(two_ranks, shard_director
     assert_same(results, tmp_path, expected, directory)
 
 
-def test_pipelines_share_batches_and_experts(four_ranks, shard_directory, tmp_path, serial):
+@pytest.mark.parametrize("bounded", ["false", "true"])
+def test_pipelines_share_batches_and_experts(four_ranks, shard_directory, tmp_path, serial, bounded):
     expected, directory, _ = serial(*DEEPER)
-    results = four_ranks.run(train, str(shard_directory), str(tmp_path), [*DEEPER, *TOGETHER], 2)
+    layout = [*TOGETHER, f"parallel.bounded_exchange={bounded}"]
+    results = four_ranks.run(train, str(shard_directory), str(tmp_path), [*DEEPER, *layout], 2)
     assert_same(results, tmp_path, expected, directory)
 
 

@@ -29,6 +29,8 @@ CONTENT = {
             r"batch_size_multiple = 1: expected a multiple of parallel.data = 2",
         ),
         (["parallel.experts=2"], "did you mean 'expert'"),
+        (["parallel.transport=copy"], "slabs of one size: expected parallel.bounded_exchange = true"),
+        (["parallel.transport=copy", "parallel.bounded_exchange=true", "training.device=cpu"], "expected 'nccl' with"),
         (["parallel.pipeline=2", "parallel.schedule=one_f_one_b"], "pipeline = 2 needs training.micro_batch_size"),
     ],
 )  # fmt: skip

@@ -18,7 +18,7 @@ from torch import Tensor
 from dsv3.bench.limits import Rates, limits
 from dsv3.bench.measure import Progress
 from dsv3.model.config import ModelConfig
-from dsv3.model.feed_forward import Dispatched, Routing
+from dsv3.model.feed_forward import Dispatched, Dispatcher, Routing
 from dsv3.model.transformer import DeepSeekV3
 from dsv3.ops.permute import Permutation, permute, sort_by_expert, unpermute
 from dsv3.planning.flops import training_flops_per_token
@@ -46,7 +46,7 @@ KINDS = {
 """Kernels by the first pattern that their name matches; the rest is elementwise."""
 
 
-class BalancedExchange:
+class BalancedExchange(Dispatcher):
     """A dispatcher: a GPU's experts get as many rows as tokens are sent out, evenly, made from its own tokens."""
 
     def __init__(self, experts: int):

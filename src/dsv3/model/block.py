@@ -14,7 +14,6 @@ from dsv3.model.config import ModelConfig
 from dsv3.model.feed_forward import DeepSeekMoE, Dispatcher, Routing, SwiGLU
 from dsv3.model.linear import RMSNorm
 from dsv3.model.rope import Rope
-from dsv3.ops.rooms import Rooms
 
 
 @dataclass(frozen=True)
@@ -42,12 +41,12 @@ class Carry:
     normed: Tensor
     """[B, T, D]: the feed-forward's input."""
     routing: Routing | None = None
-    rows: Tensor | Rooms | None = None
-    """[R, D]: what goes into this rank's experts, in rooms where they want it so, then what comes out."""
-    weight: Tensor | None = None
-    counts: Tensor | None = None
+    parcel: Any = None
+    """On the way to the experts: see `Dispatcher.pack`."""
+    rows: Tensor | None = None
+    """On the way back from them: see `Dispatcher.pack_back`."""
     handle: Any = None
-    """These three: see `Dispatched`."""
+    """See `Dispatched`."""
     aligned: bool = False
     """Whether the dispatcher was asked to pad the experts' rows."""
     update: Tensor | None = None
@@ -79,39 +78,43 @@ class Block(nn.Module):
         return self.merge(carry), carry.routing
 
     def attend(self, x: Tensor, shared: Pass) -> Carry:
-        """Attention, the feed-forward's norm and the router."""
+        """Attention, the feed-forward's norm, the router, and what a dispatcher does before it sends."""
         x = x + self.self_attn(self.input_layernorm(x), shared.rope, shared.segment_ids, shared.cache)
         carry = Carry(x, self.post_attention_layernorm(x))
         if self.moe is not None:
             parts = 1 if shared.batch_wise else x.shape[0]
             frequency = shared.frequency.get(self.name)
-            carry.routing = self.moe.gate(carry.normed.flatten(0, 1), parts, shared.balance_weight, frequency)
+            tokens = carry.normed.flatten(0, 1)
+            carry.routing = self.moe.gate(tokens, parts, shared.balance_weight, frequency)
+            alignment = self.moe.experts.alignment(carry.routing.expert.numel())
+            carry.parcel, carry.aligned = self.moe.dispatcher.pack(tokens, carry.routing, alignment), alignment > 0
         return carry
 
     def dispatch(self, carry: Carry) -> None:
         """Tokens travel to their experts."""
-        if self.moe is not None and carry.routing is not None:
-            alignment = self.moe.experts.alignment(carry.routing.expert.numel())
-            found = self.moe.dispatch(carry.normed.flatten(0, 1), carry.routing, alignment)
-            carry.rows, carry.weight, carry.counts, carry.handle = found
-            carry.aligned = alignment > 0
+        if self.moe is not None:
+            carry.parcel = self.moe.send(carry.parcel)
 
     def experts(self, carry: Carry) -> None:
         """The routed experts on the rows that arrived; shared experts, or the dense feed-forward, on this rank's tokens."""
         if self.moe is None:
             carry.update = self.mlp(carry.normed)
             return
-        carry.rows = self.moe.experts(carry.rows, carry.counts, carry.weight, carry.aligned)
+        rows, weight, counts, carry.handle = self.moe.dispatcher.unpack(carry.parcel)
+        carry.parcel = None
+        carry.rows = self.moe.dispatcher.pack_back(self.moe.experts(rows, counts, weight, carry.aligned), carry.handle)
         if self.moe.shared_experts is not None:
             carry.update = self.moe.shared_experts(carry.normed)
 
     def combine(self, carry: Carry) -> None:
-        """Rows travel back and are summed."""
-        if self.moe is not None and isinstance(carry.rows, Tensor):
-            routed = self.moe.dispatcher.combine(carry.rows, carry.handle).view_as(carry.normed)
-            carry.update = routed if carry.update is None else carry.update + routed
+        """Rows travel back."""
+        if self.moe is not None and carry.rows is not None:
+            carry.rows = self.moe.dispatcher.send_back(carry.rows, carry.handle)
 
     def merge(self, carry: Carry) -> Tensor:
-        """The feed-forward's update joins the stream."""
+        """Rows that came back are summed, and the feed-forward's update joins the stream."""
+        if self.moe is not None and carry.rows is not None:
+            routed = self.moe.dispatcher.unpack_back(carry.rows, carry.handle).view_as(carry.normed)
+            carry.update = routed if carry.update is None else carry.update + routed
         assert carry.update is not None, "merge comes after experts and combine"
         return carry.residual + carry.update

@@ -145,7 +145,11 @@ class Gate(nn.Module):
 
 
 class Dispatcher(Protocol):
-    """Carries tokens to their experts and back. The local one is below; `parallel/` hands in those across GPUs."""
+    """Carries tokens to their experts and back. The local one is below; `parallel/` hands in those across GPUs.
+
+    `dispatch` and `combine` are the whole way. A block takes it in three steps each, of which `send` and `send_back` are its
+    communicating phases, and the others belong to the computing phases around: by default they leave everything to these.
+    """
 
     def held(self, experts: int) -> range:
         """Which of a block's experts are on this rank."""
@@ -155,6 +159,30 @@ class Dispatcher(Protocol):
 
     def combine(self, rows_RD: Tensor, handle: Any) -> Tensor:
         """The sum of each token's rows: [T, D]."""
+
+    def pack(self, x_TD: Tensor, routing: Routing, alignment: int = 0) -> Any:
+        """What `send` is given: tuples and dataclasses of tensors."""
+        return x_TD, routing, alignment
+
+    def send(self, parcel: Any) -> Any:
+        """What `unpack` is given."""
+        return tuple(self.dispatch(*parcel))
+
+    def unpack(self, parcel: Any) -> "Dispatched":
+        """What arrived."""
+        return Dispatched(*parcel)
+
+    def pack_back(self, rows_RD: Tensor, handle: Any) -> Tensor:
+        """What `send_back` is given."""
+        return rows_RD
+
+    def send_back(self, rows: Tensor, handle: Any) -> Tensor:
+        """What `unpack_back` is given."""
+        return self.combine(rows, handle)
+
+    def unpack_back(self, rows: Tensor, handle: Any) -> Tensor:
+        """The sum of each token's rows: [T, D]."""
+        return rows
 
 
 class Dispatched(NamedTuple):
@@ -170,7 +198,7 @@ class Dispatched(NamedTuple):
     """For `Dispatcher.combine`."""
 
 
-class LocalDispatcher:
+class LocalDispatcher(Dispatcher):
     """All experts are here: dispatch is a permutation."""
 
     def held(self, experts: int) -> range:
@@ -320,8 +348,8 @@ class DeepSeekMoE(nn.Module):
             self.shared_experts = SwiGLU(config.hidden_size, config.n_shared_experts * config.moe_intermediate_size)
         self.dispatcher = dispatcher
 
-    def dispatch(self, x_TD: Tensor, routing: Routing, alignment: int = 0) -> Dispatched:
-        """Tokens to their experts, in the form that these want."""
-        if isinstance(self.dispatcher, LocalDispatcher) and self.experts.takes_rooms(x_TD):
-            return self.dispatcher.to_rooms(x_TD, routing)
-        return self.dispatcher.dispatch(x_TD, routing, alignment)
+    def send(self, parcel: Any) -> Any:
+        """Tokens to their experts, in the form that these want: see `Dispatcher`."""
+        if isinstance(self.dispatcher, LocalDispatcher) and self.experts.takes_rooms(parcel[0]):
+            return self.dispatcher.to_rooms(*parcel[:2])
+        return self.dispatcher.send(parcel)

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from dsv3.errors import UserError
-from dsv3.model.feed_forward import Dispatched, Routing
+from dsv3.model.feed_forward import Dispatched, Dispatcher, Routing
 from dsv3.ops.permute import Permutation, permute, sort_some, unpermute
-from dsv3.parallel.copies import CopyingGroup, Open
-from dsv3.parallel.leg import Leg, plan_bounded_leg, plan_leg
+from dsv3.parallel.leg import Leg, plan_leg
 from dsv3.parallel.mesh import Mesh
 
 log = logging.getLogger(__name__)
@@ -33,19 +32,16 @@ class Journey:
     """The rows that arrived to the experts here."""
 
 
-class ExpertParallel:
+class ExpertParallel(Dispatcher):
     """The `model.feed_forward.Dispatcher` of one rank of `mesh.expert`; its twin is the `LocalDispatcher`.
 
     `fp8` sends tokens, and in backward the gradients of the experts' outputs, in E4M3 with scales of tiles that are powers of
     two; sums and the tokens' gradients travel in the activations' own dtype and are added up in FP32 (report, sections 3.3.3 and 3.4).
-    `bounded` sends as many rows as there could be, so that the host need not learn how many there are (`parallel.bounded_exchange`).
-    Then windows, where it is said how to open them, carry them within a node (`parallel.transport`).
     """
 
-    def __init__(self, mesh: Mesh, fp8: bool = False, bounded: bool = False, open_window: Open | None = None):
-        self.expert, self.fp8, self.bounded = mesh.expert, fp8, bounded
-        node = mesh.node if open_window is None else CopyingGroup.of(mesh.node, open_window)
-        self.groups = [group for group in (mesh.rail, node) if group.size > 1]
+    def __init__(self, mesh: Mesh, fp8: bool = False):
+        self.expert, self.fp8 = mesh.expert, fp8
+        self.groups = [group for group in (mesh.rail, mesh.node) if group.size > 1]
         self.crowded = False
 
     def held(self, experts: int) -> range:
@@ -58,15 +54,14 @@ class ExpertParallel:
     def dispatch(self, x_TD: Tensor, routing: Routing, alignment: int = 0) -> Dispatched:
         """See `Dispatcher`."""
         rows, weight, expert, span = x_TD, routing.weight, routing.expert, routing.num_experts
-        legs: list[Leg] = []
+        legs, assignments = list[Leg](), 0
         for group in self.groups:
             span //= group.size
-            leg = (plan_bounded_leg if self.bounded else plan_leg)(expert, span, group)
-            rows, weight, expert = leg.carry(rows, self.fp8), leg.carry(weight), leg.expert_AK
+            leg, expert, assignments = plan_leg(expert, span, group)
+            rows, weight = leg.carry(rows, self.fp8), leg.carry(weight)
             legs.append(leg)
-        if not self.bounded:
-            self.watch(legs[-1].assignments, routing.expert.numel())
-        local = sort_some(expert, span, legs[-1].assignments, alignment, self.bounded)
+        self.watch(assignments, routing.expert.numel())
+        local = sort_some(expert, span, assignments, alignment)
         return Dispatched(permute(rows, local), local.by_row(weight), local.counts_E, Journey(legs, local))
 
     def combine(self, rows_RD: Tensor, handle: Journey) -> Tensor:

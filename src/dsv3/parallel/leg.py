@@ -26,27 +26,32 @@ class Leg:
     """Rows to each rank."""
     received: list[int]
     """Rows from each rank."""
-    expert_AK: Tensor
-    """int64: the experts of each row that arrived, counted from this rank's first; -1 for those elsewhere."""
-    assignments: int
-    """How many of these are not -1; of a bounded leg the most that there can be."""
 
     def carry(self, x_TD: Tensor, fp8: bool = False) -> Tensor:
-        """[T, D] -> [A, D], ordered by the rank they came from. `fp8`: with 8 bits an element, and scales that are powers of
-        two. The backward pass is `bring_back` in x's dtype."""
-        rows: Tensor = Exchange.apply(permute(x_TD, self.to), self.group, self.sent, self.received, fp8, False)
-        return rows
+        """[T, D] -> [A, D], ordered by the rank they came from."""
+        return self.there(permute(x_TD, self.to), fp8)
 
     def bring_back(self, y_AD: Tensor, fp8: bool = False) -> Tensor:
-        """[A, D] -> [T, D]: the sum of what became of each token's rows. Backward is `carry`, in FP8 if `fp8`."""
-        rows_SD = Exchange.apply(y_AD, self.group, self.received, self.sent, False, fp8)
-        return unpermute(rows_SD, self.to)
+        """[A, D] -> [T, D]: the sum of what became of each token's rows."""
+        return unpermute(self.back(y_AD, fp8), self.to)
+
+    def there(self, rows_SD: Tensor, fp8: bool = False) -> Tensor:
+        """[S, D] -> [A, D]. `fp8`: with 8 bits an element, and scales that are powers of two. The backward pass is `back` in the rows'
+        dtype."""
+        rows: Tensor = Exchange.apply(rows_SD, self.group, self.sent, self.received, fp8, False)
+        return rows
+
+    def back(self, rows_AD: Tensor, fp8: bool = False) -> Tensor:
+        """[A, D] -> [S, D]. Backward is `there`, in FP8 if `fp8`."""
+        rows: Tensor = Exchange.apply(rows_AD, self.group, self.received, self.sent, False, fp8)
+        return rows
 
 
-def plan_leg(expert_TK: Tensor, span: int, group: Group) -> Leg:
+def plan_leg(expert_TK: Tensor, span: int, group: Group) -> tuple[Leg, Tensor, int]:
     """The leg of tokens to the ranks of `group`, each of which has `span` experts: expert e (-1: none) is with rank e // span.
 
-    Waits for the device, to learn how many rows go where; all ranks of the group must call it together.
+    With it the experts of each row that arrived (int64 [A, K], counted from this rank's first, -1 for those elsewhere), and how many
+    of these are not -1. Waits for the device, to learn how many rows go where; all ranks of the group must call it together.
     """
     rank_TK = expert_TK.div(span, rounding_mode="floor")
     first_TK = first_on_rank(rank_TK)
@@ -55,27 +60,25 @@ def plan_leg(expert_TK: Tensor, span: int, group: Group) -> Leg:
     arriving = group.exchange(counts, [1] * group.size, [1] * group.size)
     sent, received, assigned = torch.stack([counts[:, 0], arriving[:, 0], arriving[:, 1]]).tolist()
     to = sort_some(first_TK, group.size, sum(sent))
-    expert_AK = group.exchange(expert_TK.index_select(0, to.token_R).int(), sent, received).long()
-    return Leg(group, to, sent, received, on_this_rank(expert_AK, span, group), sum(assigned))
+    expert_AK = group.exchange(expert_TK.index_select(0, to.token_R).int(), sent, received)
+    return Leg(group, to, sent, received), on_this_rank(expert_AK, span, group), sum(assigned)
 
 
-def plan_bounded_leg(expert_TK: Tensor, span: int, group: Group) -> Leg:
+def plan_bounded_leg(expert_TK: Tensor, span: int, group: Group) -> tuple[Leg, Tensor]:
     """The same without waiting: every rank is sent as many rows as there are tokens here, the most it can be due.
 
     Those due come first, in the order of the exact leg; the others hold anything, and have no experts. All ranks of the group must
-    have equally many tokens, as in training they do.
+    have equally many tokens, as in training they do. With it the experts of each row to be sent (int32 [S, K]).
     """
-    (tokens, chosen), ranks = expert_TK.shape, group.size
+    tokens, ranks = len(expert_TK), group.size
     first_TK = first_on_rank(expert_TK.div(span, rounding_mode="floor"))
     due_TG = (first_TK.unsqueeze(2) == torch.arange(ranks, device=first_TK.device)).any(1).long()
     place_TK = (due_TG.cumsum(0) - 1).gather(1, first_TK.clamp(min=0))
     row_TK = (first_TK * tokens + place_TK).masked_fill(first_TK < 0, -1)
     to = with_rows(row_TK, ranks * tokens, due_TG.sum(0))
     assert to.real_R is not None
-    sent = [tokens] * ranks
-    carried = expert_TK.index_select(0, to.token_R).masked_fill(~to.real_R.unsqueeze(1), -1)
-    expert_AK = on_this_rank(group.exchange(carried.int(), sent, sent).long(), span, group)
-    return Leg(group, to, sent, sent, expert_AK, ranks * tokens * min(chosen, span))
+    expert_SK = expert_TK.index_select(0, to.token_R).masked_fill(~to.real_R.unsqueeze(1), -1)
+    return Leg(group, to, [tokens] * ranks, [tokens] * ranks), expert_SK.int()
 
 
 def first_on_rank(rank_TK: Tensor) -> Tensor:
@@ -85,8 +88,8 @@ def first_on_rank(rank_TK: Tensor) -> Tensor:
 
 
 def on_this_rank(expert_AK: Tensor, span: int, group: Group) -> Tensor:
-    """The experts counted from this rank's first, -1 for those of others."""
-    own_AK = expert_AK - group.rank * span
+    """int64: the experts counted from this rank's first, -1 for those of others."""
+    own_AK = expert_AK.long() - group.rank * span
     return own_AK.masked_fill((own_AK < 0) | (own_AK >= span), -1)
 
 

@@ -2,8 +2,9 @@
 
 One turn is some pairs of passes, the forward pass of a micro-batch and the backward pass of the one before. They run overlapped by
 the pipeline's executor, one after the other, and overlapped with dispatchers that bring what was brought once without doing
-anything. What the last one saves is what communication costs; beside it stands what dispatch and combine take alone. Exchanges are
-exact, with a wait of the host, bounded (`parallel.bounded_exchange`), and bounded by copy engines (`parallel.transport`).
+anything. What the last one saves is what communication costs; beside it stands what the communicating phases take alone. Exchanges
+are exact, with a wait of the host; bounded (`parallel.bounded_exchange`), whose phases do nothing but exchange; and bounded by copy
+engines (`parallel.transport`).
 
 Legend: T tokens, K experts per token, D hidden, R rows sorted by expert.
 """
@@ -25,6 +26,7 @@ from dsv3.errors import RunError
 from dsv3.model.feed_forward import Dispatched, Dispatcher, Routing
 from dsv3.model.micro_batch import MicroBatch
 from dsv3.model.transformer import DeepSeekV3
+from dsv3.parallel.bounded import BoundedExpertParallel, Slabs
 from dsv3.parallel.copies import symmetric
 from dsv3.parallel.dispatch import ExpertParallel
 from dsv3.parallel.group import Group
@@ -58,12 +60,15 @@ class Instead(torch.autograd.Function):
         return ctx.gradient.view_as(ctx.gradient), None, None
 
 
-class Remembered:
-    """The dispatcher of one block that brings again what `real` brought at the first time."""
+class Remembered(Dispatcher):
+    """The dispatcher of one block whose communicating phases bring again what those of `real` brought at the first time."""
 
     def __init__(self, real: Dispatcher):
         self.real = real
-        self.asked: tuple[Tensor, Routing, int] | None = None
+        self.sent: Any = None
+        """What was given to `send`, without graph."""
+        self.back: Tensor | None = None
+        """What `send_back` brought."""
 
     def held(self, experts: int) -> range:
         """See `Dispatcher`."""
@@ -71,32 +76,70 @@ class Remembered:
 
     def dispatch(self, x_TD: Tensor, routing: Routing, alignment: int = 0) -> Dispatched:
         """See `Dispatcher`."""
-        if self.asked is None:
-            x, weight = x_TD.detach(), routing.weight.detach()
-            self.asked = x, replace(routing, weight=weight), alignment
-            with torch.no_grad():
-                found = self.real.dispatch(*self.asked)
-                assert isinstance(found.rows, Tensor)
-                self.made = self.real.combine(found.rows, found.handle)
-            self.rows, self.weight, self.counts = found.rows, found.weight, found.counts
-        x, asked, _ = self.asked
-        rows = Instead.apply(x_TD, self.rows, x)
-        return Dispatched(rows, Instead.apply(routing.weight, self.weight, asked.weight), self.counts, None)
+        return self.unpack(self.send(self.pack(x_TD, routing, alignment)))
 
     def combine(self, rows_RD: Tensor, handle: Any) -> Tensor:
         """See `Dispatcher`."""
-        made: Tensor = Instead.apply(rows_RD, self.made, self.rows)
+        return self.unpack_back(self.send_back(self.pack_back(rows_RD, handle), handle), handle)
+
+    def pack(self, x_TD: Tensor, routing: Routing, alignment: int = 0) -> Any:
+        """See `Dispatcher`."""
+        return self.real.pack(x_TD, routing, alignment)
+
+    def send(self, parcel: Any) -> Any:
+        """See `Dispatcher`."""
+        if self.sent is None:
+            self.sent = with_parts(parcel, [each.detach() for each in parts(parcel)])
+            with torch.no_grad():
+                self.arrived = self.real.send(self.sent)
+        triples = zip(parts(parcel), parts(self.arrived), parts(self.sent), strict=True)
+        return with_parts(self.arrived, [Instead.apply(*each) for each in triples])
+
+    def unpack(self, parcel: Any) -> Dispatched:
+        """See `Dispatcher`."""
+        return self.real.unpack(parcel)
+
+    def pack_back(self, rows_RD: Tensor, handle: Any) -> Tensor:
+        """See `Dispatcher`."""
+        return self.real.pack_back(rows_RD, handle)
+
+    def send_back(self, rows: Tensor, handle: Any) -> Tensor:
+        """See `Dispatcher`."""
+        if self.back is None:
+            self.returned, self.handle = rows.detach(), handle
+            with torch.no_grad():
+                self.back = self.real.send_back(self.returned, handle)
+        made: Tensor = Instead.apply(rows, self.back, self.returned)
         return made
 
+    def unpack_back(self, rows: Tensor, handle: Any) -> Tensor:
+        """See `Dispatcher`."""
+        return self.real.unpack_back(rows, handle)
+
     def alone(self) -> None:
-        """The real dispatch and combine of one micro-batch, forward and backward, with nothing between."""
-        assert self.asked is not None
-        x, routing, alignment = self.asked
-        x, weight = x.detach().requires_grad_(), routing.weight.detach().requires_grad_()
-        found = self.real.dispatch(x, replace(routing, weight=weight), alignment)
-        assert isinstance(found.rows, Tensor)
-        made = self.real.combine(found.rows, found.handle)
-        torch.autograd.backward([made, found.weight], [self.made, self.weight])
+        """The real communicating phases of one micro-batch, forward and backward, with nothing between."""
+        assert self.back is not None
+        given = with_parts(self.sent, [each.detach().requires_grad_() for each in parts(self.sent)])
+        arrived = self.real.send(given)
+        back = self.real.send_back(self.returned.detach().requires_grad_(), self.handle)
+        torch.autograd.backward([*parts(arrived), back], [*parts(self.arrived), self.back])
+
+
+def parts(parcel: Any) -> list[Tensor]:
+    """[rows, weights]: what has gradients of a dispatcher's parcels, slabs or tuples of either way."""
+    if isinstance(parcel, Slabs):
+        return [parcel.rows, parcel.weight]
+    rows, second, *_ = parcel
+    return [rows, second.weight if isinstance(second, Routing) else second]
+
+
+def with_parts(parcel: Any, new: Sequence[Tensor]) -> Any:
+    """The parcel with other rows and weights."""
+    rows, weight = new
+    if isinstance(parcel, Slabs):
+        return replace(parcel, rows=rows, weight=weight)
+    _, second, *others = parcel
+    return (rows, replace(second, weight=weight) if isinstance(second, Routing) else weight, *others)
 
 
 @dataclass
@@ -165,9 +208,9 @@ def measure_overlap(rank: Rank, sizes: Sizes) -> Sequence[Part]:
             model.compute_in_fp8(gradients)
         model.zero_grad()
         rank.clear()
-        kinds = {"": ExpertParallel(mesh, fp8), ", bounded": ExpertParallel(mesh, fp8, True)}
+        kinds = {"": ExpertParallel(mesh, fp8), ", bounded": BoundedExpertParallel(mesh, fp8)}
         if copies:
-            kinds[", copied"] = ExpertParallel(mesh, fp8, True, symmetric)
+            kinds[", copied"] = BoundedExpertParallel(mesh, fp8, symmetric)
         found.append(
             compare(rank, size, precision, Executor(model, layout(model), Group("pipeline"), gradients), kinds)
         )

@@ -10,6 +10,7 @@ from dsv3.bench.gpus.sizes import Size, Sizes
 from dsv3.bench.measure import Spread, Work
 from dsv3.data.loader import Batch
 from dsv3.errors import RunError
+from dsv3.parallel.bounded import BoundedExpertParallel
 from dsv3.parallel.dispatch import ExpertParallel
 from dsv3.parallel.mesh import Mesh
 from dsv3.recipe.schema import OptimizerSection
@@ -58,7 +59,8 @@ def random_batch(rank: Rank, size: Size) -> Batch:
 
 def stepper(rank: Rank, size: Size, mesh: Mesh, batch: Batch, bounded: bool = False) -> Callable[[], float]:
     """One optimizer step as the trainer does it, which gives back the batch's loss."""
-    model = rank.network(size.config, dispatcher=ExpertParallel(mesh, False, bounded) if mesh.expert.size > 1 else None)
+    kind = BoundedExpertParallel if bounded else ExpertParallel
+    model = rank.network(size.config, dispatcher=kind(mesh) if mesh.expert.size > 1 else None)
     optimizer = Optimizer(model, OptimizerSection(moments="bf16"), torch.bfloat16, mesh)
 
     def step() -> float:

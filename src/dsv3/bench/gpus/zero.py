@@ -10,6 +10,7 @@ from dsv3.bench.gpus.rank import Rank
 from dsv3.bench.gpus.sizes import Size, Sizes
 from dsv3.errors import RunError
 from dsv3.model.transformer import DeepSeekV3
+from dsv3.ops.cast import gradient_dtype
 from dsv3.parallel.mesh import Mesh
 from dsv3.planning.layout import Holding, holdings
 from dsv3.recipe.schema import Recipe
@@ -21,25 +22,28 @@ MOMENTS = ("fp32", "bf16")
 
 
 def measure_zero(rank: Rank, sizes: Sizes) -> Sequence[Part]:
-    """Weights, state, and what is there after a step, in bytes a rank."""
+    """Weights, moments, and what is there after a step, in bytes a rank."""
     size, figures, checks = sizes.zero, list[Figure](), dict[str, str]()
+    precision = "bf16" if rank.device.type == "cuda" else "fp32"
     for moments in MOMENTS:
         for ranks in (1, rank.size):
             mesh = Mesh() if ranks == 1 else rank.mesh(data=ranks)
-            recipe = recipe_of(size, ranks, moments)
+            recipe = recipe_of(size, ranks, precision, moments)
             found, (holding, *_) = memory(rank, size, mesh, recipe), holdings(recipe)
             figures += compared(f"moments in {moments}, data = {ranks}", found, holding, checks)
             rank.progress(stage="memory", done=len(figures) // 3, total=2 * len(MOMENTS))
-    return [Part("zero", "memory of weights and optimizer", size.shapes, {}, figures, checks)]
+    return [
+        Part("zero", "memory of weights and optimizer", {**size.shapes, "precision": precision}, {}, figures, checks)
+    ]
 
 
-def recipe_of(size: Size, ranks: int, moments: str) -> Recipe:
+def recipe_of(size: Size, ranks: int, precision: str, moments: str) -> Recipe:
     """What `dsv3 plan` would be asked."""
     content: dict[str, Any] = {
         "model": {"preset": size.preset, **size.changes, "num_nextn_predict_layers": 0},
         "data": {"sources": [{"name": "any", "uri": "builtin:stdlib", "tokens": 1}], "sequence_length": size.length},
         "schedule": {"learning_rate": 1e-4, "batch_size": ranks},
-        "training": {"tokens": size.length * ranks, "precision": "bf16"},
+        "training": {"tokens": size.length * ranks, "precision": precision},
         "optimizer": {"moments": moments},
         "parallel": {"data": ranks},
     }
@@ -47,31 +51,27 @@ def recipe_of(size: Size, ranks: int, moments: str) -> Recipe:
 
 
 def memory(rank: Rank, size: Size, mesh: Mesh, recipe: Recipe) -> dict[str, int]:
-    """Bytes of the weights, of the optimizer's state, and of both after a step."""
-    empty = allocated(rank)
+    """Bytes of the weights with their masters, of the moments, and of all after a step."""
+    empty = torch.cuda.memory_allocated(rank.device) if rank.device.type == "cuda" else 0
     model = rank.network(size.config)
-    weights = allocated(rank, model) - empty
     optimizer = Optimizer(model, recipe.optimizer, torch.bfloat16, mesh)
-    state = allocated(rank, model, optimizer) - empty - weights
+    state = sum(each.nbytes for each in optimizer.tensors().values() if each.dim())
+    weights = allocated(rank, model, optimizer) - empty - state
     for parameter in model.parameters():
-        parameter.grad = torch.full_like(parameter, 1e-3)
+        parameter.grad = torch.full(parameter.shape, 1e-3, dtype=gradient_dtype(parameter), device=parameter.device)
     optimizer.clip()
     optimizer.step(1e-6)
-    return {
-        "weights": weights,
-        "moments": state,
-        "weights and moments after a step": allocated(rank, model, optimizer) - empty,
-    }
+    after = allocated(rank, model, optimizer) - empty
+    return {"weights": weights, "moments": state, "weights and moments after a step": after}
 
 
-def allocated(rank: Rank, model: DeepSeekV3 | None = None, optimizer: Optimizer | None = None) -> int:
+def allocated(rank: Rank, model: DeepSeekV3, optimizer: Optimizer) -> int:
     """Bytes held on the GPU; on the CPU, which nobody counts, those of the tensors themselves."""
     if rank.device.type == "cuda":
         torch.cuda.synchronize(rank.device)
         return torch.cuda.memory_allocated(rank.device)
-    held = [] if model is None else list(model.parameters())
-    state = [] if optimizer is None else list(optimizer.tensors().values())
-    return sum(each.nbytes for each in [*held, *state])
+    masters = [optimizer.shares.own[name] for name in optimizer.shares.narrow]
+    return sum(each.nbytes for each in [*model.parameters(), *masters, *optimizer.tensors().values()])
 
 
 def compared(title: str, found: Mapping[str, int], holding: Holding, checks: dict[str, str]) -> list[Figure]:

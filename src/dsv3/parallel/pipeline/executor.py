@@ -44,7 +44,8 @@ class Executor:
         self.gradients = gradients or WeightGradients()
         model.defer_weight_gradients(self.gradients)
         self.device = next(model.parameters()).device
-        self.side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        # What communicates is short, and all wait for it: its kernels go before those of products that are yet to begin.
+        self.side = torch.cuda.Stream(self.device, priority=-1) if self.device.type == "cuda" else None
 
     def run(self, schedule: Schedule, batch: Sequence[MicroBatch]) -> tuple[Tensor, dict[str, Tensor]]:
         """Adds the batch's gradients to the parameters held here: of those that two ranks hold, each has its part.
