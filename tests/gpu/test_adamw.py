@@ -22,8 +22,8 @@ def test_kernel(shape: tuple[int, ...]) -> None:
     assert operation.triton_serves(*tensors, *scalars, *SETTING) is None
     torch.testing.assert_close(tensors[0], twin[0], rtol=1e-4, atol=2e-5)
     for found, expected in zip(tensors[2:], twin[2:], strict=True):
-        # One step of BF16 where the sums are rounded differently.
-        torch.testing.assert_close(found, expected, rtol=2**-7, atol=1e-12)
+        # One step of BF16 where the sums are rounded differently, of the largest where they cancel out.
+        torch.testing.assert_close(found, expected, rtol=2**-7, atol=2**-9 * float(expected.abs().max()))
 
 
 def test_nothing_changes_where_a_step_is_not_kept() -> None:

@@ -198,7 +198,8 @@ def columns_triton(a: Tiles, b: Tiles, out_dtype: torch.dtype = torch.float32, o
     from dsv3.ops.kernels.grouped_wgrad_fp8 import wgrad
 
     count = torch.full((1,), a.values.shape[1], device=a.values.device)
-    return wgrad(a, b, count, None if out is None else out.unsqueeze(0), out_dtype=out_dtype)[0]
+    product = wgrad(a, b, count, None if out is None else out.unsqueeze(0), out_dtype=out_dtype)[0]
+    return product if out is None else out
 
 
 def triton_serves(x: Tiles, weight_NK: Tensor, scale_PQ: Tensor, out_dtype: torch.dtype = torch.bfloat16) -> str | None:

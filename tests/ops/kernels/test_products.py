@@ -48,6 +48,14 @@ def test_one_group_is_the_dense_product(rows):
     close(triton(x, weight, scale, WIDE), gemm_reference(x, weight, scale, WIDE))
 
 
+def test_a_product_added_to_a_sum_is_that_sum():
+    """Given back as another view of it, it would be added to it once more (`precision.deferred`)."""
+    grad, x = wide_tiles(30, 200), wide_tiles(40, 200)
+    total = torch.ones(30, 40)
+    assert columns_triton(grad, x, out=total) is total
+    close(total, 1 + columns_reference(grad, x))
+
+
 @pytest.mark.parametrize(("room", "counts"), [(1, [1, 0, 1]), (20, [20, 3, 0]), (130, [130, 64, 65])])
 def test_masked(room, counts):
     x, (weight, scale) = wide_tiles(3 * room, 140), wide_blocks(3, 200, 140)
