@@ -93,11 +93,12 @@ class RMSNorm(nn.Module):
 
 
 class Embedding(nn.Embedding):
-    """Rows of `weight` [entries, dim], in its dtype; their gradients are added up in that of the weight's."""
+    """Rows of `weight` [entries, dim], in its dtype; their gradients are added up in that of the weight's. On a GPU those of a micro-batch
+    are not spread over all entries first."""
 
     def forward(self, tokens: Tensor) -> Tensor:
         """int [...] -> [..., dim]."""
-        if gradient_dtype(self.weight) == self.weight.dtype:
+        if not self.weight.is_cuda and gradient_dtype(self.weight) == self.weight.dtype:
             return super().forward(tokens)
         rows: Tensor = Rows.apply(self.weight, tokens)
         return rows

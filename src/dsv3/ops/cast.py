@@ -43,20 +43,30 @@ def gradient_dtype(weight: Tensor) -> torch.dtype:
 
 
 class Rows(torch.autograd.Function):
-    """Rows of a weight in BF16 whose gradient is in FP32: added up as torch does for one in FP32, and not in BF16."""
+    """Rows of a weight, their gradients added up in the dtype of the weight's gradient (`gradient_dtype`)."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, row: Tensor) -> Tensor:
         """(weight [R, D], row int [...]) -> [..., D]."""
-        ctx.rows = len(weight)
+        ctx.weight = weight
         ctx.save_for_backward(row)
         return torch.nn.functional.embedding(row, weight)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        """The weight's."""
-        (row,) = ctx.saved_tensors
-        return torch.ops.aten.embedding_dense_backward(grad.float(), row, ctx.rows, -1, False), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
+        """The weight's. On a GPU the rows that were read alone are added to what micro-batches before have left."""
+        (row,), weight = ctx.saved_tensors, ctx.weight
+        if weight.is_cuda and weight.is_leaf and weight.grad is not None:
+            add_rows(weight.grad, row, grad)
+            return None, None
+        wide = grad.to(gradient_dtype(weight))
+        return torch.ops.aten.embedding_dense_backward(wide, row, len(weight), -1, False), None
+
+
+@torch.no_grad()
+def add_rows(total: Tensor, row: Tensor, gradient: Tensor) -> None:
+    """Adds gradients [..., D] to the rows [...] of `total` [R, D], in an order that is always the same."""
+    total.index_put_((row.flatten(),), gradient.flatten(0, -2).to(total.dtype), accumulate=True)
 
 
 @torch.no_grad()

@@ -130,14 +130,25 @@ class InPlace(torch.autograd.Function):
         if grad_weight is None:
             grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32)
         ctx.save_for_backward(grad_hidden, grad_weight.to(gradient_dtype(weight_VD)))
-        ctx.divisor = divisor
+        ctx.divisor, ctx.weight = divisor, weight_VD
         return total / divisor
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         grad = grad / ctx.divisor
-        return grad_hidden * grad.to(grad_hidden.dtype), grad_weight * grad, None, None
+        return grad_hidden * grad.to(grad_hidden.dtype), add_scaled(ctx.weight, grad_weight, grad), None, None
+
+
+@torch.no_grad()
+def add_scaled(weight: Tensor, gradient: Tensor, factor: Tensor) -> Tensor | None:
+    """Adds gradient times factor to `weight.grad` where micro-batches before have left one: one pass over memory, where autograd has
+    two; else it is for autograd."""
+    total = weight.grad if weight.is_leaf else None
+    if total is None or total.dtype != gradient.dtype:
+        return gradient * factor
+    total.addcmul_(gradient, factor)
+    return None
 
 
 def plus_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
