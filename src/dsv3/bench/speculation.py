@@ -90,6 +90,7 @@ def bench_speculation(
         best = min(list(found)[1:], key=lambda name: statistics.median(seconds[name]))
         likely = found[best].accepted[0] >= LIKELY
         ratios.append(ratio(source, seconds, best, [name_of(0)], TARGET if likely else None))
+        progress(stage=f"{source}, {best}", done=1, total=1, times_as_fast=f"{ratios[-1].value.median:.2f}")
     shapes = {
         "checkpoint": str(path), "prompts a source": PROMPTS, "tokens of each": prompt, "new tokens": tokens,
         "batch": 1, "sampling": "greedy", "dtype": str(model.lm_head.weight.dtype),

@@ -11,7 +11,7 @@ import click
 from dsv3.errors import UserError, nearest
 
 if TYPE_CHECKING:
-    from dsv3.bench.gpus.findings import Figure, Findings
+    from dsv3.bench.gpus.findings import Figure, Findings, Part
 
 
 def show_gpus(gpus: int, only: str | None, json_path: Path | None) -> None:
@@ -25,7 +25,12 @@ def show_gpus(gpus: int, only: str | None, json_path: Path | None) -> None:
         if part not in PARTS:
             raise UserError(f"--only {part!r}: {nearest(part, PARTS)}")
     with Progress() as progress:
-        found = bench_gpus(gpus, parts, progress=progress)
+
+        def tell(part: Part) -> None:
+            for each in part.figures:
+                progress.note(f"{part.title}: {each.name} {written(each.value.median, each.unit)}")
+
+        found = bench_gpus(gpus, parts, progress=progress, tell=tell)
     print_findings(found)
     if json_path is not None:
         write_json(json_path, asdict(found))

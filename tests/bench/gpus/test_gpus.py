@@ -76,8 +76,10 @@ def test_layouts_begin_with_the_same_loss(two_ranks):
 
 @pytest.mark.prove
 def test_ranks_are_started_and_what_one_fails_with_is_told():
-    found = ranks.bench_gpus(2, ["zero"], TINY)
+    told = []
+    found = ranks.bench_gpus(2, ["zero"], TINY, tell=told.append)
     assert [each.name for each in found.parts] == ["zero"]
+    assert told == found.parts
     json.dumps(asdict(found))
     broken = Sizes(zero=Size("debug", {"num_hidden_layers": 0}, 16, 1), device="cpu", threads=1)
     with pytest.raises(RunError, match=r"rank [01] failed in zero: UserError: model.num_hidden_layers"):

@@ -50,9 +50,10 @@ class Job:
 
 
 def bench_gpus(
-    gpus: int, parts: Sequence[str] = tuple(PARTS), sizes: Sizes | None = None, progress: Progress = lambda **_: None
-) -> Findings:
-    """Measures on the first `gpus` GPUs of this machine.
+    gpus: int, parts: Sequence[str] = tuple(PARTS), sizes: Sizes | None = None, progress: Progress = lambda **_: None,
+    tell: Callable[[Part], None] = lambda _: None,
+) -> Findings:  # fmt: skip
+    """Measures on the first `gpus` GPUs of this machine; `tell` hears of each part when it is found, whatever becomes of the next.
 
     Raises `UserError` where there are fewer, and `RunError` with the rank, the part and the message of what failed.
     """
@@ -64,12 +65,16 @@ def bench_gpus(
         )
     started, news = time.perf_counter(), multiprocessing.get_context("spawn").SimpleQueue()
     heard: dict[str, Any] = {}
+    told: list[Part] = []
 
     def listen() -> None:
         while not news.empty():
             kind, content = news.get()
             if kind == "progress":
                 progress(**content)
+            elif kind == "part":
+                told.append(content)
+                tell(content)
             else:
                 heard.setdefault(kind, content)
 
@@ -85,7 +90,7 @@ def bench_gpus(
             listen()
             raise RunError(heard.get("failed") or f"a rank ended: {error}") from error
         listen()
-    return Findings(gpus, heard["parts"], heard["machine"], versions(), command(), time.perf_counter() - started)
+    return Findings(gpus, told, heard["machine"], versions(), command(), time.perf_counter() - started)
 
 
 def serve(number: int, job: Job, news: Any) -> None:
@@ -102,13 +107,13 @@ def serve(number: int, job: Job, news: Any) -> None:
         dist.init_process_group(
             backend, init_method=f"file://{job.meeting}", rank=number, world_size=job.size, timeout=TIMEOUT
         )
-        found: list[Part] = []
         for at in job.parts:
             tell = partial(show, news, at) if number == 0 else (lambda **_: None)
-            found += measured(at, Rank(number, job.size, device, job.sizes.rounds, tell), job.sizes)
+            found = measured(at, Rank(number, job.size, device, job.sizes.rounds, tell), job.sizes)
+            for each in found if number == 0 else []:
+                news.put(("part", each))
         if number == 0:
             news.put(("machine", dict(machine(device))))
-            news.put(("parts", found))
         at = "the end"
         dist.barrier()
         dist.destroy_process_group()
