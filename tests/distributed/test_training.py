@@ -145,7 +145,13 @@ def test_a_pipeline_trains_in_fp8(two_ranks, shard_directory, tmp_path, serial):
         assert [mine["loss"], *mine["mtp_losses"]] == pytest.approx([other["loss"], *other["mtp_losses"]], rel=3e-3)
     for tensors, _, _ in results:
         for name, tensor in tensors.items():
-            assert (tensor - expected[name]).norm() <= 0.02 * expected[name].norm(), name
+            difference = tensor - expected[name]
+            if name.endswith(
+                "e_score_correction_bias"
+            ):  # one token that goes elsewhere turns a bias's step of 0.01 around
+                assert difference.abs().max() < 0.021, name
+            else:
+                assert difference.norm() <= 0.02 * expected[name].norm(), name
 
 
 @pytest.mark.prove
