@@ -62,17 +62,17 @@ def bench_streams(
     milliseconds = {name: 1000 * each for name, each in seconds.items()}
     alone = milliseconds["passes alone"]
     rows = [
-        Row(name, f"{streams} streams", one(1000 * streams / each), {"ms a step": each, "beside passes": each - alone})
+        Row(
+            name,
+            f"{streams} streams",
+            Spread.of([1000 * streams / each]),
+            {"ms a step": each, "beside passes": each - alone},
+        )
         for name, each in milliseconds.items()
     ]
-    ratios = [Ratio("a step", "server", "passes alone", one(alone / milliseconds["server"]), TARGET)]
+    ratios = [Ratio("a step", "server", "passes alone", Spread.of([alone / milliseconds["server"]]), TARGET)]
     shapes = {"checkpoint": str(path), "streams": streams, "prompt": PROMPT, "new tokens": tokens, "dtype": dtype}
     return Result("streams", shapes, rows, ratios, {}, machine(where))
-
-
-def one(value: float) -> Spread:
-    """Of a figure that is a mean already."""
-    return Spread(value, value, value)
 
 
 def without_server(

@@ -98,7 +98,8 @@ class Embedding(nn.Embedding):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """int [...] -> [..., dim]."""
-        if not self.weight.is_cuda and gradient_dtype(self.weight) == self.weight.dtype:
+        plain = not self.weight.is_cuda and gradient_dtype(self.weight) == self.weight.dtype
+        if plain or not torch.is_grad_enabled():
             return super().forward(tokens)
         rows: Tensor = Rows.apply(self.weight, tokens)
         return rows

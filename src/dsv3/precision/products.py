@@ -18,7 +18,7 @@ from dsv3.precision.weights import Blocks
 
 FP8_WEIGHT_GRADIENT_ROWS = 4096
 """Mean rows an expert from which its weight gradient is in FP8, as the report has it. Below, BF16 is faster although its gradients are
-added on their own: it needs no transposed copies (on one H200, 768 rows an expert: 71 ms a micro-batch against 77; docs/fp8.md)."""
+added on their own: it needs no transposed copies (docs/log.md)."""
 
 
 def product(x: Tiles, weight: Blocks, counts_E: Tensor | None, dtype: torch.dtype, aligned: bool = False) -> Tensor:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dsv3.bench.gpus import ranks
-from dsv3.bench.gpus.findings import Figure, Findings, Part, exactly
+from dsv3.bench.gpus.findings import Figure, Findings, Part
 from dsv3.bench.gpus.pipeline import TORCH
 from dsv3.bench.gpus.rank import Rank
 from dsv3.bench.gpus.sizes import Size, Sizes
@@ -97,7 +97,7 @@ def test_a_machine_with_too_few_gpus_is_told(monkeypatch, capsys):
 
 
 def test_figures_stand_beside_their_targets(capsys):
-    figures = [Figure("hidden", Spread(0.93, 0.9, 0.95), "%", 0.9), Figure("memory", exactly(12.5), "GB")]
+    figures = [Figure("hidden", Spread(0.93, 0.9, 0.95), "%", 0.9), Figure("memory", Spread.of([12.5]), "GB")]
     part = Part(
         "overlap", "experts over 2 GPUs", {}, {"overlapped": Spread(20.0, 19.0, 21.0)}, figures, {"output": "equal"}
     )

@@ -54,8 +54,3 @@ class Findings:
 def milliseconds(seconds: Mapping[str, Sequence[float]]) -> dict[str, Spread]:
     """Of each side."""
     return {name: Spread.of([1000 * each for each in turns]) for name, turns in seconds.items()}
-
-
-def exactly(value: float) -> Spread:
-    """A figure without spread."""
-    return Spread(value, value, value)

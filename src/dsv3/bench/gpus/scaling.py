@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from dsv3.bench.gpus.findings import Figure, Part, exactly, milliseconds
+from dsv3.bench.gpus.findings import Figure, Part, milliseconds
 from dsv3.bench.gpus.rank import Rank
 from dsv3.bench.gpus.sizes import Size, Sizes
 from dsv3.bench.measure import Spread, Work
@@ -40,7 +40,7 @@ def measure_scaling(rank: Rank, sizes: Sizes) -> Sequence[Part]:
     seconds = rank.turns(sides, "steps")
     alone, *together = seconds
     figures = [
-        Figure(f"tokens a second and GPU, {name}", exactly(size.tokens / Spread.of(turns).median)) for name, turns in seconds.items()
+        Figure(f"tokens a second and GPU, {name}", Spread.of([size.tokens / each for each in turns])) for name, turns in seconds.items()
     ]  # fmt: skip
     figures += [
         Figure(f"of the speed of a GPU by itself, {name}", Spread.of([a / b for a, b in zip(seconds[alone], seconds[name], strict=True)]), "%", TARGET)

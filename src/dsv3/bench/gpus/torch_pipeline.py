@@ -73,14 +73,6 @@ class TorchPipeline:
             else pipelining.Schedule1F1B(stages[0], len(rows), loss_fn=loss)
         )
 
-    def refusal(self) -> str | None:
-        """Why this rank cannot; None if it can. The other ranks must ask as well."""
-        try:
-            self.step()
-        except (RuntimeError, AssertionError, TypeError, ValueError, NotImplementedError) as error:
-            return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        return None
-
     def step(self) -> Tensor:
         """Gradients of the batch from none; its mean loss, FP32, on every rank."""
         self.model.zero_grad()

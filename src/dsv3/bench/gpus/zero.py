@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 
-from dsv3.bench.gpus.findings import Figure, Part, exactly
+from dsv3.bench.gpus.findings import Figure, Part
 from dsv3.bench.gpus.rank import Rank
 from dsv3.bench.gpus.sizes import Size, Sizes
+from dsv3.bench.measure import Spread
 from dsv3.errors import RunError
 from dsv3.model.transformer import DeepSeekV3
 from dsv3.ops.cast import gradient_dtype
@@ -79,7 +80,7 @@ def compared(title: str, found: Mapping[str, int], holding: Holding, checks: dic
     expected = (holding.weights, holding.moments, holding.weights + holding.moments)
     figures = []
     for (what, measured), wanted in zip(found.items(), expected, strict=True):
-        figures.append(Figure(f"{what}, {title}", exactly(measured / 1e9), "GB"))
+        figures.append(Figure(f"{what}, {title}", Spread.of([measured / 1e9]), "GB"))
         checks[f"{what}, {title}, beside the formula's {wanted / 1e9:.4f} GB"] = f"{measured / wanted:.4f}"
         if abs(measured / wanted - 1) > TOLERANCE:
             raise RunError(f"{what}, {title}: {measured:,} bytes allocated, and the formula says {wanted:,}")
