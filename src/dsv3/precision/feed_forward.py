@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsv3.ops.grouped_gemm_fp8 import grouped_wgrad_fp8
+from dsv3.ops.grouped_linear import grouped_weight_gradient
 from dsv3.ops.swiglu import swiglu_backward
 from dsv3.ops.tiles import Tiles, dequantize_rows
 from dsv3.precision.deferred import Sums, WeightGradients
-from dsv3.precision.products import experts_gradient, product, weight_gradients
+from dsv3.precision.products import product, weight_gradients
 from dsv3.precision.scaling import QUANTIZERS, Quantizers
 from dsv3.precision.weights import BlockCache
 
@@ -86,30 +88,35 @@ class Compute(torch.autograd.Function):
         grad_RD, counts, dtype, aligned = grad_RD.contiguous(), ctx.counts, ctx.dtype, ctx.aligned
         values, scale, inner_values, inner_scale, weight_R = ctx.saved_tensors
         quantizers: Quantizers = ctx.layers.quantizers
-        in_bf16 = counts is not None and not aligned
+        power_of_two, in_fp8 = ctx.layers.power_of_two, counts is None or aligned
 
-        def quantised(grad: Tensor, power_of_two: bool = False) -> tuple[Tiles, Any]:
-            """For the input's gradient and for the weight's."""
-            if in_bf16:
-                return quantizers.gradient_rows(grad, power_of_two), grad
-            return quantizers.gradient_both(grad, power_of_two)
+        def quantised(grad: Tensor, power_of_two: bool = False) -> tuple[Tiles, Tiles | None]:
+            """For the input's gradient, and for the weight's where that is in FP8."""
+            if in_fp8:
+                return quantizers.gradient_both(grad, power_of_two)
+            return quantizers.gradient_rows(grad, power_of_two), None
 
-        rows, of_out = quantised(grad_RD, ctx.layers.power_of_two)
+        rows, out_columns = quantised(grad_RD, power_of_two)
         grad_act = product(rows, ctx.down.transposed, counts, dtype, aligned)
         inner = dequantize_rows(Tiles(inner_values, inner_scale), dtype)
         grad_inner, grad_weight, act = swiglu_backward(grad_act, inner, weight_R)
-        rows, of_inner = quantised(grad_inner)
+        rows, inner_columns = quantised(grad_inner)
         grad_x = product(rows, ctx.up.transposed, counts, dtype, aligned) if ctx.needs_input_grad[0] else None
 
         def compute(sums: Sums) -> Sequence[Tensor]:
             x = Tiles(values, scale)
-            if counts is not None:
+            if out_columns is None or inner_columns is None:
+                wide = dequantize_rows(x, dtype)
                 return (
-                    experts_gradient(of_out, act, counts, quantizers, sums[0]),
-                    experts_gradient(of_inner, x, counts, quantizers, sums[1]),
+                    grouped_weight_gradient(grad_RD, act, counts, sums[0]),
+                    grouped_weight_gradient(grad_inner, wide, counts, sums[1]),
                 )
+            of_down = out_columns, quantizers.columns(act)
+            of_gate_up = inner_columns, quantizers.columns(x, power_of_two)
+            if counts is not None:
+                return grouped_wgrad_fp8(*of_down, counts, sums[0]), grouped_wgrad_fp8(*of_gate_up, counts, sums[1])
             sizes = [len(each) for each in ctx.weights]
-            down = weight_gradients(of_out, quantizers.columns(act), sizes[:1], sums[:1])
-            return *down, *weight_gradients(of_inner, quantizers.columns(x), sizes[1:], sums[1:])
+            down = weight_gradients(*of_down, sizes[:1], sums[:1])
+            return *down, *weight_gradients(*of_gate_up, sizes[1:], sums[1:])
 
         return grad_x, grad_weight, None, None, None, *ctx.layers.gradients.take(ctx.weights, compute)

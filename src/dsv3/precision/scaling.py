@@ -32,9 +32,9 @@ class Quantizers:
         """An activation, for the output."""
         return quantize_rows(x_RK, power_of_two)
 
-    def columns(self, x: Tensor | Tiles) -> Tiles:
+    def columns(self, x: Tensor | Tiles, power_of_two: bool = False) -> Tiles:
         """An activation [R, K], for the weight's gradient: its transpose, in tiles of 128 tokens."""
-        return transpose_tiles(x) if isinstance(x, Tiles) else quantize_columns(x)
+        return transpose_tiles(x, power_of_two) if isinstance(x, Tiles) else quantize_columns(x, power_of_two)
 
     def activated(self, gate_up: Tensor, weight_R: Tensor | None = None) -> Tiles:
         """SwiGLU of [R, 2K], times the weights of rows, for the output."""
@@ -84,10 +84,10 @@ class Tensors(Quantizers):
         values, scale = whole(x_RK, power_of_two)
         return Tiles(values, of_every_tile(scale, values))
 
-    def columns(self, x: Tensor | Tiles) -> Tiles:
+    def columns(self, x: Tensor | Tiles, power_of_two: bool = False) -> Tiles:
         """An activation [R, K], for the weight's gradient: its transpose."""
         if not isinstance(x, Tiles):
-            return self.rows(x.t())
+            return self.rows(x.t(), power_of_two)
         values = x.values.view(torch.uint8).t().contiguous().view(x.values.dtype)
         return Tiles(values, of_every_tile(x.scale[:1, :1], values))
 

@@ -96,8 +96,8 @@ def of_tiles() -> Iterator[Variant]:
             {"num_warps": warps},
         )
     strides = i32("x_stride x_scale_row_stride x_scale_stride scale_stride turned_scale_stride")
-    turned = {"turned": e4m3, "turned_scale": scale} | sizes | strides
-    shape = {"POWER_OF_TWO": False, "COLUMNS": columns, "TILE": 128}
+    turned = {"turned": e4m3, "turned_scale": scale} | sizes | strides | i32("words")
+    shape = {"IN_WORDS": True, "POWER_OF_TWO": False, "COLUMNS": columns, "TILE": 128}
     nothing = dict.fromkeys(("values", "scale"))
     for types, constants in (
         ({"x": "*bf16"}, {"x_scale": None, "FROM_TILES": False, "WITH_ROWS": False} | nothing),
