@@ -12,7 +12,7 @@ from dsv3.errors import UserError, nearest
 
 @click.command()
 @click.option(
-    "--only", default=None, help="Families by commas: quantise, routing, products, attention, decode; default: all."
+    "--only", default=None, help="Families by commas: quantise, routing, products, attention; all when not given."
 )
 @click.option(
     "--warm", is_flag=True, help="Only compile every kernel into Triton's cache on the disk, for the runs to come."
