@@ -16,7 +16,7 @@ from dsv3 import __version__
 from dsv3.data.chat import ChatTemplate
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.inference.engine import Engine
-from dsv3.serving.errors import Unavailable, add_handlers
+from dsv3.serving.errors import add_handlers
 from dsv3.serving.guard import Guard
 from dsv3.serving.metrics import Metrics
 from dsv3.serving.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
@@ -27,10 +27,9 @@ from dsv3.serving.worker import Worker
 
 def make_app(engine: Engine, tokenizer: Tokenizer, directory: Path, vocab_size: int, settings: Settings) -> FastAPI:
     """The server around an engine; the engine's thread lives as long as the app. `directory` has the chat template."""
-    worker = Worker(engine, settings.capacity)
-    metrics = Metrics(worker, settings.name)
-    worker.on_step = metrics.step
-    service = Service(worker, tokenizer, ChatTemplate.load(directory, tokenizer), vocab_size, settings, metrics)
+    metrics = Metrics(settings.name, engine.stats())
+    worker = Worker(engine, settings.capacity, metrics)
+    service = Service(worker, tokenizer, ChatTemplate.load(directory, tokenizer), vocab_size, settings)
     page, policy = chat_page()
     started = int(time.time())
 
@@ -83,8 +82,7 @@ def make_app(engine: Engine, tokenizer: Tokenizer, directory: Path, vocab_size: 
 
     @app.get("/health")
     async def health() -> Response:
-        if not worker.alive:
-            raise Unavailable("the engine has ended: this server has to be started again")
+        worker.check_alive()
         return Response()
 
     @app.get("/version")

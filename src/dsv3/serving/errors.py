@@ -11,14 +11,13 @@ from starlette.exceptions import HTTPException
 from dsv3.errors import RunError, UserError
 
 TYPES = {
-    400: "invalid_request_error",
     401: "authentication_error",
     404: "not_found_error",
     408: "timeout_error",
-    413: "invalid_request_error",
     429: "rate_limit_error",
     503: "service_unavailable_error",
 }
+"""By status; others are `invalid_request_error` below 500 and `server_error` from there on."""
 
 
 class ApiError(UserError):
@@ -30,11 +29,15 @@ class ApiError(UserError):
 
 
 class Overloaded(RunError):
-    """Too many requests are open: 429, worth another attempt."""
+    """Too many requests are open: worth another attempt."""
+
+    status, code = 429, "overloaded"
 
 
 class Unavailable(RunError):
-    """The engine has ended, or the server is about to: 503."""
+    """The engine has ended."""
+
+    status, code = 503, "unavailable"
 
 
 class Lost(RunError):
@@ -43,19 +46,10 @@ class Lost(RunError):
 
 def body_of(error: Exception) -> tuple[int, dict[str, Any]]:
     """(status, content) for what a request may raise."""
-    match error:
-        case ApiError():
-            status, code, param = error.status, error.code, error.param
-        case UserError():
-            status, code, param = 400, None, None
-        case Overloaded():
-            status, code, param = 429, "overloaded", None
-        case Unavailable():
-            status, code, param = 503, "unavailable", None
-        case _:
-            status, code, param = 500, None, None
-    kind = TYPES.get(status, "server_error" if status >= 500 else TYPES[400])
-    return status, {"error": {"message": str(error), "type": kind, "param": param, "code": code}}
+    status = getattr(error, "status", 400 if isinstance(error, UserError) else 500)
+    kind = TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    about = {name: getattr(error, name, None) for name in ("param", "code")}
+    return status, {"error": {"message": str(error), "type": kind, **about}}
 
 
 def encode(content: object) -> bytes:

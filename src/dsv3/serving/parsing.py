@@ -7,6 +7,7 @@ back, so that the parts do not depend on the pieces in which the text comes.
 
 import re
 import secrets
+from collections.abc import Sequence
 from typing import Any
 
 from dsv3.data.tokenizer import CALL_BEGIN, CALL_END, CALLS_BEGIN, CALLS_END, THINK_BEGIN, THINK_END, TOOL_SEPARATOR
@@ -134,24 +135,27 @@ class Parser:
             self._out.append({kind: text})
 
 
-def merge(parts: list[Part]) -> Part:
+def merge(parts: Sequence[Part]) -> Part:
     """The whole message that the parts of a stream add up to."""
-    texts = {kind: [part[kind] for part in parts if kind in part] for kind in ("content", "reasoning_content")}
-    calls = [call for part in parts for call in part.get("tool_calls", ())]
-    message: Part = {
-        "role": "assistant",
-        "content": "".join(texts["content"]) if texts["content"] or not calls else None,
-    }
-    if texts["reasoning_content"]:
-        message["reasoning_content"] = "".join(texts["reasoning_content"])
-    if calls:
-        arguments: dict[int, list[str]] = {}
-        for call in calls:
-            arguments.setdefault(call["index"], []).append(call["function"]["arguments"])
-        message["tool_calls"] = [
-            {"id": call["id"], "type": call["type"]}
-            | {"function": {"name": call["function"]["name"], "arguments": "".join(arguments[call["index"]])}}
-            for call in calls
-            if "id" in call
-        ]
-    return message
+    message, pieces = joined([{}, *parts]), dict[int, list[Part]]()
+    for call in message.pop("tool_calls", ()):
+        pieces.setdefault(call["index"], []).append(call)
+    calls = [joined(each) for each in pieces.values()]
+    for call in calls:
+        del call["index"]
+    message = {"role": "assistant", "content": None if calls else "", **message}
+    return {**message, "tool_calls": calls} if calls else message
+
+
+def joined(pieces: Sequence[Any]) -> Any:
+    """Pieces of JSON as one: texts and lists one behind the other, objects key by key; of anything else the last."""
+    pieces = [piece for piece in pieces if piece is not None]
+    match pieces:
+        case [str(), *_]:
+            return "".join(pieces)
+        case [list(), *_]:
+            return [item for piece in pieces for item in piece]
+        case [dict(), *_]:
+            keys = dict.fromkeys(key for piece in pieces for key in piece)
+            return {key: joined([piece[key] for piece in pieces if key in piece]) for key in keys}
+    return pieces[-1] if pieces else None

@@ -4,17 +4,39 @@ A field that is not listed is refused, as OpenAI does; fields that change nothin
 """
 
 import json
+from dataclasses import fields
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from dsv3.inference.params import SamplingParams
 from dsv3.serving import settings
 
-Tokens = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
+Natural = Annotated[int, Field(ge=0, lt=2**31)]
+Tokens = Annotated[list[Natural], Field(min_length=1)]
 Stop = Annotated[str, Field(min_length=1, max_length=settings.MAX_STOP_LENGTH)]
 Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 Short = Annotated[str, Field(max_length=256)]
+
+
+def check_schema(schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema, unless it is larger or deeper than grammars are compiled for."""
+    if depth(schema, settings.MAX_SCHEMA_DEPTH) > settings.MAX_SCHEMA_DEPTH:
+        raise ValueError(f"expected at most {settings.MAX_SCHEMA_DEPTH} levels")
+    if len(json.dumps(schema)) > settings.MAX_SCHEMA_BYTES:
+        raise ValueError(f"expected at most {settings.MAX_SCHEMA_BYTES} bytes of JSON")
+    return schema
+
+
+def depth(value: object, limit: int) -> int:
+    """Levels of a JSON value, counted up to one more than `limit`."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    if inner is None or limit < 0:
+        return 0
+    return 1 + max((depth(each, limit - 1) for each in inner), default=0)
+
+
+Schema = Annotated[dict[str, Any], AfterValidator(check_schema)]
 
 
 class Closed(BaseModel):
@@ -64,14 +86,8 @@ class Function(BaseModel):
 
     name: Name
     description: str | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: Schema | None = None
     strict: bool | None = None
-
-    @field_validator("parameters")
-    @classmethod
-    def bounded(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
-        """See `check_schema`."""
-        return check_schema(value)
 
 
 class Tool(BaseModel):
@@ -102,13 +118,7 @@ class JsonSchema(BaseModel):
     name: Short = ""
     description: str | None = None
     strict: bool | None = None
-    definition: dict[str, Any] = Field(alias="schema")
-
-    @field_validator("definition")
-    @classmethod
-    def bounded(cls, value: dict[str, Any]) -> dict[str, Any] | None:
-        """See `check_schema`."""
-        return check_schema(value)
+    definition: Schema = Field(alias="schema")
 
 
 class ResponseFormat(Closed):
@@ -142,10 +152,10 @@ class Sampling(Closed):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
-    min_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    max_tokens: Natural | None = None
+    min_tokens: Natural | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=settings.MAX_STOPS)] | None = None
-    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=128)] | None = None
+    stop_token_ids: Annotated[list[Natural], Field(max_length=128)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
@@ -162,7 +172,7 @@ class Sampling(Closed):
     return_token_ids: bool | None = None
     return_routing: bool = False
     """Ours: which experts every token went to."""
-    cache_salt: Annotated[str, Field(max_length=256)] = ""
+    cache_salt: Short = ""
     """Cached prefixes are shared among equal ones."""
     user: str | None = None
 
@@ -171,20 +181,18 @@ class Sampling(Closed):
         """Continuations of one prompt."""
         return self.n or 1
 
+    @property
+    def answer_schema(self) -> dict[str, Any] | None:
+        """What the answer has to follow; None: nothing."""
+        form = self.response_format
+        if form is None or form.type == "text":
+            return None
+        return {"type": "object"} if form.json_schema is None else form.json_schema.definition
+
     def sampling_params(self, **fixed: Any) -> SamplingParams:
         """For the engine; `fixed` are the fields that each kind decides on. Raises `UserError` for what it refuses."""
-        asked: dict[str, Any] = {
-            name: getattr(self, name)
-            for name in (
-                "n", "temperature", "top_p", "min_p", "min_tokens", "presence_penalty", "frequency_penalty",
-                "repetition_penalty", "logit_bias", "seed", "ignore_eos", "include_stop_str_in_output", "skip_special_tokens",
-            )
-        } | {
-            "top_k": max(self.top_k or 0, 0),
-            "stop": (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
-            "stop_token_ids": tuple(self.stop_token_ids or ()),
-        }  # fmt: skip
-        return SamplingParams(**{name: value for name, value in asked.items() if value is not None}, **fixed)
+        asked = self.model_dump(include={each.name for each in fields(SamplingParams)}, exclude_none=True)
+        return SamplingParams(**(asked | fixed))
 
 
 class CompletionRequest(Sampling):
@@ -210,7 +218,7 @@ class ChatRequest(Sampling):
     """`/v1/chat/completions`."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=settings.MAX_MESSAGES)]
-    max_completion_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    max_completion_tokens: Natural | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=settings.MAX_TOP_LOGPROBS)] | None = None
     tools: Annotated[list[Tool], Field(max_length=settings.MAX_TOOLS)] | None = None
@@ -244,6 +252,24 @@ class ChatRequest(Sampling):
         """Alternatives to report at each token; None: no logprobs at all."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
+    @property
+    def call(self) -> str | None:
+        """The function that has to be called; "": any of several; None: none has to be."""
+        if isinstance(self.tool_choice, ToolChoice):
+            return self.tool_choice.function.name
+        if self.tool_choice != "required":
+            return None
+        names = {tool.function.name for tool in self.tools or ()}
+        return names.pop() if len(names) == 1 else ""
+
+    @property
+    def answer_schema(self) -> dict[str, Any] | None:
+        """Of the function's arguments, or else of the answer; None: it may be any."""
+        if self.call is None:
+            return super().answer_schema
+        parameters = {tool.function.name: tool.function.parameters or {"type": "object"} for tool in self.tools or ()}
+        return parameters.get(self.call)
+
 
 class TokenizeRequest(Closed):
     """`/tokenize`: a text, or messages as a chat completion would see them."""
@@ -266,23 +292,4 @@ class DetokenizeRequest(Closed):
     """`/detokenize`."""
 
     model: str | None = None
-    tokens: list[Annotated[int, Field(ge=0, lt=2**31)]]
-
-
-def check_schema(schema: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The schema, unless it is larger or deeper than grammars are compiled for."""
-    if schema is None:
-        return None
-    if depth(schema, settings.MAX_SCHEMA_DEPTH) > settings.MAX_SCHEMA_DEPTH:
-        raise ValueError(f"expected at most {settings.MAX_SCHEMA_DEPTH} levels")
-    if len(json.dumps(schema)) > settings.MAX_SCHEMA_BYTES:
-        raise ValueError(f"expected at most {settings.MAX_SCHEMA_BYTES} bytes of JSON")
-    return schema
-
-
-def depth(value: object, limit: int) -> int:
-    """Levels of a JSON value, counted up to one more than `limit`."""
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
-    if inner is None or limit < 0:
-        return 0
-    return 1 + max((depth(each, limit - 1) for each in inner), default=0)
+    tokens: list[Natural]
