@@ -79,8 +79,8 @@ def test_wrong_drafts_leave_nothing_in_the_first_modules_cache(drafting_model, d
         engine.add("0", tokens, replace(GREEDY, max_tokens=100))
         for _ in range(steps):
             engine.step()
-        [running] = engine.running.values()
-        return engine, running.request
+        [[request]] = engine.requests.values()
+        return engine, request
 
     engine, request = begun(PROMPTS[0], 20)
     stats = engine.stats()

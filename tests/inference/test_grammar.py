@@ -97,7 +97,7 @@ def test_a_grammar_that_fails_ends_one_request_alone(grammars, tokenizer, drafti
     engine = Engine(drafting_model, tokenizer, EngineConfig(num_blocks=64, num_speculative_tokens=2))
     [alone] = drive(engine, [[9, 8, 7]], free).values()
     engine.add("bound", [5], bound)
-    engine.running[next(iter(engine.running))].request.matcher.accept(tokenizer.encode("z")[0])  # as beyond a limit
+    engine.requests["bound"][0].matcher.accept(tokenizer.encode("z")[0])  # as beyond a limit
     deltas = {"0": [], "bound": []}
     engine.add("0", [9, 8, 7], free)
     while engine.has_work:

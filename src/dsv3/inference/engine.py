@@ -2,7 +2,7 @@
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Literal
 
@@ -93,19 +93,12 @@ class EngineStats:
     drafts: int = 0
     """Times that drafts were checked."""
     draft_tokens: int = 0
-    accepted_tokens: int = 0
     accepted_per_position: tuple[int, ...] = ()
 
-
-@dataclass(eq=False)
-class Running:
-    """A continuation with its text."""
-
-    request: Request
-    text: TextSoFar
-    started: bool = False
-    siblings: list["Running"] = field(default_factory=list)
-    """Continuations of the same prompt, which wait for it to be in the cache."""
+    @property
+    def accepted_tokens(self) -> int:
+        """Drafts that were right."""
+        return sum(self.accepted_per_position)
 
 
 class Engine:
@@ -131,8 +124,8 @@ class Engine:
             config.prefix_caching,
         )  # fmt: skip
         self.numbers = count()
-        self.running: dict[int, Running] = {}
-        self.by_id: dict[str, list[Running]] = {}
+        self.requests: dict[str, list[Request]] = {}
+        """By id, the continuations that have not ended."""
         self.counts = EngineStats(accepted_per_position=(0,) * drafts)
 
     def add(
@@ -144,31 +137,22 @@ class Engine:
         Raises `UserError` for an id in use, tokens outside the vocabulary, an empty prompt, and one too long together with
         `max_tokens`.
         """
-        if request_id in self.by_id:
+        if request_id in self.requests:
             raise UserError(f"there is a request {request_id!r} already: give each its own id")
         self.check_prompt(prompt_token_ids, params)
         eos = {self.model.config.eos_token_id} | ({self.tokenizer.eos_id} if self.tokenizer else set())
         ends = frozenset(params.stop_token_ids) if params.ignore_eos else frozenset(params.stop_token_ids) | eos
         seed = secrets.randbits(63) if params.seed is None else params.seed
-        each = [
-            Running(
-                Request(
-                    next(self.numbers), request_id, index, list(prompt_token_ids), params,
-                    (seed + 0x9E3779B97F4A7C15 * 0x5851F42D * index) % 2**64, salt, ends, return_routing,
-                    None if params.grammar is None else params.grammar.matcher(),
-                ),
-                TextSoFar(self.tokenizer, params),
+        first, *others = self.requests[request_id] = [
+            Request(
+                next(self.numbers), request_id, index, list(prompt_token_ids), params,
+                (seed + 0x9E3779B97F4A7C15 * 0x5851F42D * index) % 2**64, salt, ends, TextSoFar(self.tokenizer, params),
+                return_routing, None if params.grammar is None else params.grammar.matcher(),
             )
             for index in range(params.n)
         ]  # fmt: skip
-        self.by_id[request_id] = each
-        each[0].siblings = each[1:]
-        self.start(each[0])
-
-    def start(self, running: Running) -> None:
-        """Hands a continuation to the scheduler."""
-        self.running[running.request.number] = running
-        self.scheduler.waiting.append(running.request)
+        first.siblings = others
+        self.scheduler.waiting.append(first)
 
     def check_prompt(self, tokens: Sequence[int], params: SamplingParams) -> None:
         """`UserError` for what cannot be continued."""
@@ -188,9 +172,8 @@ class Engine:
 
     def abort(self, request_id: str) -> None:
         """Forgets a request, whatever became of it; nothing more is heard of it."""
-        for running in self.by_id.pop(request_id, []):
-            self.running.pop(running.request.number, None)
-            self.scheduler.remove(running.request)
+        for request in self.requests.pop(request_id, []):
+            self.scheduler.remove(request)
 
     def weights_changed(self) -> None:
         """To be called when the model's weights were changed in place: nothing computed with the old ones is used any more.
@@ -204,7 +187,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether `step` has something to do."""
-        return bool(self.by_id)
+        return bool(self.requests)
 
     def step(self) -> list[Delta]:
         """Schedule, run, publish: one pass of the model. Empty when there is nothing to say yet."""
@@ -213,111 +196,89 @@ class Engine:
             return []
         works = {work.sequence: work for work in plan.works}
         self.counts.tokens_read += sum(len(work.tokens) for work in plan.works)
+        running = self.scheduler.running
         deltas = [
-            self.publish(self.running[found.sequence], works[found.sequence], found) for found in self.runner.run(plan)
+            self.publish(running[found.sequence], works[found.sequence], found) for found in self.runner.run(plan)
         ]
         return [delta for delta in deltas if delta is not None]
 
-    def publish(self, running: Running, work: Work, found: Found) -> Delta | None:
+    def publish(self, request: Request, work: Work, found: Found) -> Delta | None:
         """Takes over what a pass found for one continuation."""
-        request = running.request
         # After a preemption, what was scored before is scored again.
         request.scores += found.scores[max(len(request.scores) - work.start, 0) :]
-        self.count_drafts(work, found)
         if work.choice is None:
             self.scheduler.advance(request, work, found)
             return None
+        self.count_drafts(work.choice.drafts, max(len(found.tokens) - 1, 0))
         delta = Delta(
             request.request_id, request.index, "", [], num_cached_tokens=request.cached or 0, admitted=request.admitted
         )
+        if not request.generated and request.params.prompt_logprobs is not None:
+            delta.prompt_logprobs = [None, *request.scores]
         fault = "the logits are not finite" if found.failed else request.matcher.failed if request.matcher else ""
-        for token in [] if fault else found.tokens:
-            request.tokens.append(token)
-            delta.token_ids.append(token)
-            self.read(running, token, delta)
+        if fault:
+            delta.finish_reason, delta.stop_reason = "abort", fault
+        for token in found.tokens:
             if delta.finish_reason is not None:
                 break
+            request.tokens.append(token)
+            delta.token_ids.append(token)
+            self.read(request, token, delta)
         told = len(delta.token_ids)
         self.counts.generation_tokens += told
         delta.logprobs = None if request.params.logprobs is None else found.logprobs[:told]
         delta.routing = found.routing[:told] if request.routing else None
-        if fault:
-            delta.finish_reason, delta.stop_reason = "abort", fault
         self.scheduler.advance(request, work, found)
         if request.matcher is not None and delta.finish_reason is None:
             request.drafts = request.matcher.right(request.drafts)
-        if not running.started:
-            running.started = True
-            if request.params.prompt_logprobs is not None:
-                delta.prompt_logprobs = [None, *request.scores]
-            for sibling in running.siblings:
-                self.start(sibling)
-        if delta.finish_reason is not None:
-            self.finish(running, found.failed)
+        self.scheduler.waiting += request.siblings
+        request.siblings = []
+        if delta.finish_reason is not None:  # what was read stays in the cache until its blocks are needed
+            self.scheduler.remove(request, found.failed)
+            self.requests[request.request_id].remove(request)
+            if not self.requests[request.request_id]:
+                del self.requests[request.request_id]
         return delta
 
-    def read(self, running: Running, token: int, delta: Delta) -> None:
+    def read(self, request: Request, token: int, delta: Delta) -> None:
         """One more token of a continuation: its text, and whether it ends."""
-        request, params = running.request, running.request.params
+        params, text = request.params, request.text
         search = request.generated >= params.min_tokens
         if search and token in request.ends:
             delta.finish_reason = "stop"
             delta.stop_reason = token if token in params.stop_token_ids else None
-            delta.text += running.text.flush()
+            delta.text += text.flush()
             return
-        delta.text += running.text.push(token, search)
+        delta.text += text.push(token, search)
         if request.matcher is not None:
             request.matcher.accept(token)
-        if running.text.stopped is not None:
-            delta.finish_reason, delta.stop_reason = "stop", running.text.stopped
+        if text.stopped is not None:
+            delta.finish_reason, delta.stop_reason = "stop", text.stopped
         elif request.matcher is not None and request.matcher.ended:
             delta.finish_reason = "stop"
-            delta.text += running.text.flush()
+            delta.text += text.flush()
         elif request.generated == params.max_tokens:
-            delta.text += running.text.flush()
-            stopped = running.text.stopped
-            delta.finish_reason, delta.stop_reason = ("length" if stopped is None else "stop"), stopped
+            delta.text += text.flush()
+            delta.finish_reason, delta.stop_reason = ("length" if text.stopped is None else "stop"), text.stopped
 
-    def finish(self, running: Running, spoilt: bool) -> None:
-        """A continuation has ended; what it read stays in the cache until its blocks are needed."""
-        request = running.request
-        self.scheduler.remove(request, spoilt)
-        del self.running[request.number]
-        self.by_id[request.request_id].remove(running)
-        if not self.by_id[request.request_id]:
-            del self.by_id[request.request_id]
-
-    def count_drafts(self, work: Work, found: Found) -> None:
+    def count_drafts(self, drafts: int, accepted: int) -> None:
         """For the statistics."""
-        if work.choice is None or not work.choice.drafts:
-            return
-        accepted = max(len(found.tokens) - 1, 0)
-        counts = self.counts
-        counts.drafts += 1
-        counts.draft_tokens += work.choice.drafts
-        counts.accepted_tokens += accepted
-        counts.accepted_per_position = tuple(
-            number + (k < accepted) for k, number in enumerate(counts.accepted_per_position)
+        self.counts.drafts += drafts > 0
+        self.counts.draft_tokens += drafts
+        self.counts.accepted_per_position = tuple(
+            number + (k < accepted) for k, number in enumerate(self.counts.accepted_per_position)
         )
 
     def stats(self) -> EngineStats:
         """A snapshot."""
         scheduler = self.scheduler
-        waiting = len(scheduler.waiting) + sum(
-            not each.started and bool(each.siblings) for each in self.running.values()
-        )
-        return EngineStats(
-            **{
-                **vars(self.counts),
-                "running": len(scheduler.running),
-                "waiting": waiting,
-                "kv_cache_usage": scheduler.pool.usage,
-                "prompt_tokens": scheduler.queries,
-                "prefix_cache_queries": scheduler.queries if self.config.prefix_caching else 0,
-                "prefix_cache_hits": scheduler.hits,
-                "preemptions": scheduler.preemptions,
-            }
-        )
+        return replace(
+            self.counts, running=len(scheduler.running),
+            waiting=sum(map(len, self.requests.values())) - len(scheduler.running),
+            kv_cache_usage=scheduler.pool.usage, prompt_tokens=scheduler.queries,
+            prefix_cache_queries=scheduler.queries if self.config.prefix_caching else 0,
+            prefix_cache_hits=scheduler.hits, preemptions=scheduler.preemptions,
+        )  # fmt: skip
 
 
 def continuations(engine: Engine, prompts: Sequence[list[int]], params: SamplingParams) -> list[list[int]]:
@@ -337,16 +298,18 @@ def check(model: DeepSeekV3, config: EngineConfig) -> None:
         raise UserError(
             "the model has no MTP modules (num_nextn_predict_layers = 0), so nothing drafts: num_speculative_tokens = 0"
         )
-    for name in ("max_num_seqs", "max_num_batched_tokens"):
-        if getattr(config, name) < 1:
-            raise UserError(f"{name} = {getattr(config, name)}: expected 1 or more")
+    for name, right, expected in (
+        ("max_num_seqs", config.max_num_seqs >= 1, "1 or more"),
+        ("max_num_batched_tokens", config.max_num_batched_tokens >= 1, "1 or more"),
+        ("num_speculative_tokens", 0 <= config.num_speculative_tokens <= 16, "0 to 16"),
+    ):
+        if not right:
+            raise UserError(f"{name} = {getattr(config, name)}: expected {expected}")
     if config.fp8_cache and model.config.kv_lora_rank % TILE:
         raise UserError(
             f"an FP8 cache has a scale for every {TILE} elements of a latent, and kv_lora_rank = {model.config.kv_lora_rank} is no "
             "multiple of that: leave fp8_cache (--fp8-cache) out"
         )
-    if not 0 <= config.num_speculative_tokens <= 16:
-        raise UserError(f"num_speculative_tokens = {config.num_speculative_tokens}: expected 0 to 16")
 
 
 def affordable(model: DeepSeekV3, config: EngineConfig, layers: int, dtype: torch.dtype) -> int:

@@ -152,7 +152,7 @@ class LLM:
 
     def deltas(self, prompts: Sequence[list[int]], params: Sequence[SamplingParams]) -> Iterator[Delta]:
         """What each step adds to the continuations of all prompts, whose numbers are the requests' names."""
-        if self.engine.by_id:
+        if self.engine.requests:
             raise UserError("another stream of this LLM is not at its end: read on, or close it")
         try:
             for number, (ids, own) in enumerate(zip(prompts, params, strict=True)):

@@ -6,6 +6,7 @@ from dsv3.inference.blocks import Key, key_after, root_key
 from dsv3.inference.grammar import Matcher
 from dsv3.inference.params import SamplingParams
 from dsv3.inference.plan import Choice, TokenLogprobs, Work
+from dsv3.inference.text import TextSoFar
 
 
 @dataclass(eq=False)
@@ -23,9 +24,12 @@ class Request:
     salt: str
     ends: frozenset[int]
     """Tokens that end it."""
+    text: TextSoFar
     routing: bool = False
     matcher: Matcher | None = None
-    prompt_length: int = 0
+    siblings: "list[Request]" = field(default_factory=list)
+    """Continuations of the same prompt, which wait for this one to bring it into the cache."""
+    prompt_length: int = field(init=False)
     computed: int = 0
     """Tokens from the first on that are in the cache."""
     cached: int | None = None

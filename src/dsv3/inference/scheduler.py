@@ -23,7 +23,8 @@ class Scheduler:
         self.ahead = min(drafts, depth)
         """Tokens that the MTP modules in use look ahead."""
         self.waiting: deque[Request] = deque()
-        self.running: list[Request] = []
+        self.running: dict[int, Request] = {}
+        """By number, in the order in which they were admitted."""
         self.preemptions = self.queries = self.hits = 0
 
     def blocks_for(self, tokens: int) -> int:
@@ -34,29 +35,26 @@ class Scheduler:
         """The next pass; None when nothing is to be done."""
         budget, works = self.max_num_batched_tokens, list[Work]()
         planned: set[int] = set()
-        for request in sorted(self.running, key=prompt_last):
-            if request not in self.running or not budget:
+        for request in sorted(self.running.values(), key=prompt_last):
+            if request.number not in self.running or not budget:
                 continue
-            count = len(request.tokens) - request.computed + len(request.drafts)
-            count = min(count, budget)
+            count = min(len(request.tokens) - request.computed + len(request.drafts), budget)
             if self.reserve(request, count, planned):
                 works.append(request.work(count, self.ahead))
                 planned.add(request.number)
                 budget -= count
         while budget and self.waiting and len(self.running) < self.max_num_seqs and self.admit(self.waiting[0]):
             request = self.waiting.popleft()
-            self.running.append(request)
+            self.running[request.number] = request
             count = min(len(request.tokens) - request.computed, budget)
             works.append(request.work(count, self.ahead))
             budget -= count
-        if not works:
-            return None
-        return Plan(works, self.drafts)
+        return Plan(works, self.drafts) if works else None
 
     def reserve(self, request: Request, count: int, planned: set[int]) -> bool:
         """Blocks for so many more tokens, if need be those of requests that are not in the plan; False when there are none."""
         while (lacking := self.blocks_for(request.computed + count) - len(request.blocks)) > len(self.pool.free):
-            others = [each for each in self.running if each.number not in planned and each is not request]
+            others = [each for each in self.running.values() if each.number not in planned and each is not request]
             if not others:
                 return False
             self.preempt(others[-1])
@@ -102,8 +100,7 @@ class Scheduler:
 
     def remove(self, request: Request, spoilt: bool = False) -> None:
         """A request leaves, wherever it is. `spoilt`: what it alone holds is not to be found again."""
-        if request in self.running:
-            self.running.remove(request)
+        if self.running.pop(request.number, None) is not None:
             for number in request.blocks:
                 if spoilt and self.pool.blocks[number].users == 1:
                     self.pool.forget(number)
