@@ -1,8 +1,8 @@
-import json
 from dataclasses import replace
 
 import pytest
 import torch
+from pydantic import TypeAdapter
 
 from dsv3.bench.peers import Setting, continuation, with_our_weights
 from dsv3.errors import UserError
@@ -176,10 +176,10 @@ def test_plans_travel_as_json(drafting_model):
     params = replace(SAMPLED, logprobs=2, prompt_logprobs=1)
     expected, _ = continued(drafting_model, PROMPTS[:3], params)
     engine = Engine(drafting_model, None, EngineConfig(num_blocks=64, num_speculative_tokens=2))
-    run, seen = engine.runner.run, []
+    run, seen, adapter = engine.runner.run, [], TypeAdapter(Plan)
 
     def over_the_wire(plan):
-        received = Plan.from_dict(json.loads(json.dumps(plan.to_dict())))
+        received = adapter.validate_json(adapter.dump_json(plan))
         assert received == plan
         seen.append(received)
         return run(received)

@@ -147,7 +147,7 @@ class Engine:
             Request(
                 next(self.numbers), request_id, index, list(prompt_token_ids), params,
                 (seed + 0x9E3779B97F4A7C15 * 0x5851F42D * index) % 2**64, salt, ends, TextSoFar(self.tokenizer, params),
-                return_routing, None if params.grammar is None else params.grammar.matcher(),
+                return_routing, None if params.grammar is None else params.grammar.copy(),
             )
             for index in range(params.n)
         ]  # fmt: skip
@@ -215,7 +215,7 @@ class Engine:
         )
         if not request.generated and request.params.prompt_logprobs is not None:
             delta.prompt_logprobs = [None, *request.scores]
-        fault = "the logits are not finite" if found.failed else request.matcher.failed if request.matcher else ""
+        fault = "the logits are not finite" if found.failed else request.grammar.failed if request.grammar else ""
         if fault:
             delta.finish_reason, delta.stop_reason = "abort", fault
         for token in found.tokens:
@@ -229,8 +229,8 @@ class Engine:
         delta.logprobs = None if request.params.logprobs is None else found.logprobs[:told]
         delta.routing = found.routing[:told] if request.routing else None
         self.scheduler.advance(request, work, found)
-        if request.matcher is not None and delta.finish_reason is None:
-            request.drafts = request.matcher.right(request.drafts)
+        if request.grammar is not None and delta.finish_reason is None:
+            request.drafts = request.grammar.right(request.drafts)
         self.scheduler.waiting += request.siblings
         request.siblings = []
         if delta.finish_reason is not None:  # what was read stays in the cache until its blocks are needed
@@ -250,11 +250,11 @@ class Engine:
             delta.text += text.flush()
             return
         delta.text += text.push(token, search)
-        if request.matcher is not None:
-            request.matcher.accept(token)
+        if request.grammar is not None:
+            request.grammar.accept(token)
         if text.stopped is not None:
             delta.finish_reason, delta.stop_reason = "stop", text.stopped
-        elif request.matcher is not None and request.matcher.ended:
+        elif request.grammar is not None and request.grammar.ended:
             delta.finish_reason = "stop"
             delta.text += text.flush()
         elif request.generated == params.max_tokens:

@@ -69,21 +69,14 @@ class Grammars:
 
 
 class Grammar:
-    """One grammar, as llguidance's state at the beginning of a text; `words` are those of a mask."""
+    """One grammar and where a text stands in it, as llguidance's state; `words` are those of a mask."""
 
     def __init__(self, state: Any, words: int):
         self.state, self.words = state, words
 
-    def matcher(self) -> "Matcher":
-        """For one continuation: copied, which takes microseconds where compiling may take seconds."""
-        return Matcher(self.state.deep_copy(), self.words)
-
-
-class Matcher:
-    """Where a continuation stands in its grammar."""
-
-    def __init__(self, state: Any, words: int):
-        self.state, self.words = state, words
+    def copy(self) -> "Grammar":
+        """For one continuation: takes microseconds where compiling may take seconds."""
+        return Grammar(self.state.deep_copy(), self.words)
 
     def masks(self, drafts: Sequence[int]) -> list[list[int]]:
         """Which tokens may come next, and after each of these drafts, which `right` has let through: see `plan.Choice`."""

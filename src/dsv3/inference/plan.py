@@ -1,12 +1,10 @@
 """What one pass is to compute, and what it found: plain data, all that goes to the runner and comes back.
 
-Nothing but numbers, texts, lists and dicts with names as keys, so that a plan can be sent as JSON or msgpack to several ranks,
-which then cannot disagree about what they run.
+Nothing but numbers, texts and lists, so that a plan can be sent to several ranks as JSON (`pydantic.TypeAdapter(Plan)` reads and
+writes it), which then cannot disagree about what they run.
 """
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -66,21 +64,6 @@ class Plan:
     works: list[Work]
     drafts: int = 0
     """Tokens to guess behind each token that is chosen."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain data."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "Plan":
-        """The inverse of `to_dict`, also after JSON, which has no tuples."""
-        works = [Work(**{**work, "choice": choice_of(work["choice"])}) for work in data["works"]]
-        return cls(works, data["drafts"])
-
-
-def choice_of(data: Mapping[str, Any] | None) -> Choice | None:
-    """From plain data."""
-    return None if data is None else Choice(**{**data, "bias": [(token, value) for token, value in data["bias"]]})
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from dsv3.inference.blocks import Key, key_after, root_key
-from dsv3.inference.grammar import Matcher
+from dsv3.inference.grammar import Grammar
 from dsv3.inference.params import SamplingParams
 from dsv3.inference.plan import Choice, TokenLogprobs, Work
 from dsv3.inference.text import TextSoFar
@@ -26,7 +26,7 @@ class Request:
     """Tokens that end it."""
     text: TextSoFar
     routing: bool = False
-    matcher: Matcher | None = None
+    grammar: Grammar | None = None
     siblings: "list[Request]" = field(default_factory=list)
     """Continuations of the same prompt, which wait for this one to bring it into the cache."""
     prompt_length: int = field(init=False)
@@ -100,6 +100,6 @@ class Request:
             banned_until=params.min_tokens if bounded else 0,
             prompt=self.tokens[: self.prompt_length] if params.penalised else [],
             output=self.tokens[self.prompt_length :] if params.penalised else [],
-            masks=[] if self.matcher is None else self.matcher.masks(self.drafts[:drafts]),
+            masks=[] if self.grammar is None else self.grammar.masks(self.drafts[:drafts]),
             logprobs=params.logprobs,
         )
