@@ -6,7 +6,7 @@ long context. Legend: F tokens of the pass, B sequences, M blocks.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import accumulate, groupby
 
 import torch
 from torch import Tensor
@@ -37,40 +37,46 @@ class Batch:
     beside: bool = False
     """Whether their pages lie side by side: see `dsv3.inference.cache`."""
 
+    @property
+    def only(self) -> Absorbed:
+        """The one part of a uniform batch."""
+        [part] = self.parts
+        assert isinstance(part, Absorbed)
+        return part
+
 
 def lay_out(works: Sequence[Work], config: ModelConfig, device: torch.device) -> Batch:
     """The tensors of a plan's works."""
-    absorbs = {work.sequence: absorbed_pays(config, work.start, len(work.tokens)) for work in works}
-    ordered = sorted(works, key=lambda work: (not absorbs[work.sequence], work.start > 0, len(work.tokens)))
-    first = [0]
-    for work in ordered:
-        first.append(first[-1] + len(work.tokens))
-    total, place = first.pop(), 0
-    rows = -(-total // ROWS) * ROWS
+    on_gpu = device.type == "cuda"
+    absorbing, prompts, chunks = list[Work](), list[Work](), list[Work]()
+    for work in sorted(works, key=length_of):
+        pays = absorbed_pays(config, work.start, len(work.tokens))
+        (absorbing if pays else chunks if work.start else prompts).append(work)
+    ordered = [*absorbing, *prompts, *chunks]
+    *first, total = accumulate(map(length_of, ordered), initial=0)
+    rows, uniform = -(-total // ROWS) * ROWS, 0
     parts: list[Expanded | Absorbed] = []
-    uniform = 0
-    for (absorb, behind, length), group in groupby(
-        ordered, key=lambda work: (absorbs[work.sequence], work.start > 0, len(work.tokens))
-    ):
+    place = 0
+    for length, group in groupby(absorbing, key=length_of):
         each = list(group)
-        if absorb:
-            count = len(each)
-            if count == len(ordered):
-                uniform = length
-                # Padding is made of sequences without tokens, so that few shapes serve all numbers of sequences.
-                count = 1 << (count - 1).bit_length() if count < ROWS else -(-count // ROWS) * ROWS
-                rows = count * length if device.type == "cuda" else -(-count * length // ROWS) * ROWS
-            parts.append(absorbed(each, slice(place, place + count * length), count, device))
-        elif behind:
-            for k, work in enumerate(each):
-                at = place + k * length
-                slots = torch.tensor(slots_of(work, 0, work.start + length), device=device)
-                parts.append(Expanded(slice(at, at + length), slots=slots))
-        else:
-            parts += [Expanded(slice(at, at + length)) for at in range(place, place + len(each) * length, length)]
-        place += len(each) * length
-    if device.type == "cuda":
-        parts = together(parts, device)
+        count = len(each)
+        if count == len(ordered):
+            uniform = length
+            # Padding is made of sequences without tokens, so that few shapes serve all numbers of sequences.
+            count = 1 << (count - 1).bit_length() if count < ROWS else -(-count // ROWS) * ROWS
+            rows = count * length if on_gpu else -(-count * length // ROWS) * ROWS
+        parts.append(absorbed(each, slice(place, place + count * length), count, device))
+        place += count * length
+    # A GPU's kernel computes what tokens see of their own sequence: it is launched once for all whole prompts.
+    for each in [prompts] if on_gpu and prompts else [[work] for work in prompts]:
+        sizes = list(map(length_of, each))
+        parts.append(Expanded(slice(place, place + sum(sizes)), segments(sizes, device)))
+        place += sum(sizes)
+    for work in chunks:
+        end = work.start + len(work.tokens)
+        slots = torch.tensor(slots_of(work, 0, end), device=device)
+        parts.append(Expanded(slice(place, place + len(work.tokens)), slots=slots))
+        place += len(work.tokens)
     padding = rows - total
 
     def flat(values: list[list[int]], filler: int) -> Tensor:
@@ -124,14 +130,15 @@ def width_for(pages: int, device: torch.device) -> int:
     return -(-pages // step) * step
 
 
-def together(parts: Sequence[Expanded | Absorbed], device: torch.device) -> list[Expanded | Absorbed]:
-    """Whole prompts in one part: a GPU's kernel computes what tokens see of their own sequence, and is launched once."""
-    whole = [part for part in parts if isinstance(part, Expanded) and part.slots is None]
-    others = [part for part in parts if part not in whole]
-    if len(whole) < 2:
-        return list(parts)
-    sizes = torch.tensor([part.rows.stop - part.rows.start for part in whole], device=device)
-    rows = slice(whole[0].rows.start, whole[-1].rows.stop)
-    segments = torch.arange(len(whole), device=device).repeat_interleave(sizes, output_size=rows.stop - rows.start)
-    joined = [*others, Expanded(rows, segments.unsqueeze(0))]
-    return sorted(joined, key=lambda part: part.rows.start)
+def segments(sizes: Sequence[int], device: torch.device) -> Tensor | None:
+    """int [1, tokens]: each token's sequence, of sequences of these sizes; None for one."""
+    if len(sizes) == 1:
+        return None
+    sequence_S = torch.arange(len(sizes), device=device)
+    repeats_S = torch.tensor(sizes, device=device)
+    return sequence_S.repeat_interleave(repeats_S, output_size=sum(sizes)).unsqueeze(0)
+
+
+def length_of(work: Work) -> int:
+    """Its tokens in the pass."""
+    return len(work.tokens)

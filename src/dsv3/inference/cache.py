@@ -34,7 +34,7 @@ class PagedCache:
         self, config: ModelConfig, layers: Sequence[str], num_blocks: int, dtype: torch.dtype, device: torch.device
     ):
         shape = num_blocks + 1, PAGE, token_bytes(config, dtype) // dtype.itemsize
-        self.heads = config.num_attention_heads
+        self.heads, self.dtype = config.num_attention_heads, dtype
         self.held = {layer: torch.empty(shape, dtype=dtype, device=device) for layer in layers}
         self.beside: dict[str, Tensor] = {}
         self.beside_of: dict[str, tuple[int, list[int]]] = {}
@@ -46,9 +46,8 @@ class PagedCache:
 
     def lay_side_by_side(self, layers: Sequence[str], batch: Batch) -> bool:
         """Whether some layers' pages of a uniform batch lie side by side: they are gathered if the last pass was over others."""
-        [part] = batch.parts
-        assert isinstance(part, Absorbed)
-        (count, width), held = part.table.shape, self.held[layers[0]]
+        part, held = batch.only, self.held[layers[0]]
+        count, width = part.table.shape
         if held.is_cuda or not held.is_floating_point() or (count + 1) * width > len(held):
             for layer in layers:  # the pass stores in pages alone, and replayed it would not tell
                 self.beside_of.pop(layer, None)
@@ -71,14 +70,14 @@ class PagedCache:
         """Announces a pass. A slot is block * 64 + place; negative: nowhere."""
         self.parts, self.slots_F, self.places = batch.parts, batch.slot_F, None
         if batch.beside:
-            [part] = batch.parts
-            assert isinstance(part, Absorbed)
-            dtype = next(iter(self.held.values())).dtype
+            part = batch.only
             count, width = part.table.shape
             # Rows of padding stand behind all sequences.
             sequence_F = (torch.arange(len(batch.slot_F)) // batch.uniform).clamp_(max=count)
             self.places = sequence_F, batch.position_F
-            self.parts = [replace(part, bias=causal_bias(part.lengths, batch.uniform, self.heads, width * PAGE, dtype))]
+            self.parts = [
+                replace(part, bias=causal_bias(part.lengths, batch.uniform, self.heads, width * PAGE, self.dtype))
+            ]
 
     def store(self, block: str, latent_FC: Tensor, key_FR: Tensor) -> None:
         """See `dsv3.model.attention.Cache`."""

@@ -75,20 +75,15 @@ class LLM:
         config: EngineConfig = EngineConfig(),
     ):  # fmt: skip
         model, directory = load_model(path, dtype=dtype, device=device, ema=ema)
-        self.attach(model, Tokenizer.load(directory), config, directory)
+        self.model, self.tokenizer, self.config = model.eval(), Tokenizer.load(directory), config
+        self.directory: Path | None = directory
 
     @classmethod
     def of(cls, model: DeepSeekV3, tokenizer: Tokenizer, config: EngineConfig = EngineConfig()) -> "LLM":
         """From a model and a tokenizer at hand."""
         llm = cls.__new__(cls)
-        llm.attach(model, tokenizer, config)
+        llm.model, llm.tokenizer, llm.config, llm.directory = model.eval(), tokenizer, config, None
         return llm
-
-    def attach(
-        self, model: DeepSeekV3, tokenizer: Tokenizer, config: EngineConfig, directory: Path | None = None
-    ) -> None:
-        """Takes a model and its tokenizer, and where a chat template may lie."""
-        self.model, self.tokenizer, self.config, self.directory = model.eval(), tokenizer, config, directory
 
     @cached_property
     def engine(self) -> Engine:

@@ -6,6 +6,7 @@ Legend: F tokens of the pass, D hidden, N rows of logits, V vocabulary.
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ class Passes:
     def __init__(self, model: DeepSeekV3, cache: PagedCache, graphs: bool):
         self.model, self.cache, self.graphs = model, cache, graphs
         self.seen: Counter[Any] = Counter()
-        self.worth: dict[int, bool] = {}
+        self.replayed = lru_cache(None)(self.replays)
         self.recorded: dict[Any, Recording | Graph] = {}
         self.layouts: Layouts = {}
 
@@ -92,12 +93,11 @@ class Passes:
         *inputs: Tensor,
     ) -> tuple[Tensor, ...]:
         """`function(batch, *inputs)`, a pass through these blocks; replayed if passes of its shape come often."""
-        if not batch.uniform or not self.replays(len(batch.token_F)):
+        if not batch.uniform or not self.replayed(len(batch.token_F)):
             return function(batch, *inputs)
         beside = self.cache.lay_side_by_side([block.name for block in blocks], batch)
         batch = replace(batch, beside=beside)
-        [part] = batch.parts
-        assert isinstance(part, Absorbed)
+        part = batch.only
         tensors = batch.token_F, batch.position_F, batch.slot_F, part.table, part.lengths, *inputs
         # Storing in pages alone depends on how many tokens are none.
         key = kind, batch.uniform, beside or len(batch.works), *(each.shape for each in tensors)
@@ -123,14 +123,10 @@ class Passes:
 
     def replays(self, rows: int) -> bool:
         """Whether passes of so many rows may be recorded."""
-        if rows not in self.worth:
-            # On a CPU, attention over packed pages looks into tensors.
-            packed = any(each.dtype == torch.uint8 for each in self.cache.held.values())
-            on_gpu = self.model.lm_head.weight.is_cuda
-            self.worth[rows] = (
-                self.graphs and not counted_on_the_host(self.model) if on_gpu else not packed and pays(self.model, rows)
-            )
-        return self.worth[rows]
+        if self.model.lm_head.weight.is_cuda:
+            return self.graphs and not counted_on_the_host(self.model)
+        # On a CPU, attention over packed pages looks into tensors.
+        return self.cache.dtype != torch.uint8 and pays(self.model, rows)
 
 
 @torch.inference_mode()
