@@ -95,14 +95,14 @@ def test_wrong_drafts_leave_nothing_in_the_first_modules_cache(drafting_model, d
 
 @pytest.mark.parametrize("drafts", [0, 1])
 def test_a_batch_that_others_join_and_leave(drafting_model, drafts):
-    """What lay side by side for the batch before is not read; 20 blocks are too few for some of these batches."""
+    """What was gathered for the batch before is not read; 20 blocks are too few for some of these batches."""
     params = [replace(GREEDY, max_tokens=5 + 7 * (k % 4)) for k in range(len(PROMPTS))]
     expected = [continued(drafting_model, [prompt], own)[0][0] for prompt, own in zip(PROMPTS, params, strict=True)]
     for blocks in (64, 20):
         sizes = {"num_speculative_tokens": drafts, "num_blocks": blocks, "max_num_seqs": 4}
         found, engine = continued(drafting_model, PROMPTS, params, **sizes)
         assert found == expected
-        assert engine.runner.cache.beside
+        assert engine.runner.cache.gathered
 
 
 def test_drafts_save_passes(drafting_model):

@@ -1,7 +1,7 @@
 """A plan as tensors: one flat batch of tokens, and how they attend.
 
-Works that read as many tokens in the absorbed form stand side by side: decoding and verifying rows, and short chunks behind a
-long context. Legend: F tokens of the pass, B sequences, M blocks.
+Works of equal length in the absorbed form (decoding, verifying drafts, short chunks behind a long context) are one part.
+Legend: F tokens of the pass, B sequences, M blocks.
 """
 
 from collections.abc import Sequence
@@ -17,25 +17,26 @@ from dsv3.model.config import ModelConfig
 from dsv3.ops.latent_pages import PAGE
 
 ROWS = 8
-"""Rows of a pass are a multiple of this: below it the results of matrix products depend on how many there are."""
+"""A pass is padded to a multiple of so many rows: with fewer, results of matrix products depend on their number."""
 
 
 @dataclass
 class Batch:
-    """One pass. Works are in the order in which their tokens stand."""
+    """One pass."""
 
     works: list[Work]
+    """In the order of their tokens."""
     first: list[int]
-    """Of each work, the place of its first token."""
+    """Of each work, the index of its first token."""
     token_F: Tensor
     position_F: Tensor
     slot_F: Tensor
     """Negative for padding."""
     parts: Sequence[Expanded | Absorbed]
     uniform: int
-    """Tokens of every work where all read as many in the absorbed form; else 0."""
-    beside: bool = False
-    """Whether their pages lie side by side: see `dsv3.inference.cache`."""
+    """Tokens of every work, if all works have equally many and take the absorbed form; else 0."""
+    gathered: bool = False
+    """Whether it reads the gathered copy of its pages: see `dsv3.inference.cache`."""
 
     @property
     def only(self) -> Absorbed:
@@ -62,12 +63,12 @@ def lay_out(works: Sequence[Work], config: ModelConfig, device: torch.device) ->
         count = len(each)
         if count == len(ordered):
             uniform = length
-            # Padding is made of sequences without tokens, so that few shapes serve all numbers of sequences.
+            # Padded with empty sequences, so that few shapes serve all numbers of sequences.
             count = 1 << (count - 1).bit_length() if count < ROWS else -(-count // ROWS) * ROWS
             rows = count * length if on_gpu else -(-count * length // ROWS) * ROWS
         parts.append(absorbed(each, slice(place, place + count * length), count, device))
         place += count * length
-    # A GPU's kernel computes what tokens see of their own sequence: it is launched once for all whole prompts.
+    # A GPU's kernel keeps sequences apart, and is launched once for all whole prompts.
     for each in [prompts] if on_gpu and prompts else [[work] for work in prompts]:
         sizes = list(map(length_of, each))
         parts.append(Expanded(slice(place, place + sum(sizes)), segments(sizes, device)))
@@ -95,23 +96,23 @@ def lay_out(works: Sequence[Work], config: ModelConfig, device: torch.device) ->
 
 
 def absorbed_pays(config: ModelConfig, context: int, tokens: int) -> bool:
-    """Whether tokens behind a context cost fewer products absorbed than expanded, keys and values of all expanded once."""
+    """Whether tokens behind a context cost fewer FLOPs absorbed than expanded; expanding includes the context's keys and values."""
     if not context:
         return False
     latent, rotated = config.kv_lora_rank, config.qk_rope_head_dim
     expand = latent * (config.qk_nope_head_dim + config.v_head_dim)
-    # Absorbed, each pair of tokens costs so much more.
+    # What each pair of query and key costs more when absorbed.
     more = 2 * latent + rotated - config.qk_head_dim - config.v_head_dim
     return tokens == 1 or tokens * more < expand
 
 
 def slots_of(work: Work, start: int, end: int) -> list[int]:
-    """Where the cache keeps these positions of a sequence."""
+    """The cache slots of these positions of a sequence."""
     return [work.blocks[position // PAGE] * PAGE + position % PAGE for position in range(start, end)]
 
 
 def absorbed(works: Sequence[Work], rows: slice, count: int, device: torch.device) -> Absorbed:
-    """Works of one length, and sequences without tokens up to `count`."""
+    """Works of one length, padded with empty sequences to `count`."""
     ends = [work.start + len(work.tokens) for work in works] + [0] * (count - len(works))
     width = width_for(max(-(-end // PAGE) for end in ends), device)
     table = [work.blocks[:width] + [0] * (width - len(work.blocks)) for work in works]
@@ -121,8 +122,8 @@ def absorbed(works: Sequence[Work], rows: slice, count: int, device: torch.devic
 
 
 def width_for(pages: int, device: torch.device) -> int:
-    """Columns of a table that has so many pages: few numbers, so that passes of one shape come again. A GPU's kernel passes the rest
-    over; a CPU reads all, and has at most a quarter too many."""
+    """Columns of a page table, rounded up so that shapes repeat: to a power of two on a GPU, whose kernel skips the rest; by at most
+    a quarter on a CPU, which reads all."""
     power = 1 << (pages - 1).bit_length()
     if device.type == "cuda":
         return power
@@ -131,7 +132,7 @@ def width_for(pages: int, device: torch.device) -> int:
 
 
 def segments(sizes: Sequence[int], device: torch.device) -> Tensor | None:
-    """int [1, tokens]: each token's sequence, of sequences of these sizes; None for one."""
+    """int [1, tokens]: which sequence each token belongs to; None for a single sequence."""
     if len(sizes) == 1:
         return None
     sequence_S = torch.arange(len(sizes), device=device)

@@ -1,4 +1,4 @@
-"""The engine: requests in, pieces of continuations out, one pass of the model a step."""
+"""The engine: requests in, pieces of continuations out, one forward pass a step."""
 
 import secrets
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from dsv3.ops.latent_pages import PAGE
 from dsv3.ops.tiles import TILE
 
 SHARE_OF_FREE = 0.85
-"""Of a GPU's free memory, what the cache takes unless told otherwise; the rest is for activations."""
+"""What the cache takes of a GPU's free memory by default; the rest is for activations."""
 CPU_CACHE_BYTES = 1 << 28
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -39,14 +39,14 @@ class EngineConfig:
     max_num_batched_tokens: int = 8192
     """Tokens in one pass."""
     num_speculative_tokens: int = 0
-    """Tokens that the MTP modules guess for each pass; beyond their number the last is taken again."""
+    """Drafts a pass; beyond the number of MTP modules the last one drafts again."""
     prefix_caching: bool = True
     max_model_len: int | None = None
     """Tokens of a prompt and its continuation."""
     cuda_graphs: bool = True
-    """Whether decoding on a GPU is recorded, where the host has nothing to count."""
+    """Whether decoding on a GPU is recorded, where no pass waits for the host."""
     fp8_cache: bool = False
-    """Keeps latents in E4M3: 656 bytes a token and layer instead of 1152. For GPUs."""
+    """Keeps latents in E4M3: 656 bytes a token and layer instead of 1152. Meant for GPUs."""
 
 
 @dataclass
@@ -60,49 +60,49 @@ class Delta:
     token_ids: list[int]
     logprobs: list[TokenLogprobs] | None = None
     finish_reason: FinishReason | None = None
-    """`stop`: an end token, a stop text or the end of the grammar; `length`: max_tokens; `abort`: the logits were not finite, or the grammar failed."""
+    """`stop`: an end token, a stop text or the end of the grammar; `length`: max_tokens; `abort`: logits not finite, or a failed grammar."""
     stop_reason: int | str | None = None
-    """The token of stop_token_ids, the stop text, or what was wrong."""
+    """The token of `stop_token_ids`, the stop text, or the reason of an abort."""
     num_cached_tokens: int = 0
-    """The prompt's that were found in the cache."""
+    """Prompt tokens found in the cache."""
     prompt_logprobs: list[TokenLogprobs | None] | None = None
-    """In the first delta of a continuation alone; of the first token there is none."""
+    """Only in the first delta of a continuation; None for the first token."""
     routing: list[list[list[int]]] | None = None
     """For each token, by MoE block, the experts that the token before it chose."""
     admitted: float = 0.0
-    """When the continuation got its place in the batch, by `time.perf_counter`."""
+    """When the continuation joined the batch, by `time.perf_counter`."""
 
 
 @dataclass
 class EngineStats:
-    """Counts since the start, and what is there now."""
+    """Totals since the start, and the present load."""
 
     running: int = 0
     waiting: int = 0
     kv_cache_usage: float = 0.0
     """0 to 1."""
     prompt_tokens: int = 0
-    """Of all continuations' prompts, computed or found."""
+    """Of all continuations' prompts, computed or cached."""
     generation_tokens: int = 0
     tokens_read: int = 0
-    """By passes: of prompts, continuations and drafts."""
+    """Tokens of all passes: prompts', continuations' and drafts."""
     prefix_cache_queries: int = 0
-    """Prompts' tokens looked for in the cache."""
+    """Prompt tokens looked up in the cache."""
     prefix_cache_hits: int = 0
     preemptions: int = 0
     drafts: int = 0
-    """Times that drafts were checked."""
+    """How often drafts were verified."""
     draft_tokens: int = 0
     accepted_per_position: tuple[int, ...] = ()
 
     @property
     def accepted_tokens(self) -> int:
-        """Drafts that were right."""
+        """Of all positions."""
         return sum(self.accepted_per_position)
 
 
 class Engine:
-    """Everything is one thread's: `add`, `abort` and `step` are called by turns. Without a tokenizer there is no text."""
+    """For a single thread: `add`, `abort` and `step` must not overlap. Without a tokenizer, deltas have no text."""
 
     def __init__(self, model: DeepSeekV3, tokenizer: Tokenizer | None, config: EngineConfig = EngineConfig()):
         self.model, self.tokenizer, self.config = model.eval(), tokenizer, config
@@ -132,7 +132,7 @@ class Engine:
         self, request_id: str, prompt_token_ids: list[int], params: SamplingParams, *, salt: str = "",
         return_routing: bool = False,
     ) -> None:  # fmt: skip
-        """Queues the continuations of one prompt. Prompts with different salts share nothing of the cache.
+        """Queues the continuations of one prompt. Prompts with different salts share no cached prefix.
 
         Raises `UserError` for an id in use, tokens outside the vocabulary, an empty prompt, and one too long together with
         `max_tokens`.
@@ -155,7 +155,7 @@ class Engine:
         self.scheduler.waiting.append(first)
 
     def check_prompt(self, tokens: Sequence[int], params: SamplingParams) -> None:
-        """`UserError` for what cannot be continued."""
+        """Raises `UserError` for a prompt that cannot be continued."""
         vocab_size = self.model.config.vocab_size
         if not tokens:
             raise UserError("the prompt is empty: give it at least one token, such as the beginning-of-sentence token")
@@ -171,14 +171,14 @@ class Engine:
             )
 
     def abort(self, request_id: str) -> None:
-        """Forgets a request, whatever became of it; nothing more is heard of it."""
+        """Drops a request in any state, also one that has ended; there are no more deltas of it."""
         for request in self.requests.pop(request_id, []):
             self.scheduler.remove(request)
 
     def weights_changed(self) -> None:
-        """To be called when the model's weights were changed in place: nothing computed with the old ones is used any more.
+        """To be called after the model's weights were changed in place: drops recordings and cached prefixes.
 
-        Requests that are running keep what they have read.
+        Running requests keep their cache.
         """
         self.runner.passes.forget()
         for number in list(self.scheduler.pool.known.values()):
@@ -190,7 +190,7 @@ class Engine:
         return bool(self.requests)
 
     def step(self) -> list[Delta]:
-        """Schedule, run, publish: one pass of the model. Empty when there is nothing to say yet."""
+        """Schedules, runs and publishes one pass. Empty when it gives no tokens."""
         plan = self.scheduler.plan()
         if plan is None:
             return []
@@ -203,8 +203,8 @@ class Engine:
         return [delta for delta in deltas if delta is not None]
 
     def publish(self, request: Request, work: Work, found: Found) -> Delta | None:
-        """Takes over what a pass found for one continuation."""
-        # After a preemption, what was scored before is scored again.
+        """Applies a pass's results to one continuation."""
+        # After a preemption, the prompt is scored again.
         request.scores += found.scores[max(len(request.scores) - work.start, 0) :]
         if work.choice is None:
             self.scheduler.advance(request, work, found)
@@ -233,7 +233,7 @@ class Engine:
             request.drafts = request.grammar.right(request.drafts)
         self.scheduler.waiting += request.siblings
         request.siblings = []
-        if delta.finish_reason is not None:  # what was read stays in the cache until its blocks are needed
+        if delta.finish_reason is not None:
             self.scheduler.remove(request, found.failed)
             self.requests[request.request_id].remove(request)
             if not self.requests[request.request_id]:
@@ -241,7 +241,7 @@ class Engine:
         return delta
 
     def read(self, request: Request, token: int, delta: Delta) -> None:
-        """One more token of a continuation: its text, and whether it ends."""
+        """Adds one token's text to a delta, and whether the continuation ends."""
         params, text = request.params, request.text
         search = request.generated >= params.min_tokens
         if search and token in request.ends:
@@ -262,7 +262,7 @@ class Engine:
             delta.finish_reason, delta.stop_reason = ("length" if text.stopped is None else "stop"), text.stopped
 
     def count_drafts(self, drafts: int, accepted: int) -> None:
-        """For the statistics."""
+        """Updates the statistics."""
         self.counts.drafts += drafts > 0
         self.counts.draft_tokens += drafts
         self.counts.accepted_per_position = tuple(
@@ -282,7 +282,7 @@ class Engine:
 
 
 def continuations(engine: Engine, prompts: Sequence[list[int]], params: SamplingParams) -> list[list[int]]:
-    """The tokens behind each prompt."""
+    """The tokens that continue each prompt."""
     tokens: list[list[int]] = [[] for _ in prompts]
     for number, prompt in enumerate(prompts):
         engine.add(str(number), prompt, params)
@@ -293,7 +293,7 @@ def continuations(engine: Engine, prompts: Sequence[list[int]], params: Sampling
 
 
 def check(model: DeepSeekV3, config: EngineConfig) -> None:
-    """`UserError` for sizes that do not go together."""
+    """Raises `UserError` for sizes that are out of range, or that this model does not allow."""
     if config.num_speculative_tokens and not model.mtp:
         raise UserError(
             "the model has no MTP modules (num_nextn_predict_layers = 0), so nothing drafts: num_speculative_tokens = 0"
@@ -313,7 +313,7 @@ def check(model: DeepSeekV3, config: EngineConfig) -> None:
 
 
 def affordable(model: DeepSeekV3, config: EngineConfig, layers: int, dtype: torch.dtype) -> int:
-    """Blocks that the cache's memory holds."""
+    """The number of blocks that fit in the cache's memory."""
     device = model.lm_head.weight.device
     size = config.cache_bytes
     if size is None:

@@ -11,10 +11,10 @@ from dsv3.inference.text import TextSoFar
 
 @dataclass(eq=False)
 class Request:
-    """What the scheduler and the engine know of one continuation. `tokens` is the prompt and what was generated."""
+    """The state of one continuation. `tokens`: the prompt and what was generated."""
 
     number: int
-    """Its own, among all of an engine."""
+    """Unique in an engine."""
     request_id: str
     index: int
     """Among the continuations of one prompt."""
@@ -31,29 +31,29 @@ class Request:
     """Continuations of the same prompt, which wait for this one to bring it into the cache."""
     prompt_length: int = field(init=False)
     computed: int = 0
-    """Tokens from the first on that are in the cache."""
+    """How many of the first tokens are in the cache."""
     cached: int | None = None
-    """How many of the prompt's were there when it was first admitted."""
+    """How many were there when it was first admitted."""
     admitted: float = 0.0
     """When that was, by `time.perf_counter`."""
     blocks: list[int] = field(default_factory=list)
     keys: list[Key] = field(default_factory=list)
-    """Of the full blocks of its tokens, as far as they were asked for."""
+    """Of its full blocks, as far as computed."""
     drafts: list[int] = field(default_factory=list)
     scores: list[TokenLogprobs] = field(default_factory=list)
-    """Of the prompt from its second token on, where asked for."""
+    """Of the prompt's tokens from the second on, where asked for."""
 
     def __post_init__(self) -> None:
         self.prompt_length = len(self.tokens)
 
     @property
     def generated(self) -> int:
-        """Tokens."""
+        """How many tokens."""
         return len(self.tokens) - self.prompt_length
 
     @property
     def unscored(self) -> bool:
-        """Whether tokens of the prompt are still to be scored, for which they have to be read."""
+        """Whether prompt tokens are still to be scored, for which they have to be read."""
         return self.params.prompt_logprobs is not None and len(self.scores) < self.prompt_length - 1
 
     def key(self, block: int, size: int) -> Key:
@@ -65,7 +65,7 @@ class Request:
         return self.keys[block]
 
     def work(self, count: int, ahead: int) -> Work:
-        """The next `count` tokens, drafts among them, with those up to `ahead` behind them, one at least, as far as they are known."""
+        """The next `count` tokens, drafts included; `ahead`: how many known tokens after them to include, one at least."""
         start, end = self.computed, self.computed + count
         known = len(self.tokens)
         choice = self.choice(end - known) if end >= known else None
@@ -81,7 +81,7 @@ class Request:
         )
 
     def choice(self, drafts: int) -> Choice:
-        """How the tokens behind the last known one and behind so many drafts are chosen."""
+        """How to choose the tokens after the last known one and after each of so many drafts."""
         params, step = self.params, self.generated
         bounded = step < params.min_tokens
         return Choice(
