@@ -1,7 +1,4 @@
-"""The way of an answer to its client: whole, or as server-sent events. When the client leaves, the engine is told.
-
-`Choices` turn what the engine yields into OpenAI's JSON; `Answer` sends it.
-"""
+"""Sends an answer to its client: whole, or as server-sent events. When the client disconnects, the request is aborted."""
 
 import asyncio
 import time
@@ -30,7 +27,7 @@ HEADERS = [
 
 
 class Answer(Response):
-    """Sends what `stream` yields, and leaves its `place` when this is over."""
+    """Sends what `stream` yields in the form of `choices`, and closes its `place` at the end."""
 
     def __init__(
         self, place: AbstractContextManager[Any], stream: Stream, choices: Choices, meter: Meter, settings: Settings
@@ -41,7 +38,7 @@ class Answer(Response):
         self.background = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """As ASGI asks; ends early when the client has gone."""
+        """The ASGI call; ends early when the client disconnects."""
         with self._place:
             tasks = [
                 asyncio.ensure_future(self._events(send) if self._choices.request.stream else self._all(send)),
@@ -107,12 +104,12 @@ class Answer(Response):
         return b"data: " + encode(content) + b"\n\n"
 
     async def _send(self, send: Send, body: bytes, more: bool = True) -> None:
-        """Raises `TimeoutError` for a client that does not read."""
+        """Raises `TimeoutError` when the client does not read."""
         async with asyncio.timeout(self._settings.send_seconds):
             await send({"type": "http.response.body", "body": body, "more_body": more})
 
 
 async def until_disconnect(receive: Receive) -> None:
-    """Returns when the client has gone."""
+    """Returns when the client has disconnected."""
     while (await receive())["type"] != "http.disconnect":
         pass

@@ -26,7 +26,7 @@ from dsv3.serving.worker import Worker
 
 
 def make_app(engine: Engine, tokenizer: Tokenizer, directory: Path, vocab_size: int, settings: Settings) -> FastAPI:
-    """The server around an engine; the engine's thread lives as long as the app. `directory` has the chat template."""
+    """The server of an engine, whose thread lives as long as the app; `directory` has the chat template."""
     metrics = Metrics(settings.name, engine.stats())
     worker = Worker(engine, settings.capacity, metrics)
     service = Service(worker, tokenizer, ChatTemplate.load(directory, tokenizer), vocab_size, settings)
@@ -39,7 +39,7 @@ def make_app(engine: Engine, tokenizer: Tokenizer, directory: Path, vocab_size: 
         yield
         await worker.stop()
 
-    # Documentation pages would load scripts from elsewhere.
+    # FastAPI's documentation pages would load scripts from elsewhere.
     app = FastAPI(title="dsv3", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
     add_handlers(app)
     app.add_middleware(Guard, settings=settings)
@@ -101,7 +101,7 @@ def make_app(engine: Engine, tokenizer: Tokenizer, directory: Path, vocab_size: 
 
 
 def chat_page() -> tuple[str, dict[str, str]]:
-    """The chat page, and headers under which nothing but its own script and style runs and nothing is loaded from elsewhere."""
+    """The chat page, and headers that allow only its own script and style, and nothing from elsewhere."""
     page = files("dsv3.serving").joinpath("page.html").read_text(encoding="utf-8")
 
     def sources(tag: str) -> str:

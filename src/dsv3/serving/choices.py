@@ -1,4 +1,4 @@
-"""What the engine yields, as the choices of a chat completion and of a completion."""
+"""From what the engine yields to OpenAI's JSON: the choices of a chat completion and of a completion."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ Json = dict[str, Any]
 
 
 class Choices(ABC):
-    """`n` choices of each prompt, numbered prompt by prompt, and the tokens that they took."""
+    """`n` choices of each prompt, numbered prompt by prompt, and their token counts."""
 
     kinds: ClassVar[tuple[str, str]]
     """`object` of a whole answer and of a chunk."""
@@ -25,7 +25,7 @@ class Choices(ABC):
         self.request, self.prompts = request, prompts
         self._pieces: list[list[Json]] = [[] for _ in range(len(prompts) * request.choices)]
         self._cached: dict[int, int] = {}
-        """Of each prompt, when its first continuation began: the others find all that this one has read."""
+        """Of each prompt, when its first continuation began: the others find in the cache what this one has read."""
         self._generated = self._reasoning = 0
 
     def opening(self) -> list[Json]:
@@ -33,13 +33,13 @@ class Choices(ABC):
         return []
 
     def take(self, number: int, delta: Delta) -> Json:
-        """The choice of a chunk, from a delta of the prompt with that number; what it says is kept for `whole`."""
+        """A chunk's choice, from a delta of the prompt with that number; kept for `whole`."""
         index = number * self.request.choices + delta.index
         if delta.index == 0:
             self._cached[number] = delta.num_cached_tokens
         self._generated += len(delta.token_ids)
         piece = {"index": index, **self._content(index, delta), "finish_reason": delta.finish_reason}
-        # Neither OpenAI nor DeepSeek has these.
+        # Not in OpenAI's or DeepSeek's API.
         if self.request.return_token_ids:
             piece["token_ids"] = delta.token_ids
         if self.request.return_routing:
@@ -56,7 +56,7 @@ class Choices(ABC):
         return [joined(pieces) for pieces in self._pieces]
 
     def usage(self) -> Json:
-        """Tokens so far, in OpenAI's fields and DeepSeek's."""
+        """Token counts so far, in OpenAI's and DeepSeek's fields."""
         prompt, cached = sum(map(len, self.prompts)), sum(self._cached.values())
         return {
             "prompt_tokens": prompt,
@@ -70,7 +70,7 @@ class Choices(ABC):
 
 
 class ChatChoices(Choices):
-    """Of `/v1/chat/completions`: one prompt, `n` answers, each through a parser of its own."""
+    """Of `/v1/chat/completions`: one prompt, `n` answers, each with its own parser."""
 
     kinds = ("chat.completion", "chat.completion.chunk")
 
@@ -87,7 +87,7 @@ class ChatChoices(Choices):
         ]
 
     def take(self, number: int, delta: Delta) -> Json:
-        """See `Choices`; an answer that calls functions does not end with `stop`."""
+        """See `Choices`; an answer that calls functions ends with `tool_calls` instead of `stop`."""
         piece = super().take(number, delta)
         if delta.finish_reason == "stop" and self._parsers[delta.index].calls:
             piece["finish_reason"] = "tool_calls"
@@ -106,7 +106,7 @@ class ChatChoices(Choices):
 
 
 class CompletionChoices(Choices):
-    """Of `/v1/completions`: `n` continuations of each prompt. `echo`: what is put in front of each."""
+    """Of `/v1/completions`: `n` continuations of each prompt. `echo`: for each prompt, the text in front of its continuations."""
 
     kinds = ("text_completion", "text_completion")
     request: CompletionRequest

@@ -1,6 +1,6 @@
-"""`/metrics`: Prometheus, under vLLM's names, so that its dashboards work.
+"""`/metrics` for Prometheus, under vLLM's names, so that its dashboards work.
 
-What the engine counts is read from its last statistics; what one request took is observed as it goes.
+The engine's own figures are read from its last statistics; a request's are observed as it runs.
 """
 
 import time
@@ -34,7 +34,7 @@ ENGINE: dict[str, tuple[Any, str, str]] = {
     "spec_decode_num_draft_tokens": (CounterMetricFamily, "draft_tokens", "Tokens drafted."),
     "spec_decode_num_accepted_tokens": (CounterMetricFamily, "accepted_tokens", "Drafted tokens that were accepted."),
 }
-"""vLLM's names; kinds, the engine's fields, help."""
+"""By vLLM's name: kind, field of the engine's statistics, help."""
 
 HISTOGRAMS = {
     "time_to_first_token_seconds": "From the request to its first token.",
@@ -49,11 +49,11 @@ HISTOGRAMS = {
     "request_generation_tokens": "Tokens of a continuation.",
     "iteration_tokens_total": "Tokens read in a step.",
 }
-"""Those whose names end in `seconds` are of times, the others of counts."""
+"""Names that end in `seconds` are of times, others of counts."""
 
 
 class Metrics:
-    """All figures of one server; `stats`: what the engine begins with."""
+    """All metrics of a server; `stats`: the engine's at its start."""
 
     def __init__(self, name: str, stats: EngineStats):
         self.registry = CollectorRegistry()
@@ -78,12 +78,12 @@ class Metrics:
         ).labels(**self.labels)
 
     def observe(self, **figures: float) -> None:
-        """One figure for each of these histograms."""
+        """Adds one observation to each of these histograms."""
         for name, figure in figures.items():
             self._histograms[name].observe(figure)
 
     def step(self, stats: EngineStats) -> None:
-        """What the engine counts after a step."""
+        """Takes the engine's statistics after a step."""
         if stats.tokens_read > self._stats.tokens_read:
             self.observe(iteration_tokens_total=stats.tokens_read - self._stats.tokens_read)
         self._stats = stats
@@ -112,12 +112,12 @@ class Metrics:
 
 
 class Meter:
-    """The times of one request's sequences; `began`: when it came, as all times by `time.perf_counter`."""
+    """Times one request's sequences; `began`: when it arrived, by `time.perf_counter` as all times."""
 
     def __init__(self, metrics: Metrics, prompts: Sequence[list[int]], began: float):
         self._metrics, self._prompts, self._began = metrics, prompts, began
         self._seen: dict[tuple[int, int], tuple[float, float | None, int]] = {}
-        """Of each sequence: when its first and its last delta came, and its tokens so far."""
+        """Of each sequence: times of its first and last delta, and its tokens so far."""
 
     def observe(self, number: int, delta: Delta) -> None:
         """One delta of the prompt with that number."""

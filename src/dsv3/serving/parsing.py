@@ -1,8 +1,8 @@
-"""From an answer's text to its parts, piece by piece: reasoning, content, tool calls.
+"""Splits an answer's text into reasoning, content and tool calls while it streams.
 
 DeepSeek-V3 writes a call as `<｜tool▁call▁begin｜>function<｜tool▁sep｜>NAME`, a line break and its arguments between
-```` ```json ```` and ```` ``` ````; V3.1 leaves `function` and the fence out. Text that may still become markup is held
-back, so that the parts do not depend on the pieces in which the text comes.
+```` ```json ```` and ```` ``` ````; V3.1 leaves out `function` and the fence. Text that may still become markup is held
+back, so that the result does not depend on how the text is split.
 """
 
 import re
@@ -22,12 +22,12 @@ Part = dict[str, Any]
 
 
 class Parser:
-    """One answer. `thinking`: the prompt has opened the reasoning already. `call`: the prompt has begun a call of that function, "" of any."""
+    """One answer. `thinking`: the prompt has opened the reasoning. `call`: the prompt has begun a call of this function, "" of any."""
 
     def __init__(self, thinking: bool = False, tools: bool = False, call: str | None = None):
         self.tools, self.call = tools, call
         self.calls = 0
-        """Calls that have begun."""
+        """Calls begun so far."""
         self._held = ""
         self._out: list[Part] = []
         self._fenced = True
@@ -43,7 +43,7 @@ class Parser:
         return self._state == self._reasoning
 
     def push(self, text: str, last: bool = False) -> list[Part]:
-        """The parts that `text` completes; with `last`, everything that was held back."""
+        """The parts that `text` completes; with `last`, also all that was held back."""
         self._held += text
         while self._state(last):
             pass
@@ -136,7 +136,7 @@ class Parser:
 
 
 def merge(parts: Sequence[Part]) -> Part:
-    """The whole message that the parts of a stream add up to."""
+    """The whole message from the parts of a stream."""
     message, pieces = joined([{}, *parts]), dict[int, list[Part]]()
     for call in message.pop("tool_calls", ()):
         pieces.setdefault(call["index"], []).append(call)
@@ -148,7 +148,7 @@ def merge(parts: Sequence[Part]) -> Part:
 
 
 def joined(pieces: Sequence[Any]) -> Any:
-    """Pieces of JSON as one: texts and lists one behind the other, objects key by key; of anything else the last."""
+    """Merges pieces of JSON: concatenates texts and lists, merges objects key by key, takes the last of anything else."""
     pieces = [piece for piece in pieces if piece is not None]
     match pieces:
         case [str(), *_]:

@@ -1,6 +1,6 @@
-"""What clients send: OpenAI's requests with vLLM's and DeepSeek's additions, every size bounded.
+"""Requests: OpenAI's with vLLM's and DeepSeek's additions, every size bounded.
 
-A field that is not listed is refused, as OpenAI does; fields that change nothing here are listed and ignored.
+A field that is not listed is refused, as by OpenAI; fields that have no effect here are listed and ignored.
 """
 
 import json
@@ -20,7 +20,7 @@ Short = Annotated[str, Field(max_length=256)]
 
 
 def check_schema(schema: dict[str, Any]) -> dict[str, Any]:
-    """The schema, unless it is larger or deeper than grammars are compiled for."""
+    """The schema; raises `ValueError` for one that is too large or too deep to compile."""
     if depth(schema, settings.MAX_SCHEMA_DEPTH) > settings.MAX_SCHEMA_DEPTH:
         raise ValueError(f"expected at most {settings.MAX_SCHEMA_DEPTH} levels")
     if len(json.dumps(schema)) > settings.MAX_SCHEMA_BYTES:
@@ -29,7 +29,7 @@ def check_schema(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def depth(value: object, limit: int) -> int:
-    """Levels of a JSON value, counted up to one more than `limit`."""
+    """Nesting levels of a JSON value, counted up to `limit` + 1."""
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
     if inner is None or limit < 0:
         return 0
@@ -40,13 +40,13 @@ Schema = Annotated[dict[str, Any], AfterValidator(check_schema)]
 
 
 class Closed(BaseModel):
-    """A request: unknown fields are refused, and so are infinities."""
+    """Refuses unknown fields and infinities."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 class Message(BaseModel):
-    """One turn. What clients send back of an earlier answer beside it (`refusal`, `annotations`) is ignored."""
+    """One turn. Other fields of an earlier answer that clients send back (`refusal`, `annotations`) are ignored."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -56,11 +56,11 @@ class Message(BaseModel):
     tool_calls: "Annotated[list[ToolCall], Field(max_length=settings.MAX_TOOLS)] | None" = None
     tool_call_id: str | None = None
     prefix: bool = False
-    """DeepSeek's: the answer goes on from this last message of the assistant."""
+    """DeepSeek's: the answer continues this last message of the assistant."""
 
 
 class TextPart(BaseModel):
-    """The one kind of content that this model reads."""
+    """The only kind of content that this model reads."""
 
     type: Literal["text"]
     text: str
@@ -74,7 +74,7 @@ class FunctionCall(BaseModel):
 
 
 class ToolCall(BaseModel):
-    """A call that the model made earlier."""
+    """An earlier call by the model."""
 
     id: str = ""
     type: Literal["function"] = "function"
@@ -82,7 +82,7 @@ class ToolCall(BaseModel):
 
 
 class Function(BaseModel):
-    """What a tool does and takes; `parameters` is a JSON schema."""
+    """A function's description; `parameters` is a JSON schema."""
 
     name: Name
     description: str | None = None
@@ -91,7 +91,7 @@ class Function(BaseModel):
 
 
 class Tool(BaseModel):
-    """Something the model may call."""
+    """A function that the model may call."""
 
     type: Literal["function"]
     function: Function
@@ -104,14 +104,14 @@ class NamedFunction(BaseModel):
 
 
 class ToolChoice(BaseModel):
-    """The one function to call."""
+    """The function that has to be called."""
 
     type: Literal["function"]
     function: NamedFunction
 
 
 class JsonSchema(BaseModel):
-    """What an answer has to look like."""
+    """The schema that the answer has to match."""
 
     model_config = ConfigDict(populate_by_name=True)
 
@@ -129,7 +129,7 @@ class ResponseFormat(Closed):
 
     @model_validator(mode="after")
     def complete(self) -> "ResponseFormat":
-        """A schema is there when it is promised."""
+        """Requires a schema exactly where the type asks for it."""
         if (self.type == "json_schema") != (self.json_schema is not None):
             raise ValueError("json_schema belongs to the type json_schema, and has to be there with it")
         return self
@@ -144,7 +144,7 @@ class StreamOptions(Closed):
 
 
 class Sampling(Closed):
-    """What both kinds of completion share. None is the default everywhere, as clients send it for what was not chosen."""
+    """The fields of both kinds of completion. Nearly all may be None, which clients send for what was not chosen."""
 
     model: str | None = None
     n: Annotated[int, Field(ge=1, le=settings.MAX_N)] | None = None
@@ -171,9 +171,9 @@ class Sampling(Closed):
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
     return_routing: bool = False
-    """Ours: which experts every token went to."""
+    """Our own: the experts that every token was routed to."""
     cache_salt: Short = ""
-    """Cached prefixes are shared among equal ones."""
+    """Cached prefixes are shared only among requests with equal salts."""
     user: str | None = None
 
     @property
@@ -183,14 +183,14 @@ class Sampling(Closed):
 
     @property
     def answer_schema(self) -> dict[str, Any] | None:
-        """What the answer has to follow; None: nothing."""
+        """The JSON schema that the answer has to match; None: any answer will do."""
         form = self.response_format
         if form is None or form.type == "text":
             return None
         return {"type": "object"} if form.json_schema is None else form.json_schema.definition
 
     def sampling_params(self, **fixed: Any) -> SamplingParams:
-        """For the engine; `fixed` are the fields that each kind decides on. Raises `UserError` for what it refuses."""
+        """For the engine; `fixed`: the fields that each kind sets itself. Raises `UserError` for values that do not fit together."""
         asked = self.model_dump(include={each.name for each in fields(SamplingParams)}, exclude_none=True)
         return SamplingParams(**(asked | fixed))
 
@@ -208,7 +208,7 @@ class CompletionRequest(Sampling):
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        """The prompt or prompts, as several."""
+        """The prompt or prompts as a list."""
         if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
             return [self.prompt]
         return self.prompt
@@ -232,7 +232,7 @@ class ChatRequest(Sampling):
 
     @model_validator(mode="after")
     def consistent(self) -> "ChatRequest":
-        """Fields that belong together."""
+        """Checks fields that depend on each other."""
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")
         if any(message.prefix for message in self.messages[:-1]):
@@ -249,12 +249,12 @@ class ChatRequest(Sampling):
 
     @property
     def logprob_count(self) -> int | None:
-        """Alternatives to report at each token; None: no logprobs at all."""
+        """Alternatives to return at each token; None: no logprobs at all."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
     def call(self) -> str | None:
-        """The function that has to be called; "": any of several; None: none has to be."""
+        """The function that has to be called; "": any of several; None: no call is required."""
         if isinstance(self.tool_choice, ToolChoice):
             return self.tool_choice.function.name
         if self.tool_choice != "required":
@@ -264,7 +264,7 @@ class ChatRequest(Sampling):
 
     @property
     def answer_schema(self) -> dict[str, Any] | None:
-        """Of the function's arguments, or else of the answer; None: it may be any."""
+        """That of the arguments, where one function has to be called; else the answer's."""
         if self.call is None:
             return super().answer_schema
         parameters = {tool.function.name: tool.function.parameters or {"type": "object"} for tool in self.tools or ()}
@@ -272,7 +272,7 @@ class ChatRequest(Sampling):
 
 
 class TokenizeRequest(Closed):
-    """`/tokenize`: a text, or messages as a chat completion would see them."""
+    """`/tokenize`: a text, or messages as in a chat completion."""
 
     model: str | None = None
     prompt: str | None = None
@@ -282,7 +282,7 @@ class TokenizeRequest(Closed):
 
     @model_validator(mode="after")
     def one(self) -> "TokenizeRequest":
-        """One of the two."""
+        """Requires exactly one of the two."""
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("expected either prompt or messages")
         return self

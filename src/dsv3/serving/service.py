@@ -1,6 +1,6 @@
 """From requests to answers: what each endpoint does, without HTTP.
 
-Tokenising and compiling grammars happen in threads of their own, with a time limit, after the request has got its place.
+Tokenising and compiling grammars run in threads of their own, with a time limit, after the request has got its place.
 """
 
 import asyncio
@@ -28,13 +28,13 @@ from dsv3.serving.worker import Stream, Worker
 
 T = TypeVar("T")
 THREADS = 2
-"""Of each kind: for tokenising, and for grammars."""
+"""For tokenising, and as many for grammars."""
 DEFAULT_MAX_TOKENS = 16
-"""Of a completion, as OpenAI's; a chat completion may fill the context."""
+"""Of a completion, as OpenAI's; a chat completion may fill the context window."""
 
 
 class Service:
-    """A model behind a worker, with its tokenizer, its template and its limits; `vocab_size` is the model's."""
+    """A worker's model with its tokenizer, chat template and limits; `vocab_size` is the model's."""
 
     def __init__(
         self, worker: Worker, tokenizer: Tokenizer, template: ChatTemplate, vocab_size: int, settings: Settings
@@ -46,7 +46,7 @@ class Service:
         self._longest_token = max(len(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size))
 
     async def chat(self, request: ChatRequest, tenant: str) -> Answer:
-        """`/v1/chat/completions`. Raises what the request is refused with."""
+        """`/v1/chat/completions`. Raises an error for a request that is refused."""
         self.check_model(request.model)
         with ExitStack() as place:
             stream = place.enter_context(self.worker.open(f"chatcmpl-{secrets.token_hex(12)}", request.choices))
@@ -63,7 +63,7 @@ class Service:
             return await self._answer(place, stream, choices, params, tenant)
 
     async def complete(self, request: CompletionRequest, tenant: str) -> Answer:
-        """`/v1/completions`. Raises what the request is refused with."""
+        """`/v1/completions`. Raises an error for a request that is refused."""
         self.check_model(request.model)
         with ExitStack() as place:
             sequences = len(request.prompts) * request.choices
@@ -84,7 +84,7 @@ class Service:
     async def _answer(
         self, place: ExitStack, stream: Stream, choices: Choices, params: SamplingParams, tenant: str
     ) -> Answer:
-        """Begins a request; its place is the answer's from now on."""
+        """Starts a request and hands its place over to the answer."""
         request, prompts = choices.request, choices.prompts
         salt = f"{tenant}:{request.cache_salt}"
         await self.worker.submit(stream, prompts, params, salt, request.return_routing)
@@ -126,7 +126,7 @@ class Service:
         return await self._off_loop(self._texts, work, *arguments)
 
     async def _off_loop(self, pool: ThreadPoolExecutor, work: Callable[..., T], *arguments: object) -> T:
-        """In another thread; raises `Overloaded` when the time is up, while the thread goes on to its end."""
+        """Runs in another thread; raises `Overloaded` after the time limit, though the thread still runs to its end."""
         try:
             async with asyncio.timeout(self.settings.prepare_seconds):
                 return await asyncio.get_running_loop().run_in_executor(pool, work, *arguments)
@@ -166,7 +166,7 @@ class Service:
         ]
 
     def _check_length(self, characters: int) -> None:
-        """Refuses a text that cannot fit whatever its tokens are, before it is tokenised."""
+        """Refuses, before tokenising, a text that is too long whatever its tokens are."""
         if characters > self._longest_token * self.settings.max_model_len:
             raise ApiError(
                 f"a prompt of {characters} characters is more than the {self.settings.max_model_len} tokens that fit",
@@ -174,7 +174,7 @@ class Service:
             )
 
     def _room(self, prompt: list[int], wanted: int) -> int:
-        """Tokens that fit behind a prompt, at least `wanted`."""
+        """How many tokens fit after a prompt; raises `ApiError` for fewer than `wanted`."""
         limit = self.settings.max_model_len
         if not prompt:
             raise ApiError("the prompt is empty: give it at least one token", param="prompt")

@@ -1,7 +1,7 @@
-"""The engine's thread: one thread steps the engine, and the event loop hears of it through queues.
+"""Runs the engine in a thread of its own, which is the only one to touch it.
 
-The engine belongs to the thread. What the loop wants of it (add, abort) is a command in a queue, and what it yields comes
-back by `call_soon_threadsafe`. When the thread ends other than by `stop`, every open request is told.
+The event loop sends commands (add, abort) through a queue; results come back by `call_soon_threadsafe`. When the thread
+ends other than by `stop`, every open request fails.
 """
 
 import asyncio
@@ -31,12 +31,12 @@ class Worker:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
-        """Starts the thread; the running loop is the one that is told."""
+        """Starts the thread; results go to the running event loop."""
         self._loop, self.alive = asyncio.get_running_loop(), True
         self._thread.start()
 
     async def stop(self) -> None:
-        """Ends the thread after the step that it is in."""
+        """Ends the thread after its present step."""
         self._commands.put(None)
         await asyncio.to_thread(self._thread.join)
 
@@ -47,9 +47,9 @@ class Worker:
 
     @contextmanager
     def open(self, request_id: str, sequences: int) -> "Iterator[Stream]":
-        """A place for a request of so many sequences; in the end it is given back, and what is not finished aborted.
+        """Reserves places for a request's sequences; at the end frees them, and aborts what has not finished.
 
-        Raises `UserError` for more sequences than there are places, `Overloaded` when they are taken, `Unavailable` when
+        Raises `UserError` for more sequences than there are places, `Overloaded` when too few are free, `Unavailable` when
         the engine has ended.
         """
         self.check_alive()
@@ -74,7 +74,7 @@ class Worker:
     async def submit(
         self, stream: "Stream", prompts: Sequence[list[int]], params: SamplingParams, salt: str, return_routing: bool
     ) -> None:
-        """Hands all prompts of a request to the engine; raises what it refuses one with, and then none is begun.
+        """Adds all prompts of a request to the engine, or none: raises its `UserError` for one that it refuses.
 
         `salt` separates tenants' cached prefixes.
         """
@@ -129,23 +129,20 @@ class Worker:
 
 
 class Stream:
-    """What the engine yields for the prompts of one HTTP request."""
+    """The engine's deltas for the prompts of one HTTP request."""
 
     def __init__(self, request_id: str, sequences: int):
         self.request_id, self.left = request_id, sequences
         self.began = time.perf_counter()
         self.ids: dict[str, int] = {}
-        """Prompts by the engine's name for them."""
+        """From the engine's request ids to the numbers of the prompts."""
         self.accepted: Future[None] = Future()
         self._deltas: list[tuple[int, Delta]] = []
         self._news = asyncio.Event()
         self._error: Exception | None = None
 
     async def next(self) -> list[tuple[int, Delta]]:
-        """All that came since the last call, as (number of the prompt, delta), at least one; [] at the end.
-
-        Raises `Lost` when nothing more will come.
-        """
+        """Waits for new deltas and returns all, as (number of the prompt, delta); [] at the end. Raises `Lost` if the engine ended."""
         if not self._deltas and self.left == 0:
             return []
         await self._news.wait()
@@ -156,13 +153,13 @@ class Stream:
         return deltas
 
     def put(self, delta: Delta) -> None:
-        """Adds what one step yielded."""
+        """Adds one delta."""
         self._deltas.append((self.ids[delta.request_id], delta))
         self.left -= delta.finish_reason is not None
         self._news.set()
 
     def fail(self, error: Exception) -> None:
-        """Nothing more will come."""
+        """Ends the stream with an error."""
         self._error = error
         self._news.set()
         if not self.accepted.done():
