@@ -66,10 +66,15 @@ class TextPart(BaseModel):
     text: str
 
 
-class FunctionCall(BaseModel):
-    """`arguments` is JSON in a string."""
+class NamedFunction(BaseModel):
+    """A function by its name."""
 
     name: Name
+
+
+class FunctionCall(NamedFunction):
+    """`arguments` is JSON in a string."""
+
     arguments: str = ""
 
 
@@ -81,10 +86,9 @@ class ToolCall(BaseModel):
     function: FunctionCall
 
 
-class Function(BaseModel):
+class Function(NamedFunction):
     """A function's description; `parameters` is a JSON schema."""
 
-    name: Name
     description: str | None = None
     parameters: Schema | None = None
     strict: bool | None = None
@@ -95,12 +99,6 @@ class Tool(BaseModel):
 
     type: Literal["function"]
     function: Function
-
-
-class NamedFunction(BaseModel):
-    """A function by its name."""
-
-    name: Name
 
 
 class ToolChoice(BaseModel):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from dsv3.data.chat import ChatTemplate, Prompt, text_of
 from dsv3.data.fim import gap_prompt
@@ -113,10 +113,9 @@ class Service:
 
     async def _grammar(self, request: Sampling) -> Grammar | None:
         schema = request.answer_schema
-        return None if schema is None else await self._off_loop(self._grammars, self._compile, schema)
-
-    def _compile(self, schema: dict[str, Any]) -> Grammar:
-        return self._compiler.json_schema(schema)
+        if schema is None:
+            return None
+        return await self._off_loop(self._grammars, lambda: self._compiler.json_schema(schema))
 
     @cached_property
     def _compiler(self) -> Grammars:
