@@ -193,6 +193,11 @@ def test_plans_travel_as_json(drafting_model):
 def test_the_continuations_of_one_prompt_differ_and_share_it(drafting_model):
     prompt, params = list(range(130)), replace(SAMPLED, n=3)
     engine = Engine(drafting_model, None, EngineConfig(num_blocks=64))
+    engine.add("first", [1, 2], params)
+    loads = [engine.stats(), engine.step() and engine.stats()]
+    assert [(each.running, each.waiting) for each in loads] == [(0, 3), (1, 2)]
+    engine.abort("first")
+    engine = Engine(drafting_model, None, EngineConfig(num_blocks=64))
     deltas = drive(engine, [prompt], params)
     found = [tokens_of(deltas[0, index]) for index in range(3)]
     assert len({tuple(tokens) for tokens in found}) == 3

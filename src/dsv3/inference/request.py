@@ -82,11 +82,10 @@ class Request:
 
     def choice(self, drafts: int) -> Choice:
         """How to choose the tokens after the last known one and after each of so many drafts."""
-        params, step = self.params, self.generated
-        bounded = step < params.min_tokens
+        params = self.params
         return Choice(
             drafts=drafts,
-            step=step,
+            step=self.generated,
             seed=self.seed,
             temperature=params.temperature,
             top_p=params.top_p,
@@ -96,8 +95,8 @@ class Request:
             presence_penalty=params.presence_penalty,
             frequency_penalty=params.frequency_penalty,
             bias=sorted((params.logit_bias or {}).items()),
-            banned=sorted(self.ends) if bounded else [],
-            banned_until=params.min_tokens if bounded else 0,
+            banned=sorted(self.ends),
+            banned_until=params.min_tokens,
             prompt=self.tokens[: self.prompt_length] if params.penalised else [],
             output=self.tokens[self.prompt_length :] if params.penalised else [],
             masks=[] if self.grammar is None else self.grammar.masks(self.drafts[:drafts]),
