@@ -100,6 +100,8 @@ class Worker:
     def _abort(self, names: Iterable[str]) -> None:
         for name in names:
             self.engine.abort(name)
+        # There may be no step after the last request.
+        self._tell(self.metrics.step, self.engine.stats())
 
     def _run(self) -> None:
         try:
