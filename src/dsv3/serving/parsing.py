@@ -25,7 +25,7 @@ class Parser:
     """One answer. `thinking`: the prompt has opened the reasoning. `call`: the prompt has begun a call of this function, "" of any."""
 
     def __init__(self, thinking: bool = False, tools: bool = False, call: str | None = None):
-        self.tools, self.call = tools, call
+        self.tools = tools
         self.calls = 0
         """Calls begun so far."""
         self._held = ""
@@ -106,20 +106,18 @@ class Parser:
         self._state = self._arguments
 
     def _arguments(self, last: bool) -> bool:
-        at = self._held.find(CALL_END)
-        ended = at >= 0 or last
-        text = self._held[: at if at >= 0 else None]
-        keep = 0 if ended else overlap(text, CALL_END)
+        text, found, after = self._held.partition(CALL_END)
+        keep = 0 if found or last else overlap(text, CALL_END)
         shown = text[: len(text) - keep]
         if self._fenced:
             bare = shown.rstrip()
             shown = bare[: max(len(bare) - 3, len(bare.rstrip("`")))].rstrip()
         if shown:
             self._out.append({"tool_calls": [{"index": self.calls - 1, "function": {"arguments": shown}}]})
-        self._held = self._held[at + len(CALL_END) :] if at >= 0 else "" if last else text[len(shown) :]
-        if at >= 0:
+        self._held = after if found else "" if last else text[len(shown) :]
+        if found:
             self._state = self._between
-        return at >= 0
+        return bool(found)
 
     def _until(self, marker: str, kind: str, then: Any, last: bool) -> bool:
         before, found, after = self._held.partition(marker)
