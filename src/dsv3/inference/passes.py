@@ -6,7 +6,6 @@ Legend: F tokens of the pass, D hidden, N rows of logits, V vocabulary.
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -53,7 +52,7 @@ class Passes:
     def __init__(self, model: DeepSeekV3, cache: PagedCache, graphs: bool):
         self.model, self.cache, self.graphs = model, cache, graphs
         self.seen: Counter[Any] = Counter()
-        self.replayed = lru_cache(None)(self.replays)
+        self.worth: dict[int, bool] = {}
         self.recorded: dict[Any, Recording | Graph] = {}
         self.layouts: Layouts = {}
 
@@ -93,7 +92,7 @@ class Passes:
         *inputs: Tensor,
     ) -> tuple[Tensor, ...]:
         """`function(batch, *inputs)`, a pass through these blocks; recorded and replayed if its shape repeats."""
-        if not batch.uniform or not self.replayed(len(batch.token_F)):
+        if not batch.uniform or not self.replays(len(batch.token_F)):
             return function(batch, *inputs)
         gathered = self.cache.gather([block.name for block in blocks], batch)
         batch = replace(batch, gathered=gathered)
@@ -123,10 +122,12 @@ class Passes:
 
     def replays(self, rows: int) -> bool:
         """Whether passes of so many rows may be recorded."""
-        if self.model.lm_head.weight.is_cuda:
-            return self.graphs and not counted_on_the_host(self.model)
-        # On a CPU, attention over packed pages reads tensors' values in Python.
-        return self.cache.dtype != torch.uint8 and pays(self.model, rows)
+        if rows not in self.worth:
+            if self.model.lm_head.weight.is_cuda:
+                self.worth[rows] = self.graphs and not counted_on_the_host(self.model)
+            else:  # attention over packed pages reads tensors' values in Python there
+                self.worth[rows] = self.cache.dtype != torch.uint8 and pays(self.model, rows)
+        return self.worth[rows]
 
 
 @torch.inference_mode()

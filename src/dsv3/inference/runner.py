@@ -62,8 +62,7 @@ class Runner:
             count = work.choice.drafts + 1
             accept(each, work, tokens[row : row + count])
             if work.choice.logprobs is not None:
-                own = logits_NV[row : row + len(each.tokens)]
-                each.logprobs = logprobs(own, each.tokens, [work.choice.logprobs] * len(each.tokens))
+                each.logprobs = logprobs(logits_NV[row : row + len(each.tokens)], each.tokens, work.choice.logprobs)
             if work.routing:
                 start = first + len(work.tokens) - count
                 by_block = [one[start : start + len(each.tokens)].tolist() for one in experts]
@@ -79,7 +78,7 @@ class Runner:
                 for start in range(0, len(targets), SCORED):
                     part = targets[start : start + SCORED]
                     logits_NV = self.model.head(hidden_FD[first + start : first + start + len(part)])
-                    each.scores += logprobs(logits_NV, part, [work.scored] * len(part))
+                    each.scores += logprobs(logits_NV, part, work.scored)
 
     def draft(self, batch: Batch, hidden_FD: Tensor, found: Sequence[Found], count: int) -> None:
         """Guesses the next `count` tokens after each chosen one.

@@ -112,16 +112,15 @@ def draw(logits_NV: Tensor, places: Sequence[Place]) -> Tensor:
     return torch.minimum(chosen, kept.amax(-1))
 
 
-def logprobs(logits_NV: Tensor, tokens: Sequence[int], wanted: Sequence[int]) -> list[TokenLogprobs]:
-    """Of each token under its row of logits, with as many of the likeliest tokens as are wanted."""
+def logprobs(logits_NV: Tensor, tokens: Sequence[int], wanted: int) -> list[TokenLogprobs]:
+    """Of each token under its row of logits, with so many of the likeliest tokens."""
     if not tokens:
         return []
     log_NV = logits_NV.float().log_softmax(-1)
     own_N1 = log_NV.gather(1, torch.tensor(tokens, device=log_NV.device).unsqueeze(1))
     rank = (log_NV > own_N1).sum(-1) + 1
-    values, top = log_NV.topk(min(max(wanted), log_NV.shape[1]), dim=-1)
-    rows = zip(tokens, own_N1[:, 0].tolist(), rank.tolist(), top.tolist(), values.tolist(), wanted, strict=True)
+    values, top = log_NV.topk(min(wanted, log_NV.shape[1]), dim=-1)
+    rows = zip(tokens, own_N1[:, 0].tolist(), rank.tolist(), top.tolist(), values.tolist(), strict=True)
     return [
-        TokenLogprobs(token, own, place, dict(zip(ids[:count], logs[:count], strict=True)))
-        for token, own, place, ids, logs, count in rows
+        TokenLogprobs(token, own, place, dict(zip(ids, logs, strict=True))) for token, own, place, ids, logs in rows
     ]
