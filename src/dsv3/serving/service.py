@@ -94,11 +94,9 @@ class Service:
     async def tokenize(self, request: TokenizeRequest) -> list[int]:
         """`/tokenize`."""
         self.check_model(request.model)
-        if request.messages is not None:
-            prompt = await self._tokenize(self._render, request.messages, request.tools or ())
-            return prompt.ids
-        asked = CompletionRequest(prompt=request.prompt or "", add_special_tokens=request.add_special_tokens)
-        return (await self._tokenize(self._prompts, asked))[0]
+        if request.messages is None:
+            return await self._tokenize(self._ids, request.prompt or "", None, request.add_special_tokens)
+        return (await self._tokenize(self._render, request.messages, request.tools or ())).ids
 
     async def detokenize(self, tokens: list[int]) -> str:
         """`/detokenize`."""
@@ -141,20 +139,18 @@ class Service:
         return self.template.prompt(turns, [tool.model_dump(exclude_none=True) for tool in tools], call, answer_now)
 
     def _prompts(self, request: CompletionRequest) -> list[list[int]]:
-        out = []
-        for each in request.prompts:
-            if isinstance(each, list):
-                if request.suffix:
-                    raise UserError("suffix needs a prompt that is a text")
-                out.append(each)
-                continue
-            self._check_length(len(each) + len(request.suffix or ""))
-            if request.suffix:
-                out.append(gap_prompt(each, request.suffix, self.tokenizer))
-            else:
-                begin = [self.tokenizer.bos_id] if request.add_special_tokens else []
-                out.append(begin + self.tokenizer.encode(each))
-        return out
+        return [self._ids(each, request.suffix, request.add_special_tokens) for each in request.prompts]
+
+    def _ids(self, prompt: str | list[int], suffix: str | None, add_special_tokens: bool) -> list[int]:
+        if isinstance(prompt, list):
+            if suffix:
+                raise UserError("suffix needs a prompt that is a text")
+            return prompt
+        self._check_length(len(prompt) + len(suffix or ""))
+        if suffix:
+            return gap_prompt(prompt, suffix, self.tokenizer)
+        begin = [self.tokenizer.bos_id] if add_special_tokens else []
+        return begin + self.tokenizer.encode(prompt)
 
     def _echo(self, request: CompletionRequest, ids: list[list[int]]) -> list[str]:
         if not request.echo:
