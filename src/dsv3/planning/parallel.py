@@ -14,14 +14,7 @@ from functools import cached_property
 from math import comb, inf
 
 from dsv3.model.config import ModelConfig
-from dsv3.parallel.pipeline.instructions import (
-    Backward,
-    Compute,
-    Forward,
-    InputGradient,
-    Overlapped,
-    WeightGradient,
-)
+from dsv3.parallel.pipeline.instructions import Backward, Compute, Forward, InputGradient, Overlapped, WeightGradient
 from dsv3.parallel.pipeline.layout import Layout
 from dsv3.parallel.pipeline.schedule import Schedule
 from dsv3.parallel.pipeline.simulator import Costs, Timeline, peak_activations, simulate
@@ -139,7 +132,7 @@ class Plan:
         kept = sum(
             kept_bytes(self.config, is_dense(self.config, each), recompute, self.fp8, self.room) for each in held.blocks
         )
-        chunks = peak_activations(self.schedule.programs[rank]) / len(self.schedule.held(rank))
+        chunks = peak_activations(self.schedule.programs[rank]) / len(self.schedule.placement[rank])
         copied = {"fp32": 0, "bf16": held.parameters - held.narrow, "fp8": held.parameters - held.outside}
         weights = held.weights + 2 * copied[self.recipe.training.precision]
         return RankMemory(

@@ -53,7 +53,7 @@ class TorchPipeline:
     """One of torch's schedules, its stages those of ours."""
 
     def __init__(self, rank: Rank, size: Size, group: Group, schedule: Schedule, rows: Tensor, words: str):
-        layout, held = divided(size.config, schedule.stages, size.length), schedule.held(rank.number)
+        layout, held = divided(size.config, schedule.stages, size.length), schedule.placement[rank.number]
         parts = set().union(*map(layout.parts, held))
         self.group, self.rows = group, rows
         self.model = rank.network(size.config, torch.bfloat16, parts=parts)

@@ -6,14 +6,7 @@ eight phases are those of DeepSeek's own repository, DualPipe; DualPipeV is the 
 
 from collections import deque
 
-from dsv3.parallel.pipeline.instructions import (
-    Backward,
-    Compute,
-    Forward,
-    InputGradient,
-    Overlapped,
-    WeightGradient,
-)
+from dsv3.parallel.pipeline.instructions import Backward, Compute, Forward, InputGradient, Overlapped, WeightGradient
 from dsv3.parallel.pipeline.schedule import Schedule
 
 
