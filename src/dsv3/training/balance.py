@@ -1,4 +1,4 @@
-"""Auxiliary-loss-free load balancing (report, section 2.1.2; Wang et al. 2024), and what one reads of any balancing.
+"""Auxiliary-loss-free load balancing (report, section 2.1.2; Wang et al. 2024), and the figures of any balancing.
 
 The auxiliary losses that it replaces (`training.balance`) are in `ops/router.py`.
 """
@@ -43,16 +43,11 @@ def routing_biases(model: DeepSeekV3, load: dict[str, Tensor], pipeline: Group |
     }
     if pipeline is None or pipeline.size == 1 or not load:
         return found
-    # With how many have it: DualPipe holds every block twice.
+    # With the number of ranks that hold it, as DualPipe holds every block twice.
     absent = torch.zeros(next(iter(load.values())).numel() + 1, device=next(model.parameters()).device)
     rows = [torch.cat([found[name], absent.new_ones(1)]) if name in found else absent for name in load]
     summed = pipeline.sum_(torch.stack(rows))
     return dict(zip(load, summed[:, :-1] / summed[:, -1:], strict=True))
-
-
-def mean_by_block(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """f of a whole batch from those of its equal parts (FP32 [E] by MoE block)."""
-    return {name: torch.stack([part[name] for part in parts]).mean(0) for name in parts[0]}
 
 
 @dataclass(frozen=True)
@@ -64,7 +59,7 @@ class BalanceFigures:
     bias_magnitude: dict[str, float]
     """The largest absolute routing bias."""
     bias_drift: dict[str, float]
-    """The mean routing bias: where all move together, which selects nothing."""
+    """The mean routing bias: a move of all biases together, which selects nothing."""
     dead_experts: dict[str, int]
     """Experts without a token."""
     overloaded_experts: dict[str, int]

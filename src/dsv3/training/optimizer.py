@@ -12,7 +12,7 @@ from dsv3.parallel.mesh import Mesh
 from dsv3.parallel.pipeline.parts import Holders
 from dsv3.parallel.zero import Shares
 from dsv3.recipe.schema import OptimizerSection
-from dsv3.training.adamw import AdamWInBF16
+from dsv3.training.adamw import AdamWInBF16, first_state
 from dsv3.weights.parts import Place
 
 NEWTON_SCHULZ = ((4.0848, -6.8946, 2.9270), (3.9505, -6.3029, 2.6377), (3.7418, -5.5913, 2.3037), (2.8769, -3.1427, 1.2046), (2.8366, -3.0525, 1.2012))  # fmt: skip
@@ -63,8 +63,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One update by gradients divided by `grad_scale`; `closure` is not used. Nothing changes where `found_inf`, as for torch's own
-        optimizers, is 1."""
+        """See `AdamWInBF16.step`."""
         for group in self.param_groups:
             by_shape: dict[tuple[int, int], list[nn.Parameter]] = defaultdict(list)
             for parameter in group["params"]:
@@ -131,14 +130,10 @@ class Optimizer:
             adamw = AdamWInBF16(groups, section.betas, section.eps)
         else:
             adamw = torch.optim.AdamW(groups, lr=0.0, betas=section.betas, eps=section.eps, fused=True)
-            # What the first step would make, here and now: a checkpoint holds the same tensors whenever it is written, those
-            # of parameters that have had no gradient yet (MTP modules whose weight is 0) included.
+            # Torch makes this in the first step. Made here, a checkpoint holds the same tensors whenever it is written, also for
+            # parameters that have had no gradient yet (MTP modules whose weight is 0).
             for parameter in rest:
-                adamw.state[parameter] = {
-                    "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
+                adamw.state[parameter] = first_state(parameter, parameter.dtype)
         self.parts: list[tuple[torch.optim.Optimizer, float]] = [(adamw, 1.0)]
         if muon:
             part = Muon(muon, 0.0, section.muon_momentum, section.weight_decay, muon_dtype)
@@ -151,10 +146,8 @@ class Optimizer:
         return parameter.dim() > 1 or self.section.decay_norms
 
     def clip(self) -> dict[str, Tensor]:
-        """Sums the gradient over the ranks, and has the next `step` shorten it to the recipe's global norm where it is longer; its
-        norms, FP32 scalars.
-
-        One for each group of modules that has a gradient, of a pipeline each group, and that of them all as "all".
+        """Sums the gradient over the ranks, and has the next `step` clip it to the recipe's global norm. Returns its norms (FP32
+        scalars): of each group of modules that has a gradient, in a pipeline of every group, and of all together as "all".
         """
         self.shares.reduce()
         gradients: dict[str, list[Tensor]] = defaultdict(list)
@@ -210,7 +203,7 @@ class Optimizer:
 
 
 def module_group(name: str, dimensions: int) -> str:
-    """Where a parameter belongs when gradients are told apart."""
+    """The group of modules that a parameter's gradient norm is reported under."""
     if name.startswith("mtp."):
         return "mtp"
     if dimensions == 1:

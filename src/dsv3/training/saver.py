@@ -1,4 +1,4 @@
-"""Checkpoints written while training goes on: the step waits for a copy in CPU memory, a thread brings that to the disk.
+"""Checkpoints written while training goes on: the step waits for a copy in CPU memory, a thread writes that to disk.
 
 saver.prepare(tensors)                         has a thread make room for the copy
 saver.save(directory, tensors, state, files)   copies, and returns
@@ -11,7 +11,6 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -28,8 +27,7 @@ log = logging.getLogger(__name__)
 class Saver:
     """One save at a time: a second one waits for the first. A context manager that leaves no save unfinished.
 
-    `keep_last` and `keep_every_steps` are the recipe's. The room for its copy of the tensors is made once. The ranks of `group` save
-    together.
+    `keep_last` and `keep_every_steps` are the recipe's. The CPU copy is allocated once. The ranks of `group` save together.
     """
 
     def __init__(self, keep_last: int | None = None, keep_every_steps: int | None = None, group: Group | None = None):
@@ -107,9 +105,7 @@ class Saver:
     def __enter__(self) -> "Saver":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is None:
             self.finish()
         elif self.pending is not None and (failure := self.pending.exception()) is not None:

@@ -156,7 +156,9 @@ class Trainer:
                 self.step()
                 if self.step_count == first:
                     self.saver.prepare(self.tensors())
-                last, stop = self.token_count >= training.tokens, self.stopping()
+                last = self.token_count >= training.tokens
+                # On all ranks if on one. Read once a step, as Ctrl-C may come while we save.
+                stop = bool(self.mesh.world.sum_(torch.tensor(int(self.stop))))
                 score = last or due(self.step_count, training.evaluate_every_steps)
                 save = last or stop or due(self.step_count, training.checkpoint_every_steps)
                 self.record(metrics, 0 if score or save else self.delay)
@@ -175,10 +177,6 @@ class Trainer:
             return nullcontext()
         sinks = open_sinks(self.recipe.logging, self.directory.resolve().parent.name, self.recipe.to_dict())
         return Metrics(self.directory, self.step_count or None, sinks)
-
-    def stopping(self) -> bool:
-        """Whether to stop after this step: on all ranks if on one. Read once a step, as Ctrl-C may come while we save."""
-        return bool(self.mesh.world.sum_(torch.tensor(int(self.stop))))
 
     def request_stop(self) -> None:
         """Has the run stop after this step, as Ctrl-C does."""
@@ -210,17 +208,14 @@ class Trainer:
         self.token_count += size * self.recipe.data.sequence_length
         with timed(self.spent, "metrics"):
             measured = {"losses": losses, "skipped": ~keep}
-            measured |= {f"norm {group}": norm for group, norm in norms.items()}
-            measured |= {f"load {name}": each for name, each in load.items()}
-            measured |= {
-                f"bias {name}": each for name, each in routing_biases(self.model, load, self.mesh.pipeline).items()
-            }
+            biases = routing_biases(self.model, load, self.mesh.pipeline)
+            for kind, values in (("norm", norms), ("load", load), ("bias", biases)):
+                measured |= {f"{kind} {name}": value for name, value in values.items()}
             scheduled = {
                 "learning_rate": learning_rate, "mtp_weight": mtp_weight, "bias_update_speed": speed, "batch_size": size,
             }  # fmt: skip
-            self.pending.append(
-                Step(self.step_count, self.token_count, first_row, scheduled, Transfer(measured, began))
-            )
+            transfer = Transfer(measured, began)
+            self.pending.append(Step(self.step_count, self.token_count, first_row, scheduled, transfer))
         self.seconds += time.perf_counter() - started
 
     def gradients(self, batch: Batch, mtp_weight: float, run: Passes = passes) -> tuple[Tensor, dict[str, Tensor]]:
@@ -255,26 +250,19 @@ class Trainer:
 
     def show(self) -> None:
         """Tells whoever watches."""
+        if not self.mesh.first:
+            return
         figures = {key: self.last[key] for key in ("loss", "tokens_per_second") if self.last.get(key) is not None}
         if self.health.skipped:
             figures["skipped"] = self.health.skipped
-        if not self.mesh.first:
-            return
         with timed(self.spent, "logging"):
             self.progress(
-                stage=self.directory.name,
-                done=self.token_count,
-                total=self.recipe.training.tokens,
-                step=self.step_count,
+                stage=self.directory.name, done=self.token_count, total=self.recipe.training.tokens, step=self.step_count,
                 **figures,
-            )
+            )  # fmt: skip
 
     def run_evaluation(self, metrics: Metrics | None) -> None:
-        """Calls the evaluation that was handed in, on the weights and on their average, and writes what it found.
-
-        The first rank does; where layers or experts are spread, all that have some of them do the same, because each computes
-        with its own for all.
-        """
+        """Runs the evaluation that was handed in, on the weights and on their average, and writes the result."""
         if self.evaluate is None:
             return
         self.mesh.activity.begin("evaluation")
@@ -287,7 +275,8 @@ class Trainer:
             metrics.evaluation({**at, **found})
 
     def scores(self, evaluate: Evaluate) -> dict[str, Any]:
-        """What the evaluation found in the weights of now; a rank that does none waits, as long as it takes."""
+        """The evaluation's result for the current weights, computed by the first data-parallel rank of every pipeline stage; with
+        experts spread over ranks, by all of them, as each computes its experts for all. Other ranks wait."""
         found = dict[str, Any]()
         if self.mesh.data.rank == 0 or self.mesh.expert.size > 1:
             model = self.model
