@@ -32,35 +32,35 @@ class Expanded:
 
     rows: slice
     segment_ids: Tensor | None = None
-    """int [1, tokens]: of several sequences, each token's own; the tokens are all that these have."""
+    """int [1, tokens]: each token's sequence, if there are several; all of them start in this pass."""
     slots: Tensor | None = None
-    """int [S]: where the cache holds one sequence up to its last token here, if it began before this pass."""
+    """int [S]: where the cache holds the sequence up to its last token here, if it started before this pass."""
 
 
 @dataclass(frozen=True, eq=False)
 class Absorbed:
-    """Tokens of a pass whose attention takes the absorbed form: as many of each of some sequences, their last."""
+    """Tokens of a pass whose attention takes the absorbed form: the last ones of some sequences, equally many of each."""
 
     rows: slice
     table: Tensor
     """int32 [B, M]: the pages of each sequence."""
     lengths: Tensor
-    """int32 [B]: the tokens of each, those of the pass included; 0 for a sequence that is none."""
+    """int32 [B]: the tokens of each, those of the pass included; 0 for padding."""
     bias: Tensor | None = None
-    """[B, T H, S] of `causal_bias`, where the cache has entries side by side: `Cache.pages` is [B or more, L, S] then."""
+    """[B, T H, S] of `causal_bias`, where the cache has entries side by side: then `Cache.pages` is [B or more, L, S]."""
 
 
 class Cache(Protocol):
     """What attention needs of a latent cache: 576 values a token and layer for DeepSeek-V3. `inference/` provides it."""
 
     parts: Sequence[Expanded | Absorbed]
-    """How the tokens of the pass attend: one part behind the other; tokens behind the last part are padding."""
+    """How the tokens of the pass attend, one part after the other; tokens after the last part are padding."""
 
     def store(self, block: str, latent_FC: Tensor, key_FR: Tensor) -> None:
-        """Keeps the normed latent and the rotated key of the pass's tokens."""
+        """Stores the normed latent and the rotated key of the pass's tokens."""
 
     def pages(self, block: str) -> Tensor:
-        """What is kept for a layer, as `dsv3.ops.latent_pages` lays it out."""
+        """A layer's entries, as `dsv3.ops.latent_pages` lays them out."""
 
 
 class MultiHeadLatentAttention(nn.Module):
@@ -100,8 +100,7 @@ class MultiHeadLatentAttention(nn.Module):
     def expanded(self, q: Tensor, latent: Tensor, key: Tensor, segment_ids: Tensor | None = None) -> Tensor:
         """[B, T, H, V] from rotated queries [B, T, H, N + R], latents [B, T, C] and rotated keys [B, T, R]."""
         k, v = self.keys_and_values(self.kv_b_proj(latent), key)
-        out: Tensor = attention(q, k, v, self.config.softmax_scale, segment_ids)
-        return out
+        return attention(q, k, v, self.config.softmax_scale, segment_ids)
 
     def cached(self, q_FHX: Tensor, latent_FC: Tensor, key_FR: Tensor, cache: Cache) -> Tensor:
         """[F, H, V] of a pass over a cache, part by part; padding gives zeros."""
@@ -125,18 +124,17 @@ class MultiHeadLatentAttention(nn.Module):
 
     @property
     def input_layers(self) -> tuple[Linear, Linear]:
-        """The two that read the input: queries' (their latent's, where they have one), and the key-value latent's."""
+        """The two that read the input: the queries' (or their latent's), and the key-value latent's."""
         return self.q_proj if self.config.q_lora_rank is None else self.q_a_proj, self.kv_a_proj_with_mqa
 
     def inputs(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What these two give, as it is."""
+        """The outputs of these two."""
         if self.inputs_fp8 is not None:
             q, kv = self.inputs_fp8(x)
             return q, kv
         to_q, to_kv = self.input_layers
         if self.inputs_stored.serves(x):
-            q, kv = self.inputs_stored(x).split([len(to_q.weight), len(to_kv.weight)], dim=-1)
-            return q, kv
+            return self.inputs_stored(x).split([len(to_q.weight), len(to_kv.weight)], dim=-1)
         return to_q(x), to_kv(x)
 
     def queries(self, q: Tensor) -> Tensor:
@@ -154,17 +152,16 @@ class MultiHeadLatentAttention(nn.Module):
 
     def keys_and_values(self, kv: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Equations (6) to (9): (keys [B, T, H, N + R], values [B, T, H, V]) from the up-projection's output and the rotated key."""
-        k, v = keys_and_values(self.in_heads(kv), key, self.config.qk_nope_head_dim)
-        return k, v
+        return keys_and_values(self.in_heads(kv), key, self.config.qk_nope_head_dim)
 
     def recomputed(self, x: Tensor, rope: Rope, segments: Tensor | None, recomputation: Recomputation) -> Tensor:
-        """The expanded form of an input [B, T, D], its queries, keys and values made again from the latents in backward."""
+        """The expanded form of an input [B, T, D]; backward recomputes queries, keys and values from the latents."""
         to_q: Linear | None
         if self.config.q_lora_rank is None and self.inputs_fp8 is None:
             low, to_q, kv = x, self.q_proj, self.kv_a_proj_with_mqa(x)
         else:
             q, kv = self.inputs(x)
-            # Without a latent, queries in FP8 come out of one product with the key-value latent, and are kept.
+            # Without a latent, queries in FP8 come from one product with the key-value latent, and are kept.
             low, to_q = (q, None) if self.config.q_lora_rank is None else (self.q_a_layernorm(q), self.q_b_proj)
         latent, key = self.latents(kv, rope)
 
@@ -181,9 +178,9 @@ class MultiHeadLatentAttention(nn.Module):
         return attention(q, k, v, self.config.softmax_scale, segments)
 
     def absorbed(self, q_FHX: Tensor, pages: Tensor, part: Absorbed) -> Tensor:
-        """The same with `W_UK` moved to the queries and `W_UV` behind the weighted sum of latents. [F, H, V]
+        """The same with `W_UK` applied to the queries and `W_UV` after the weighted sum of latents: [F, H, V].
 
-        What is left between the two is attention of all heads to one key, the entry, which is the value as well.
+        In between all heads attend to one key, the cache entry, which is the value as well.
         """
         config = self.config
         heads, latent = q_FHX.shape[1], config.kv_lora_rank

@@ -86,8 +86,7 @@ class MicroBatch:
     def loss(self, hidden: Tensor, head: Tensor, ahead: int) -> Tensor:
         """Cross-entropy of the tokens `ahead`, nats, from normed states [B, T + 1 - ahead, D] and the head's weight [V, D]."""
         target = targets(self.tokens, ahead, self.valid, self.segment_ids)
-        loss: Tensor = linear_cross_entropy(hidden.flatten(0, 1), head, target.flatten(), self.divisor)
-        return loss
+        return linear_cross_entropy(hidden.flatten(0, 1), head, target.flatten(), self.divisor)
 
 
 def default_positions(tokens: Tensor) -> Tensor:

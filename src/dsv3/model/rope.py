@@ -63,5 +63,4 @@ class Rope:
 
     def rotate_heads(self, x: Tensor) -> Tensor:
         """[B, T, H, N + R] with the last R elements of every head turned."""
-        turned: Tensor = rotate_heads(x, self.turn)
-        return turned
+        return rotate_heads(x, self.turn)

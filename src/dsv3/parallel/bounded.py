@@ -34,7 +34,7 @@ class Slabs:
     span: int
     """Experts that each rank of its group has."""
     alignment: int
-    """See `Dispatcher.dispatch`."""
+    """See `Dispatcher.pack`."""
 
 
 class BoundedExpertParallel(ExpertParallel):
@@ -43,14 +43,6 @@ class BoundedExpertParallel(ExpertParallel):
     def __init__(self, mesh: Mesh, fp8: bool = False, open_window: Open | None = None):
         node = mesh.node if open_window is None else CopyingGroup.of(mesh.node, open_window)
         super().__init__(replace(mesh, node=node), fp8)
-
-    def dispatch(self, x_TD: Tensor, routing: Routing, alignment: int = 0) -> Dispatched:
-        """See `Dispatcher`."""
-        return self.unpack(self.send(self.pack(x_TD, routing, alignment)))
-
-    def combine(self, rows_RD: Tensor, handle: Journey) -> Tensor:
-        """See `Dispatcher`."""
-        return self.unpack_back(self.send_back(self.pack_back(rows_RD, handle), handle), handle)
 
     def pack(self, x_TD: Tensor, routing: Routing, alignment: int = 0) -> Slabs:
         """See `Dispatcher`: the slabs of the first leg."""

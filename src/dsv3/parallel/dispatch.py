@@ -9,11 +9,12 @@ Legend: T tokens here, D hidden, K experts per token, A rows received, R rows so
 
 import logging
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from dsv3.errors import UserError
-from dsv3.model.feed_forward import Dispatched, Dispatcher, Routing
+from dsv3.model.feed_forward import Dispatched, Dispatcher
 from dsv3.ops.permute import Permutation, permute, sort_some, unpermute
 from dsv3.parallel.leg import Leg, plan_leg
 from dsv3.parallel.mesh import Mesh
@@ -51,9 +52,10 @@ class ExpertParallel(Dispatcher):
             raise UserError(f"{experts} experts cannot be divided over parallel.expert = {self.expert.size} ranks")
         return range(self.expert.rank * each, (self.expert.rank + 1) * each)
 
-    def dispatch(self, x_TD: Tensor, routing: Routing, alignment: int = 0) -> Dispatched:
+    def send(self, parcel: Any) -> Any:
         """See `Dispatcher`."""
-        rows, weight, expert, span = x_TD, routing.weight, routing.expert, routing.num_experts
+        rows, routing, alignment = parcel
+        weight, expert, span = routing.weight, routing.expert, routing.num_experts
         legs, assignments = list[Leg](), 0
         for group in self.groups:
             span //= group.size
@@ -64,12 +66,12 @@ class ExpertParallel(Dispatcher):
         local = sort_some(expert, span, assignments, alignment)
         return Dispatched(permute(rows, local), local.by_row(weight), local.counts_E, Journey(legs, local))
 
-    def combine(self, rows_RD: Tensor, handle: Journey) -> Tensor:
+    def send_back(self, rows: Tensor, handle: Journey) -> Tensor:
         """See `Dispatcher`."""
-        y = unpermute(rows_RD, handle.local)
+        rows = unpermute(rows, handle.local)
         for leg in reversed(handle.legs):
-            y = unpermute(leg.back(y, self.fp8), leg.to)
-        return y
+            rows = unpermute(leg.back(rows, self.fp8), leg.to)
+        return rows
 
     def watch(self, rows: int, share: int) -> None:
         """Warns once when this rank has far more rows than with even loads."""

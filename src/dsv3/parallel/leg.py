@@ -30,13 +30,11 @@ class Leg:
     def there(self, rows_SD: Tensor, fp8: bool = False) -> Tensor:
         """[S, D] -> [A, D], ordered by the rank they came from. `fp8`: sent as E4M3 with scales that are powers of two. The
         backward pass is `back` in the rows' dtype."""
-        rows: Tensor = Exchange.apply(rows_SD, self.group, self.sent, self.received, fp8, False)
-        return rows
+        return Exchange.apply(rows_SD, self.group, self.sent, self.received, fp8, False)
 
     def back(self, rows_AD: Tensor, fp8: bool = False) -> Tensor:
         """[A, D] -> [S, D]. Backward is `there`, in FP8 if `fp8`."""
-        rows: Tensor = Exchange.apply(rows_AD, self.group, self.received, self.sent, False, fp8)
-        return rows
+        return Exchange.apply(rows_AD, self.group, self.received, self.sent, False, fp8)
 
 
 def plan_leg(expert_TK: Tensor, span: int, group: Group) -> tuple[Leg, Tensor, int]:

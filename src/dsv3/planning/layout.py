@@ -1,4 +1,4 @@
-"""Who holds what in a parallel layout, by arithmetic on its recipe: which blocks a stage has, which parameters a rank."""
+"""What each rank holds in a parallel layout, by arithmetic on its recipe: the blocks of a stage, the parameters of a rank."""
 
 from dataclasses import dataclass
 from itertools import groupby
@@ -15,7 +15,7 @@ from dsv3.recipe.schema import Recipe
 
 @dataclass(frozen=True)
 class Holding:
-    """What some ranks of one place in the pipeline hold, each: those with the same experts."""
+    """What each of some ranks holds: those of one pipeline rank that have the same experts."""
 
     ranks: range
     blocks: tuple[str, ...]
@@ -106,17 +106,15 @@ def holdings(recipe: Recipe) -> list[Holding]:
 
 
 def schedule_of(parallel: ParallelSection, micro_batches: int | None = None) -> Schedule:
-    """What a step with so many micro-batches on each pipeline runs; without a pipeline one pass after the other.
-
-    By default the one with the fewest: who holds which stage is the same for all.
-    """
+    """The schedule of a step with so many micro-batches on each pipeline (by default as few as it can have); without a pipeline,
+    one pass after the other. Which rank holds which stage does not depend on their number."""
     name, ranks = parallel.schedule if parallel.pipeline > 1 else "one_f_one_b", parallel.pipeline
     count = least_micro_batches(name, ranks) if micro_batches is None else micro_batches
     return make_schedule(name, ranks, count, parallel.schedule_below)
 
 
 def divided(config: ModelConfig, stages: int, length: int) -> Layout:
-    """The blocks in so many stages that compute equally long, as nearly as can be, for sequences of `length` tokens.
+    """The blocks in so many stages of nearly equal compute time, for sequences of `length` tokens.
 
     Raises `UserError` where a stage would have no block.
     """

@@ -17,7 +17,7 @@ from dsv3.training.transfer import Transfer
 
 @dataclass(frozen=True)
 class Step:
-    """A step that was made, its figures on their way."""
+    """A finished step, its figures still on their way to the host."""
 
     number: int
     """From 1."""
@@ -44,7 +44,7 @@ class Recorder:
     def record(self, step: Step, values: dict[str, np.ndarray], health: Health, seconds: float) -> dict[str, Any]:
         """One line. `seconds` is the training time up to now; what is not finite becomes None.
 
-        Speeds are those of the step itself: a GPU's figures are read when later ones may be there already. `mfu` is there where the device's peak is known.
+        Speeds are of the step itself, as a GPU's figures are read a step later. `mfu` is there where the device's peak is known.
         """
         groups = below(values, "norm ")
         norm = float(groups.pop("all"))

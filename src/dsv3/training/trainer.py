@@ -54,7 +54,7 @@ log = logging.getLogger(__name__)
 Progress = Callable[..., None]
 """Called as `progress(stage=..., done=..., total=..., **figures)` once a step."""
 Evaluate = Callable[[DeepSeekV3], dict[str, Any]]
-"""What `evaluations.jsonl` holds beside step, tokens and seconds."""
+"""Makes a record of `evaluations.jsonl`, but for step, tokens and seconds."""
 
 NAMED_DOCUMENTS = 50
 """Most documents that a message names."""
@@ -63,8 +63,8 @@ NAMED_DOCUMENTS = 50
 class Trainer:
     """One model, from a recipe and a loader to checkpoints in `directory/checkpoints`.
 
-    `files` (name -> path) are copied into each checkpoint, the tokenizer among them. Of the ranks of `mesh` each has a trainer and
-    a loader of its slice of the batches, and the first writes the records.
+    `files` (name -> path), the tokenizer among them, are copied into each checkpoint. Each rank of `mesh` has a trainer and a loader
+    of its slice of the batches; the first writes the records.
     """
 
     def __init__(
@@ -90,15 +90,15 @@ class Trainer:
                 self.device = torch.device("cuda", torch.cuda.current_device())  # as `parallel.launch` has set it
             torch.cuda.set_device(self.device)
         self.dtype = COMPUTE_DTYPES[training.precision]
-        pipeline = self.mesh.pipeline
-        self.pipelined = Pipelined(recipe, pipeline, self.skeleton) if pipeline.size > 1 else None
+        self.pipelined, gradients, holders = None, None, None
+        if self.mesh.pipeline.size > 1:
+            self.pipelined = Pipelined(recipe, self.mesh.pipeline, self.skeleton)
+            gradients, holders = self.pipelined.gradients, self.pipelined.holders
         model = self.skeleton() if self.pipelined is None else self.pipelined.own()
         self.model = model.to_empty(device=self.device).initialize(training.initialization, training.seed)
         self.model.recompute(training.recompute)
         if training.precision == "fp8":
-            gradients = None if self.pipelined is None else self.pipelined.gradients
             self.model.compute_in_fp8(gradients, training.fp8_scaling)
-        holders = None if self.pipelined is None else self.pipelined.holders
         self.optimizer = Optimizer(self.model, recipe.optimizer, self.dtype, self.mesh, holders)
         self.passes: Passes = passes
         if training.cuda_graphs and self.device.type == "cuda" and training.precision != "fp32":
@@ -108,7 +108,7 @@ class Trainer:
                 log.warning("training.cuda_graphs: passes are not recorded on several ranks, whose hosts read sizes")
         shares = self.optimizer.shares
         self.weights = shares.masters(self.model.state_dict())
-        """What is trained, in FP32: all of it, or of what is whole in BF16 alone this rank's rows."""
+        """What is trained, in FP32: whole, or this rank's rows of what is whole only in BF16."""
         self.average = None
         if training.ema_decay is not None:
             self.average = Average(self.weights, training.ema_decay, shares.spread_masters)
@@ -119,17 +119,17 @@ class Trainer:
         self.pending: deque[Step] = deque()
         """Steps whose figures are not read yet."""
         self.delay = 1 if self.device.type == "cuda" else 0
-        """How many steps their reading lags behind."""
+        """How many steps later they are read."""
         self.last: dict[str, Any] = {}
         """The newest record."""
         self.changes: list[str] = []
-        """What the recipe of the checkpoint that this run continues from had otherwise."""
+        """Accepted differences from the recipe of the checkpoint that this run continues from."""
         self.stop = False
         self.spent: dict[str, float] = {}
-        """Seconds of the loop in what is not the step itself, by name; see `dsv3 bench train --overhead`."""
+        """Seconds spent outside the step itself, by what for; see `dsv3 bench train --overhead`."""
 
     def skeleton(self) -> DeepSeekV3:
-        """The recipe's whole network, on no device."""
+        """The recipe's whole network, on the meta device."""
         fp8, parallel = self.recipe.training.precision == "fp8", self.recipe.parallel
         experts = None
         if self.mesh.expert.size > 1:
@@ -183,7 +183,7 @@ class Trainer:
         self.stop = True
 
     def step(self) -> None:
-        """One optimizer step; what it measured joins `pending`."""
+        """One optimizer step; its figures join `pending`."""
         self.mesh.activity.begin(f"step {self.step_count + 1}")
         started, began = time.perf_counter(), moment(self.device)
         at = (self.step_count, self.token_count)
@@ -249,7 +249,7 @@ class Trainer:
                 raise RunError(self.not_finite(step, first, why))
 
     def show(self) -> None:
-        """Tells whoever watches."""
+        """Reports progress."""
         if not self.mesh.first:
             return
         figures = {key: self.last[key] for key in ("loss", "tokens_per_second") if self.last.get(key) is not None}
@@ -293,7 +293,7 @@ class Trainer:
         return self.directory / "checkpoints" / f"step-{self.step_count:08d}"
 
     def save(self) -> None:
-        """Begins to write a checkpoint; `RunError` when the one before could not be written."""
+        """Starts writing a checkpoint; `RunError` when the one before could not be written."""
         state = {
             "step": self.step_count, "tokens": self.token_count, "rows": self.row_count, "seconds": self.seconds,
             "updates of the average": 0 if self.average is None else self.average.updates,
@@ -353,7 +353,7 @@ class Trainer:
         return True
 
     def named(self, step: Step) -> str:
-        """Which tensor of a skipped step is the first that is not finite, and what the step was made of."""
+        """Which tensor of a skipped step is the first that is not finite, and which rows and documents the step had."""
         size = step.scheduled["batch_size"]
         batch, last = self.loader.rows(step.first_row, size), step.first_row + size - 1
         found = None
@@ -363,7 +363,7 @@ class Trainer:
             first = "Computed again with the weights of now, all of it is finite"
             found = first_not_finite(self.model, lambda: self.gradients(batch, step.scheduled["mtp_weight"])[0])
         if isinstance(self.passes, Replay):
-            self.passes = Replay()  # what was recorded adds to gradients that are no more
+            self.passes = Replay()  # the recording adds to gradients that are gone
         if found is not None:
             first = f"The first that is not is {found.what}"
         if found is not None and found.place is not None:
@@ -380,7 +380,7 @@ class Trainer:
         )
 
     def not_finite(self, step: Step, first: int, why: str) -> str:
-        """What to say of a loss or a gradient that is not finite in `step` and all steps from `first` on; see `named`."""
+        """The message for a loss or a gradient that is not finite in `step` and all steps from `first` on; see `named`."""
         self.saver.wait()
         what = "loss" if self.last["loss"] is None else "gradient"
         kept = latest_checkpoint(self.directory / "checkpoints")

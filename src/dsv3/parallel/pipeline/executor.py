@@ -1,4 +1,4 @@
-"""Runs one rank's program of a schedule: forward and backward passes of stages, overlapped pairs, deferred weight gradients.
+"""Runs one rank's program: forward and backward passes of its stages, overlapped pairs, deferred weight gradients.
 
 Its twin is the serial run: losses and gradients are the same up to the order of sums.
 """
@@ -43,7 +43,7 @@ class Executor:
         self.gradients = gradients or WeightGradients()
         model.defer_weight_gradients(self.gradients)
         self.device = next(model.parameters()).device
-        # What communicates is short, and all wait for it: its kernels go before those of products that are yet to begin.
+        # Communication is short and everything waits for it: its kernels go before those of products that have not started.
         self.side = torch.cuda.Stream(self.device, priority=-1) if self.device.type == "cuda" else None
 
     def run(self, schedule: Schedule, batch: Sequence[MicroBatch]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -104,16 +104,14 @@ class Run:
             perform(self.turn(each))
             self.returned(each)
         elif isinstance(each, InputGradient):
-            with self.executor.gradients.deferred() as later:
-                perform(self.turn(each))
-            self.later[each.stage, each.micro_batch] = later
+            self.later[each.stage, each.micro_batch] = self.deferring(*self.turn(each))
             self.returned(each)
         else:
             perform(self.later.pop((each.stage, each.micro_batch)))
 
     def overlap(self, pair: Overlapped) -> None:
-        """The order of DeepSeek's training trace: each pass communicates while the other computes; what weight gradients the
-        backward pass leaves behind are computed while its next communication runs."""
+        """The order of DeepSeek's training trace: each pass communicates while the other computes. The backward pass's weight
+        gradients are computed while its next communication runs."""
         ahead, back = self.start(pair.forward).forwards(), self.turn(pair.backward)
         later = self.deferring(back[0])
         for forth, returning in zip_longest(
@@ -129,14 +127,14 @@ class Run:
         self.forwarded(pair.forward)
         self.returned(pair.backward)
 
-    def deferring(self, work: Work) -> list[Work]:
-        """Runs it, and returns the weight gradients that it left for later."""
+    def deferring(self, *work: Work) -> list[Work]:
+        """Runs it, and returns the weight gradients left for later."""
         with self.executor.gradients.deferred() as later:
-            work()
+            perform(work)
         return later
 
     def start(self, chunk: Chunk) -> Passage:
-        """The passage of a forward pass, before its first step."""
+        """A forward pass before its first step."""
         flow = Flow(self.batch[chunk.micro_batch])
         if chunk.stage:
             flow.stream = self.mail.take(("activation", chunk.stage, chunk.micro_batch))
@@ -173,7 +171,7 @@ class Run:
             self.mail.put(("gradient", chunk.stage - 1, chunk.micro_batch), anchor.grad)
 
     def empty(self, message: Message) -> Tensor:
-        """Room for an activation or its gradient."""
+        """A buffer for an activation or its gradient."""
         model, (sequences, length) = self.executor.model, self.batch[message.micro_batch].inputs.shape
         dtype = model.compute_dtype or next(model.parameters()).dtype
         return torch.empty(sequences, length, model.config.hidden_size, dtype=dtype, device=self.executor.device)
