@@ -17,11 +17,10 @@ from torch import Tensor, nn
 from dsv3.model.config import ModelConfig
 from dsv3.model.linear import Linear, RMSNorm
 from dsv3.model.recompute import Recomputation
-from dsv3.model.rope import Rope
 from dsv3.ops.attention import attention, attention_behind_context
 from dsv3.ops.latent_pages import read_latents
 from dsv3.ops.paged_attention import entries_attention, paged_latent_attention
-from dsv3.ops.rotary import keys_and_values
+from dsv3.ops.rotary import keys_and_values, rotate_heads, rotated
 from dsv3.precision.projection import Projection
 from dsv3.precision.stored import Stored
 
@@ -84,7 +83,7 @@ class MultiHeadLatentAttention(nn.Module):
         self.inputs_stored = Stored(*self.input_layers)
         self.recomputation: Recomputation | None = None
 
-    def forward(self, x: Tensor, rope: Rope, segment_ids: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor, segment_ids: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """Causal attention; with `segment_ids` (int [B, T]) within documents; with a cache, over what it holds as well."""
         if self.recomputation is not None and cache is None:
             return self.o_proj(self.recomputed(x, rope, segment_ids, self.recomputation).flatten(2))
@@ -92,9 +91,9 @@ class MultiHeadLatentAttention(nn.Module):
         q = self.queries(q)
         latent, key = self.latents(kv, rope)
         if cache is None:
-            out = self.expanded(rope.rotate_heads(q), latent, key, segment_ids)
+            out = self.expanded(rotate_heads(q, rope), latent, key, segment_ids)
         else:
-            out = self.cached(rope.rotate_heads(q).flatten(0, 1), latent.flatten(0, 1), key.flatten(0, 1), cache)
+            out = self.cached(rotate_heads(q, rope).flatten(0, 1), latent.flatten(0, 1), key.flatten(0, 1), cache)
         return self.o_proj(out.flatten(-2).view(*x.shape[:-1], -1))
 
     def expanded(self, q: Tensor, latent: Tensor, key: Tensor, segment_ids: Tensor | None = None) -> Tensor:
@@ -145,16 +144,16 @@ class MultiHeadLatentAttention(nn.Module):
         """[B, T, H X] -> [B, T, H, X]."""
         return projected.unflatten(-1, (self.config.num_attention_heads, -1))
 
-    def latents(self, kv: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+    def latents(self, kv: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
         """What is cached: (normed latent [B, T, C], rotated key shared by all heads [B, T, R])."""
         latent, key = kv.split([self.config.kv_lora_rank, self.config.qk_rope_head_dim], dim=-1)
-        return self.kv_a_layernorm(latent), rope.rotate(key.unsqueeze(2)).squeeze(2)
+        return self.kv_a_layernorm(latent), rotated(key.unsqueeze(2), rope).squeeze(2)
 
     def keys_and_values(self, kv: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Equations (6) to (9): (keys [B, T, H, N + R], values [B, T, H, V]) from the up-projection's output and the rotated key."""
         return keys_and_values(self.in_heads(kv), key, self.config.qk_nope_head_dim)
 
-    def recomputed(self, x: Tensor, rope: Rope, segments: Tensor | None, recomputation: Recomputation) -> Tensor:
+    def recomputed(self, x: Tensor, rope: Tensor, segments: Tensor | None, recomputation: Recomputation) -> Tensor:
         """The expanded form of an input [B, T, D]; backward recomputes queries, keys and values from the latents."""
         to_q: Linear | None
         if self.config.q_lora_rank is None and self.inputs_fp8 is None:
@@ -169,7 +168,7 @@ class MultiHeadLatentAttention(nn.Module):
             low: Tensor, latent: Tensor, key: Tensor, up_kv: Tensor, up_q: Tensor | None = None
         ) -> tuple[Tensor, ...]:
             q = low if to_q is None or up_q is None else to_q.multiply(low, up_q)
-            return rope.rotate_heads(self.in_heads(q)), *self.keys_and_values(
+            return rotate_heads(self.in_heads(q), rope), *self.keys_and_values(
                 self.kv_b_proj.multiply(latent, up_kv), key
             )
 

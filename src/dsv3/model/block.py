@@ -13,14 +13,14 @@ from dsv3.model.attention import Cache, MultiHeadLatentAttention
 from dsv3.model.config import ModelConfig
 from dsv3.model.feed_forward import DeepSeekMoE, Dispatcher, Routing, SwiGLU
 from dsv3.model.linear import RMSNorm
-from dsv3.model.rope import Rope
 
 
 @dataclass(frozen=True)
 class Pass:
     """The arguments that all blocks share in one forward pass."""
 
-    rope: Rope
+    rope: Tensor
+    """complex64 [B or 1, T, F]: see `dsv3.model.rope.rotations`."""
     segment_ids: Tensor | None = None
     """int [B, T]: tokens see their own document only; None: all earlier ones of the row."""
     cache: Cache | None = None

@@ -22,7 +22,7 @@ from dsv3.model.linear import Embedding, Linear, RMSNorm
 from dsv3.model.micro_batch import MicroBatch, default_positions
 from dsv3.model.mtp import MultiTokenPrediction
 from dsv3.model.recompute import Recomputation
-from dsv3.model.rope import Rope
+from dsv3.model.rope import rotations
 from dsv3.precision.deferred import WeightGradients
 from dsv3.precision.feed_forward import FeedForward
 from dsv3.precision.projection import Projection
@@ -207,7 +207,7 @@ class DeepSeekV3(nn.Module):
     ) -> Output:
         """int [B, T] -> the main model's `Output`. Positions default to 0 .. T-1; see `Pass` for segments and cache."""
         positions = default_positions(tokens) if positions is None else positions
-        return self.run(tokens, Pass(Rope.at(self.config, positions), segment_ids, cache))
+        return self.run(tokens, Pass(rotations(self.config, positions), segment_ids, cache))
 
     def run(self, tokens: Tensor, shared: Pass) -> Output:
         """The main model on one pass."""

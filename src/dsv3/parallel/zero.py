@@ -131,9 +131,9 @@ class Shares:
 
     def gather(self) -> None:
         """Sends every updated share to all ranks, and frees its gradient."""
-        updated = [name for name, share in self.own.items() if share.grad is not None]
-        self.spread(name for name in updated if name not in self.narrow)
-        self.spread(name for name in updated if name in self.narrow)
+        updated = {name for name, share in self.own.items() if share.grad is not None}
+        self.spread(updated - self.narrow)
+        self.spread(updated & self.narrow)
         for name, parameter in self.parameters.items():
             if self.divided(parameter):
                 self.own[name].grad = None

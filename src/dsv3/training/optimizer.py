@@ -93,9 +93,9 @@ class Muon(torch.optim.Optimizer):
 class Optimizer:
     """The optimizers of one model, stepped together; `learning_rate` is set before each step.
 
-    Weight decay spares norm gains (one-dimensional parameters), and the embedding if the recipe says so. Muon, where the recipe
-    chooses it, takes the matrices of all blocks and of `eh_proj`; embedding, head, routers and gains stay with AdamW. Of several
-    data-parallel ranks each keeps AdamW's state of its share alone (`parallel.zero`), and Muon's whole.
+    The recipe says whether norm gains (one-dimensional parameters) and the embedding have weight decay; all else has.
+    Muon, where the recipe chooses it, takes the matrices of all blocks and of `eh_proj`; embedding, head, routers and gains stay
+    with AdamW. With several data-parallel ranks each keeps AdamW's state of its share alone (`parallel.zero`), and Muon's whole.
     """
 
     def __init__(
@@ -111,14 +111,14 @@ class Optimizer:
             each for name, each in model.named_parameters() if section.kind == "muon" and is_hidden_matrix(each, name)
         }
         self.keep_gradients = False
-        """Whether gradients are cleared by zeros, in the memory where they are."""
+        """Whether gradients are cleared in place, by zeros."""
         self.shortening: Tensor | None = None
-        """How many times too long the gradient of the next step is, at least 1."""
+        """What the next step divides gradients by, to clip them: at least 1."""
         self.shares = Shares(model, self.mesh, hidden, holders)
         self.names = {share: name for name, share in self.shares.own.items() if share.numel()}
         own = [module_group(name, share.dim()) for name, share in self.shares.own.items()]
         self.groups = list(dict.fromkeys(group for each in self.mesh.pipeline.objects(own) for group in each))
-        """Those of the parameters of all stages."""
+        """The module groups of the parameters of all stages."""
         muon = [share for share in self.names if share in hidden]
         rest = [share for share in self.names if share not in hidden]
         groups = [
@@ -140,7 +140,7 @@ class Optimizer:
             self.parts.append((part, section.muon_scale))
 
     def decays(self, parameter: nn.Parameter) -> bool:
-        """Whether weight decay is for it."""
+        """Whether a parameter has weight decay."""
         if self.names[parameter] == "embed_tokens.weight":
             return self.section.decay_embedding
         return parameter.dim() > 1 or self.section.decay_norms
@@ -164,20 +164,19 @@ class Optimizer:
         return norms
 
     def step(self, learning_rate: float, skip: Tensor | None = None) -> None:
-        """Updates the parameters from their gradients and clears those.
+        """Updates the parameters from their gradients, and clears the gradients.
 
-        Where `skip`, a bool scalar of the device, is True, weights and moments stay to the bit what they were; nobody waits
-        to learn which it was.
+        Where `skip`, a bool scalar on the device, is True, weights and moments stay the same to the bit; the host does not wait.
         """
         for part, scale in self.parts:
-            # GradScaler's protocol: gradients are divided by the one, and nothing is done where the other is 1.
+            # GradScaler's protocol: gradients are divided by the first, and nothing is updated where the second is 1.
             part.grad_scale = self.shortening  # type: ignore[attr-defined]
             part.found_inf = None if skip is None else skip.float()  # type: ignore[attr-defined]
             for group in part.param_groups:
                 group["lr"] = learning_rate * scale
             part.step()
         self.shortening = None
-        # Torch's fused AdamW does not; copies of weights in FP8 are made again when the version is another.
+        # Torch's fused AdamW does not do this; FP8 copies of weights are made again when the version has changed.
         torch.autograd.graph.increment_version(self.names)
         self.shares.gather()
         for part, _ in self.parts:

@@ -1,9 +1,9 @@
 """Checkpoints written while training goes on: the step waits for a copy in CPU memory, a thread writes that to disk.
 
-saver.prepare(tensors)                         has a thread make room for the copy
+saver.prepare(tensors)                         has the thread allocate the copy
 saver.save(directory, tensors, state, files)   copies, and returns
-saver.check()                                  raises what went wrong in a save that is over
-saver.finish()                                 waits for the last one, and raises what went wrong
+saver.check()                                  raises the error of a save that has ended
+saver.finish()                                 waits for the last save, and raises its error
 """
 
 import logging
@@ -37,16 +37,16 @@ class Saver:
         self.worker = ThreadPoolExecutor(1, "checkpoint")
         self.pending: Future[None] | None = None
         self.spent: dict[str, float] = {}
-        """Seconds so far by what they went into: `waiting` for the thread, which the steps do; `copying` on the GPU between two
-        of them; and in the thread, `preparing` room for the copy, `writing`, and the `processor` time of that."""
+        """Seconds so far: of the steps, `waiting` for the thread; on the GPU between two steps, `copying`; in the thread,
+        `preparing` the copy's memory, `writing`, and the `processor` time of that."""
 
     def prepare(self, tensors: Mapping[str, Any]) -> None:
-        """Has the thread make room for the copy of tensors like these, the first time: a GPU's takes seconds to pin."""
+        """Has the thread allocate the copy of tensors like these, the first time: pinning it for a GPU takes seconds."""
         if not self.copy and self.pending is None:
             self.pending = self.worker.submit(self.make_room, flatten(tensors))
 
     def make_room(self, given: Mapping[str, Tensor]) -> None:
-        """Fits the copy to these tensors."""
+        """Allocates the copy of tensors like these."""
         with timed(self.spent, "preparing"):
             self.copy = {
                 name: torch.empty_like(each, device="cpu", pin_memory=each.is_cuda) for name, each in given.items()
@@ -87,12 +87,12 @@ class Saver:
         self.pending = self.worker.submit(work)
 
     def check(self) -> None:
-        """Raises the error of a save that is over, once; waits for nothing."""
+        """Raises the error of a save that has ended, once; does not wait."""
         if self.pending is not None and self.pending.done():
             self.finish()
 
     def wait(self) -> None:
-        """Waits for the save under way, whatever comes of it."""
+        """Waits for the save under way, and ignores its errors."""
         if self.pending is not None:
             wait([self.pending])
 
