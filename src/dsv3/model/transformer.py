@@ -4,11 +4,11 @@ Legend: B sequences, T tokens, D hidden, V vocabulary.
 """
 
 import hashlib
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -84,14 +84,14 @@ class DeepSeekV3(nn.Module):
         self.embed_tokens = Embedding(
             config.vocab_size, config.hidden_size, _weight=torch.empty(config.vocab_size, config.hidden_size)
         )
-        self.layers: Sequence[Block] = module_list(
-            Block(config, str(i), i < config.first_k_dense_replace, dispatcher) for i in range(config.num_hidden_layers)
-        )
+        dense = config.num_dense_layers
+        layers = (Block(config, str(i), i < dense, dispatcher) for i in range(config.num_hidden_layers))
+        # The type checker does not know that a ModuleList is a sequence of its modules.
+        self.layers = cast(Sequence[Block], nn.ModuleList(layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
-        self.mtp: Sequence[MultiTokenPrediction] = module_list(
-            MultiTokenPrediction(config, k, dispatcher) for k in range(config.num_nextn_predict_layers)
-        )
+        modules = (MultiTokenPrediction(config, k, dispatcher) for k in range(config.num_nextn_predict_layers))
+        self.mtp = cast(Sequence[MultiTokenPrediction], nn.ModuleList(modules))
 
     def blocks(self) -> Iterator[Block]:
         """Every Transformer block, those of the MTP modules included: everything done per layer walks this."""
@@ -258,11 +258,6 @@ def count(routings: Mapping[str, Routing]) -> tuple[Tensor | None, dict[str, Ten
     load = {name: each.load for name, each in routings.items()}
     frequency = {name: each.frequency for name, each in routings.items() if each.frequency is not None}
     return torch.stack(balances).sum() if balances else None, load, frequency
-
-
-def module_list(modules: Iterable[nn.Module]) -> Any:
-    """A ModuleList, which the type checker does not know to be a sequence of its modules."""
-    return nn.ModuleList(modules)
 
 
 def refuse_sizes(block: Block) -> None:

@@ -57,7 +57,7 @@ class Recorder:
             "step": step.number, "tokens": step.tokens, "seconds": round(seconds, 3),
             "loss": number(loss), "mtp_losses": [number(each) for each in mtp], "balance_loss": number(balance),
             "grad_norm": number(norm), **step.scheduled, "tokens_per_second": speed,
-            **vars(balance_figures(load, below(values, "bias "))),
+            **balance_figures(load, below(values, "bias ")),
             "grad_norms": {group: number(float(each)) for group, each in groups.items()},
             **health.step(step.number, loss, norm, bool(values["skipped"])),
             "flops_per_second": speed * self.flops, "peak_memory": peak_memory(self.device),
