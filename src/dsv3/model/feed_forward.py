@@ -16,6 +16,7 @@ from dsv3.model.linear import Linear, fp8_storage
 from dsv3.model.recompute import Recomputation
 from dsv3.ops.block_scaled import dequantize
 from dsv3.ops.grouped_linear import grouped_linear, segments
+from dsv3.ops.linear_fp32 import linear_fp32
 from dsv3.ops.permute import Permutation, count_by_expert, permute, sort_by_expert, unpermute
 from dsv3.ops.rooms import Rooms, assign_rooms, quantize_to_rooms, room_for
 from dsv3.ops.router import add_loss, balance_loss, expert_frequency, select_experts
@@ -107,7 +108,6 @@ class Gate(nn.Module):
         super().__init__()
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
-        self.recomputation: Recomputation | None = None
         self.e_score_correction_bias: Tensor
         self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts, dtype=torch.float32))
 
@@ -119,10 +119,7 @@ class Gate(nn.Module):
         The loss is taken over each of `num_parts` equal parts of the tokens; its f is counted there, or is `frequency_E`.
         """
         config = self.config
-        wide = x_TD.float()
-        if self.recomputation is not None and wide is not x_TD:
-            wide = self.recomputation(Tensor.float, x_TD)
-        affinity = F.linear(wide, self.weight.float()).sigmoid()
+        affinity = linear_fp32(x_TD, self.weight).sigmoid()
         balance = frequency = None
         if balance_weight > 0:
             frequency_PE = expert_frequency(affinity, num_parts, config.num_experts_per_tok)

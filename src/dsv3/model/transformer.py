@@ -17,7 +17,7 @@ from dsv3.errors import UserError
 from dsv3.model.attention import Cache, MultiHeadLatentAttention
 from dsv3.model.block import Block, Pass
 from dsv3.model.config import ModelConfig
-from dsv3.model.feed_forward import Dispatcher, Experts, Gate, LocalDispatcher, Routing, SwiGLU
+from dsv3.model.feed_forward import Dispatcher, Experts, LocalDispatcher, Routing, SwiGLU
 from dsv3.model.linear import Embedding, Linear, RMSNorm
 from dsv3.model.micro_batch import MicroBatch, default_positions
 from dsv3.model.mtp import MultiTokenPrediction
@@ -140,11 +140,15 @@ class DeepSeekV3(nn.Module):
     def recompute(self, kinds: Collection[str]) -> None:
         """Has the backward pass of `loss` recompute activations in place of keeping them; the result stays the same to the bit.
 
-        `norms`: the outputs of RMSNorm, with the router's FP32 copy of one; `mla_up`: queries, keys and values made from MLA's
-        latents (report, section 3.2.3); `swiglu`: the inputs of the feed-forward's last product (section 3.3.3).
+        `norms`: the outputs of RMSNorm; `mla_up`: queries, keys and values made from MLA's latents (report, section 3.2.3);
+        `swiglu`: the inputs of the feed-forward's last product (section 3.3.3).
         """
         self.recomputation = Recomputation() if kinds else None
-        parts = {"norms": (RMSNorm, Gate), "mla_up": (MultiHeadLatentAttention,), "swiglu": (SwiGLU, Experts)}
+        parts: dict[str, tuple[type[RMSNorm | MultiHeadLatentAttention | SwiGLU | Experts], ...]] = {
+            "norms": (RMSNorm,),
+            "mla_up": (MultiHeadLatentAttention,),
+            "swiglu": (SwiGLU, Experts),
+        }
         for kind, types in parts.items():
             for module in self.modules():
                 if isinstance(module, types):

@@ -269,11 +269,12 @@ def kept_bytes(
     kept = 2 * (2 * hidden + low + latent + config.qk_rope_head_dim + values) + 4 * heads
     if not dense:
         kept += 12 * config.n_routed_experts + 40 * chosen
-        kept += 0 if "norms" in recompute else 4 * hidden
     if "mla_up" not in recompute:
         kept += 2 * heads * (2 * config.qk_head_dim + config.qk_nope_head_dim + config.v_head_dim)
     if fp8:
         inputs = hidden * (1 + chosen + always) + (0 if "mla_up" in recompute else low + latent)
+        # The router reads what the norm gave, not tiles of it.
+        kept += 0 if dense or "norms" in recompute else 2 * hidden
         return kept + (inputs + 2 * inner * (chosen + always)) * TILED + values * (1.5 + 4 / 128)
     kept += 2 * chosen * hidden + 4 * inner * (chosen + always)
     kept += 0 if "norms" in recompute else 2 * (2 * hidden + low + latent)

@@ -86,22 +86,30 @@ class Compute(torch.autograd.Function):
         grad_RD, counts, dtype, aligned = grad_RD.contiguous(), ctx.counts, ctx.dtype, ctx.aligned
         values, scale, inner_values, inner_scale, weight_R = ctx.saved_tensors
         quantizers: Quantizers = ctx.layers.quantizers
-        grad_tiles = quantizers.gradient_rows(grad_RD, ctx.layers.power_of_two)
-        grad_act = product(grad_tiles, ctx.down.transposed, counts, dtype, aligned)
+        in_bf16 = counts is not None and not aligned
+
+        def quantised(grad: Tensor, power_of_two: bool = False) -> tuple[Tiles, Any]:
+            """For the input's gradient and for the weight's."""
+            if in_bf16:
+                return quantizers.gradient_rows(grad, power_of_two), grad
+            return quantizers.gradient_both(grad, power_of_two)
+
+        rows, of_out = quantised(grad_RD, ctx.layers.power_of_two)
+        grad_act = product(rows, ctx.down.transposed, counts, dtype, aligned)
         inner = dequantize_rows(Tiles(inner_values, inner_scale), dtype)
         grad_inner, grad_weight, act = swiglu_backward(grad_act, inner, weight_R)
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = product(quantizers.gradient_rows(grad_inner), ctx.up.transposed, counts, dtype, aligned)
+        rows, of_inner = quantised(grad_inner)
+        grad_x = product(rows, ctx.up.transposed, counts, dtype, aligned) if ctx.needs_input_grad[0] else None
 
         def compute(sums: Sums) -> Sequence[Tensor]:
             x = Tiles(values, scale)
             if counts is not None:
-                of_down = experts_gradient(grad_RD, act, counts, quantizers, aligned, sums[0])
-                return of_down, experts_gradient(grad_inner, x, counts, quantizers, aligned, sums[1])
+                return (
+                    experts_gradient(of_out, act, counts, quantizers, sums[0]),
+                    experts_gradient(of_inner, x, counts, quantizers, sums[1]),
+                )
             sizes = [len(each) for each in ctx.weights]
-            down = weight_gradients(quantizers.gradient_columns(grad_RD), quantizers.columns(act), sizes[:1], sums[:1])
-            gate_up = quantizers.gradient_columns(grad_inner), quantizers.columns(x)
-            return *down, *weight_gradients(*gate_up, sizes[1:], sums[1:])
+            down = weight_gradients(of_out, quantizers.columns(act), sizes[:1], sums[:1])
+            return *down, *weight_gradients(of_inner, quantizers.columns(x), sizes[1:], sums[1:])
 
         return grad_x, grad_weight, None, None, None, *ctx.layers.gradients.take(ctx.weights, compute)

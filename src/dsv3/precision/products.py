@@ -39,17 +39,18 @@ def weight_gradients(grad: Tiles, x: Tiles, sizes: Sequence[int], sums: Sums) ->
 
 
 def experts_gradient(
-    grad_RN: Tensor, x: Tensor | Tiles, counts_E: Tensor, quantizers: Quantizers, aligned: bool, total: Tensor | None
+    grad: Tensor | Tiles, x: Tensor | Tiles, counts_E: Tensor, quantizers: Quantizers, total: Tensor | None
 ) -> Tensor:
-    """[E, N, K]: grad^T x over each expert's rows; x [R, K] may be in tiles.
+    """[E, N, K]: grad^T x over each expert's rows, added to `total`, which is given back, where there is one; x [R, K] may be in tiles.
 
-    In FP8 where groups are multiples of 128 (`aligned`: the dispatcher pads them, as `row_alignment` has asked it to): FP32, added to
-    `total`, which is given back, where there is one. In BF16 otherwise.
+    In FP8 where grad is in tiles of 128 tokens [N, R]: all groups are then multiples of 128 (the dispatcher pads them, as `row_alignment`
+    has asked it to). In BF16 where it is [R, N].
     """
-    if not aligned:
-        wide = dequantize_rows(x, grad_RN.dtype) if isinstance(x, Tiles) else x
-        return grouped_weight_gradient(grad_RN, wide, counts_E)
-    gradient: Tensor = grouped_wgrad_fp8(quantizers.gradient_columns(grad_RN), quantizers.columns(x), counts_E, total)
+    if isinstance(grad, Tiles):
+        gradient: Tensor = grouped_wgrad_fp8(grad, quantizers.columns(x), counts_E, total)
+    else:
+        wide = dequantize_rows(x, grad.dtype) if isinstance(x, Tiles) else x
+        gradient = grouped_weight_gradient(grad, wide, counts_E, total)
     return gradient
 
 
