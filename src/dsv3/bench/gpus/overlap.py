@@ -74,14 +74,6 @@ class Remembered(Dispatcher):
         """See `Dispatcher`."""
         return self.real.held(experts)
 
-    def dispatch(self, x_TD: Tensor, routing: Routing, alignment: int = 0) -> Dispatched:
-        """See `Dispatcher`."""
-        return self.unpack(self.send(self.pack(x_TD, routing, alignment)))
-
-    def combine(self, rows_RD: Tensor, handle: Any) -> Tensor:
-        """See `Dispatcher`."""
-        return self.unpack_back(self.send_back(self.pack_back(rows_RD, handle), handle), handle)
-
     def pack(self, x_TD: Tensor, routing: Routing, alignment: int = 0) -> Any:
         """See `Dispatcher`."""
         return self.real.pack(x_TD, routing, alignment)

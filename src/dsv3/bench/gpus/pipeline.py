@@ -40,7 +40,7 @@ class Ours:
 
     def __init__(self, rank: Rank, size: Size, group: Group, schedule: Schedule, batch: Sequence[MicroBatch]):
         layout = divided(size.config, schedule.stages, size.length)
-        parts = set().union(*map(layout.parts, schedule.held(rank.number)))
+        parts = set().union(*map(layout.parts, schedule.placement[rank.number]))
         self.model = rank.network(size.config, torch.bfloat16, parts=parts)
         self.executor, self.schedule, self.batch = Executor(self.model, layout, group), schedule, batch
 

@@ -11,7 +11,7 @@ from dsv3.bench.gpus.rank import Rank
 from dsv3.bench.gpus.sizes import Size
 from dsv3.model.block import Pass
 from dsv3.model.micro_batch import default_positions
-from dsv3.model.rope import Rope
+from dsv3.model.rope import rotations
 from dsv3.model.transformer import DeepSeekV3
 from dsv3.ops.cross_entropy import linear_cross_entropy
 from dsv3.parallel.group import Group
@@ -53,11 +53,11 @@ class TorchPipeline:
     """One of torch's schedules, its stages those of ours."""
 
     def __init__(self, rank: Rank, size: Size, group: Group, schedule: Schedule, rows: Tensor, words: str):
-        layout, held = divided(size.config, schedule.stages, size.length), schedule.held(rank.number)
+        layout, held = divided(size.config, schedule.stages, size.length), schedule.placement[rank.number]
         parts = set().union(*map(layout.parts, held))
         self.group, self.rows = group, rows
         self.model = rank.network(size.config, torch.bfloat16, parts=parts)
-        shared = Pass(Rope.at(size.config, default_positions(rows[:1, :-1])))
+        shared = Pass(rotations(size.config, default_positions(rows[:1, :-1])))
         modules = {
             each: StageModule(self.model, layout.stages[each], each == 0, each == layout.last, shared) for each in held
         }
