@@ -85,7 +85,7 @@ def without_server(
     params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
     for number, prompt in enumerate(prompts):
         engine.add(str(number), prompt, params)
-    while min(each.request.generated for each in engine.running.values()) < SETTLED:
+    while min(request.generated for [request] in engine.requests.values()) < SETTLED:
         engine.step()
     started, count = time.perf_counter(), (tokens - 2 * SETTLED) // 2
     for _ in range(count):
