@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from dsv3.cli.bench_ops import ops
-from dsv3.cli.options import PATH, WholeNumbers, device_option, json_file_option, write_json
+from dsv3.cli.options import PATH, WHOLE_NUMBERS, device_option, json_file_option, write_json
 from dsv3.errors import UserError
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def train(
 
 @bench.command()
 @click.option("--preset", default="tiny", help="The network, without its MTP modules.")
-@click.option("--batch", type=WholeNumbers(), default="1,8", help="Sequences decoded together; several by commas.")
+@click.option("--batch", type=WHOLE_NUMBERS, default="1,8", help="Sequences decoded together; several by commas.")
 @click.option("--tokens", type=click.IntRange(1), help="New tokens a sequence.  [default: 512; of a checkpoint 256]")
 @click.option("--rounds", type=click.IntRange(1), default=3)
 @click.option("--checkpoint", type=PATH, help="Instead: drafts of this run's MTP modules on its held-out text.")
@@ -185,7 +185,7 @@ def memory(preset: str, batch: int, length: int, device: str, json_path: Path | 
 
 
 @bench.command()
-@click.option("--vocabularies", type=WholeNumbers(), default="2048,32768", help="Entries; several by commas.")
+@click.option("--vocabularies", type=WHOLE_NUMBERS, default="2048,32768", help="Entries; several by commas.")
 @click.option("--megabytes", type=click.FloatRange(0.1), default=8.0, help="Text a turn.")
 @click.option("--rounds", type=click.IntRange(1), default=5)
 @json_file_option

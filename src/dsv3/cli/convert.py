@@ -41,7 +41,7 @@ def import_command(
     from dsv3.cli.ui import Progress
 
     with Progress() as progress:
-        import_weights(plan, checkpoint, workers, partial(progress.count, "import", gigabytes=True))
+        import_weights(plan, checkpoint, workers, partial(progress, "import", gigabytes=True))
     click.echo(f"checkpoint: {checkpoint}")
 
 
@@ -71,7 +71,7 @@ def export_command(
 
     wanted = torch.float8_e4m3fn if fp8 else named_dtype(dtype or "auto")
     with Progress() as progress:
-        advance = partial(progress.count, "export", gigabytes=True)
+        advance = partial(progress, "export", gigabytes=True)
         export_weights(checkpoint, directory, wanted, int(shard_size * GB), workers, advance, ema)
     click.echo(f"weights: {directory}")
 

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from dsv3.cli.eval import print_scores
-from dsv3.cli.options import PATH, Quantity, several
+from dsv3.cli.options import PATH, QUANTITY, several
 from dsv3.cli.run import Stages, is_first_rank, overrides_argument, run_recipe
 from dsv3.cli.schedule import show_schedules
 from dsv3.errors import UserError
@@ -30,7 +30,7 @@ training_options = several(
     click.option("--dry-run", is_flag=True, help="Print and draw the schedules, and train nothing."),
     click.option(
         "--at",
-        type=Quantity(),
+        type=QUANTITY,
         multiple=True,
         metavar="TOKENS",
         help="With --dry-run: also the values at 10T; several times.",

@@ -75,7 +75,7 @@ class Progress:
         if self._live:
             self._bars.stop()
 
-    def __call__(self, *, stage: str, done: int, total: int, gigabytes: bool = False, **figures: float | str) -> None:
+    def __call__(self, stage: str, done: int, total: int, gigabytes: bool = False, **figures: float | str) -> None:
         """`done` of `total` steps of `stage`, or bytes shown as gigabytes, and any figures by name; `..._per_second` is
         shown as `.../s`."""
         now = self._clock()
@@ -94,10 +94,6 @@ class Progress:
         elif done >= total or now - self._printed.get(stage, -SECONDS_BETWEEN_LINES) >= SECONDS_BETWEEN_LINES:
             self._printed[stage] = now
             self.note(f"{stage}: {', '.join(parts)}")
-
-    def count(self, stage: str, done: int, total: int, gigabytes: bool = False) -> None:
-        """The same for callers that have nothing else to tell."""
-        self(stage=stage, done=done, total=total, gigabytes=gigabytes)
 
     def note(self, text: str) -> None:
         """One line above the bars."""
