@@ -4,6 +4,7 @@ Speeds drift on every machine, between runs by more than most differences worth 
 round drifts far less.
 """
 
+import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +13,8 @@ from typing import Any
 
 import torch
 
+from dsv3.errors import UserError
+from dsv3.ops.kernels.available import no_kernels
 from dsv3.stages.machine import command, machine, versions
 
 Work = Callable[[], object]
@@ -73,6 +76,34 @@ class Result:
     command: str = field(default_factory=command)
 
 
+def synchronize(device: torch.device) -> None:
+    """Until a GPU has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def clear() -> None:
+    """Gives back the memory of what is no longer there."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def about(device: torch.device) -> dict[str, Any]:
+    """What every file of results says of where they come from."""
+    return {"machine": machine(device), "versions": versions(), "command": command()}
+
+
+def gpu(what: str) -> torch.device:
+    """The GPU that a command measures; `UserError` where there is none that runs the kernels."""
+    if not torch.cuda.is_available():
+        raise UserError(f"{what} measures a GPU, and found none: it needs one of compute capability 9.0")
+    device = torch.device("cuda", torch.cuda.current_device())
+    if (reason := no_kernels(device)) is not None:
+        raise UserError(f"{what} cannot run on {torch.cuda.get_device_name(device)}: it {reason}")
+    return device
+
+
 def take_turns(
     sides: Mapping[str, Work],
     rounds: int,
@@ -101,5 +132,9 @@ def ratio(
 ) -> Ratio:
     """`ours` against the fastest of `theirs` by its median."""
     best = min(theirs, key=lambda name: statistics.median(seconds[name]))
-    by_round = [b / a for a, b in zip(seconds[ours], seconds[best], strict=True)]
-    return Ratio(title, ours, best, Spread.of(by_round), target)
+    return Ratio(title, ours, best, times_faster(seconds[ours], seconds[best]), target)
+
+
+def times_faster(ours: Sequence[float], theirs: Sequence[float]) -> Spread:
+    """Of two sides' seconds, round by round."""
+    return Spread.of([b / a for a, b in zip(ours, theirs, strict=True)])

@@ -14,7 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dsv3.bench.measure import Progress
+from dsv3.bench.measure import Progress, synchronize
 from dsv3.model.config import ModelConfig
 from dsv3.model.transformer import DeepSeekV3, refuse_sizes
 from dsv3.recipe.schema import OptimizerSection
@@ -197,8 +197,7 @@ def passes(model: DeepSeekV3, tokens: Tensor, setting: Setting, meter: Live | Al
         loss = model.loss(tokens, mtp_weight=0.3, balance_alpha=1e-4).total
     kept = meter.now
     loss.backward()
-    if tokens.is_cuda:
-        torch.cuda.synchronize()
+    synchronize(tokens.device)
     return kept
 
 

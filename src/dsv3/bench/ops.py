@@ -8,13 +8,10 @@ import torch
 
 from dsv3.bench.kernels import attention, decode, products, quantise, routing
 from dsv3.bench.kernels.case import Case, Work
-from dsv3.bench.measure import Progress
-from dsv3.errors import UserError
-from dsv3.ops.kernels.available import no_kernels
+from dsv3.bench.measure import Progress, gpu
 
 FAMILIES: dict[str, Callable[[torch.device], Iterator[Case]]] = {
-    "quantise": quantise.cases, "routing": routing.cases, "products": products.cases,
-    "attention": attention.cases,
+    "quantise": quantise.cases, "routing": routing.cases, "products": products.cases, "attention": attention.cases,
     "decode": decode.cases,
 }  # fmt: skip
 COPIED = 2**30
@@ -51,13 +48,8 @@ class Measured:
     @property
     def reached(self) -> float | None:
         """The figure that the target is about."""
-        figures = {
-            "of the peer": self.of_the_peer,
-            "TB/s": self.terabytes,
-            "TFLOP/s": self.teraflops,
-            "us": self.microseconds,
-        }
-        return figures[self.unit]
+        rates = {"of the peer": self.of_the_peer, "TB/s": self.terabytes, "TFLOP/s": self.teraflops}
+        return self.microseconds if self.unit == "us" else rates[self.unit]
 
     @property
     def met(self) -> bool | None:
@@ -69,19 +61,9 @@ class Measured:
         return self.reached <= self.target if self.unit == "us" else self.reached >= self.target
 
 
-def gpu() -> torch.device:
-    """The GPU to measure on; `UserError` where there is none that runs the kernels."""
-    if not torch.cuda.is_available():
-        raise UserError("dsv3 bench ops measures kernels and needs a GPU of compute capability 9.0; found none")
-    device = torch.device("cuda", torch.cuda.current_device())
-    if (reason := no_kernels(device)) is not None:
-        raise UserError(f"dsv3 bench ops cannot run on {torch.cuda.get_device_name(device)}: it {reason}")
-    return device
-
-
 def bench_ops(families: Sequence[str], progress: Progress = lambda **_: None) -> tuple[float, list[Measured]]:
     """(copy rate in TB/s, one row a case) of the named families of `FAMILIES`."""
-    device = gpu()
+    device = gpu("dsv3 bench ops")
     flush = torch.empty(FLUSHED, dtype=torch.uint8, device=device)
     copy_rate, rows = measured_copy_rate(flush), list[Measured]()
     for number, family in enumerate(families, 1):
@@ -99,7 +81,7 @@ def measured_copy_rate(flush: torch.Tensor) -> float:
 
 def warm(families: Sequence[str], progress: Progress = lambda **_: None) -> int:
     """Runs every case once, so that its kernels are compiled and in Triton's cache on the disk; how many there were."""
-    device, count = gpu(), 0
+    device, count = gpu("dsv3 bench ops"), 0
     for number, family in enumerate(families, 1):
         for case in FAMILIES[family](device):
             case.ours()

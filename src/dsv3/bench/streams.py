@@ -10,14 +10,13 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from urllib.error import URLError
 
 import torch
 
-from dsv3.bench.measure import Progress, Ratio, Result, Row, Spread
+from dsv3.bench.measure import Progress, Ratio, Result, Row, Spread, take_turns
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.errors import RunError
 from dsv3.inference.batch import lay_out
@@ -61,15 +60,10 @@ def bench_streams(
     progress(stage="streams", done=2, total=2)
     milliseconds = {name: 1000 * each for name, each in seconds.items()}
     alone = milliseconds["passes alone"]
-    rows = [
-        Row(
-            name,
-            f"{streams} streams",
-            Spread.of([1000 * streams / each]),
-            {"ms a step": each, "beside passes": each - alone},
-        )
-        for name, each in milliseconds.items()
-    ]
+    rows = []
+    for name, each in milliseconds.items():
+        figures = {"ms a step": each, "beside passes": each - alone}
+        rows.append(Row(name, f"{streams} streams", Spread.of([1000 * streams / each]), figures))
     ratios = [Ratio("a step", "server", "passes alone", Spread.of([alone / milliseconds["server"]]), TARGET)]
     shapes = {"checkpoint": str(path), "streams": streams, "prompt": PROMPT, "new tokens": tokens, "dtype": dtype}
     return Result("streams", shapes, rows, ratios, {}, machine(where))
@@ -100,17 +94,7 @@ def without_server(
     def once() -> None:
         engine.runner.passes.main(batch, row_N)[1].argmax(-1).tolist()
 
-    return {"passes alone": median_of(once), "engine": steps}
-
-
-def median_of(work: Callable[[], None]) -> float:
-    """Seconds of a call that waits for the device."""
-    times = []
-    for _ in range(PASSES):
-        started = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times)
+    return {"passes alone": statistics.median(take_turns({"pass": once}, PASSES)["pass"]), "engine": steps}
 
 
 @contextmanager
@@ -123,7 +107,9 @@ def serving(path: Path, streams: int, dtype: str, device: str) -> Iterator[int]:
     process = subprocess.Popen(command)
     try:
         end = time.monotonic() + START_SECONDS
-        while not healthy(port):
+        while True:
+            with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+                break
             if process.poll() is not None or time.monotonic() > end:
                 raise RunError(f"the server did not start: {' '.join(command)}")
             time.sleep(0.2)
@@ -131,15 +117,6 @@ def serving(path: Path, streams: int, dtype: str, device: str) -> Iterator[int]:
     finally:
         process.terminate()
         process.wait()
-
-
-def healthy(port: int) -> bool:
-    """Whether it answers."""
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
-            return bool(answer.status == 200)
-    except (URLError, OSError):
-        return False
 
 
 async def with_server(port: int, prompts: Sequence[list[int]], tokens: int) -> float:

@@ -38,6 +38,11 @@ def print_table(head: Sequence[str], sections: Iterable[Iterable[Sequence[str]]]
     console.print(table)
 
 
+def verdict(aim: str, met: bool | None) -> str:
+    """What was aimed at, and whether it was reached; None where nothing was, or nobody knows."""
+    return aim if met is None else f"{aim}: {'met' if met else 'missed'}"
+
+
 def panel(console: Console, title: str, rows: Mapping[str, object]) -> None:
     """Prints aligned rows in a frame."""
     grid = Table.grid(padding=(0, 2))

@@ -13,7 +13,7 @@ from dsv3.bench.gpus.findings import Figure, Part, milliseconds
 from dsv3.bench.gpus.rank import Rank
 from dsv3.bench.gpus.sizes import Size, Sizes
 from dsv3.bench.gpus.torch_pipeline import TorchPipeline
-from dsv3.bench.measure import Spread, Work
+from dsv3.bench.measure import Work, times_faster
 from dsv3.errors import RunError
 from dsv3.model.micro_batch import MicroBatch
 from dsv3.model.transformer import DeepSeekV3
@@ -77,12 +77,11 @@ def measure_pipeline(rank: Rank, sizes: Sizes) -> Sequence[Part]:
     pairs = [("dsv3 DualPipeV", "dsv3 1F1B"), ("dsv3 DualPipeV", "torch DualPipeV"), ("dsv3 1F1B", "torch 1F1B"),
              ("dsv3 DualPipeV", "torch 1F1B")]  # fmt: skip
     figures = [
-        Figure(f"{ours}, times faster than {theirs}", Spread.of([b / a for a, b in zip(seconds[ours], seconds[theirs], strict=True)]))
+        Figure(f"{ours}, times faster than {theirs}", times_faster(seconds[ours], seconds[theirs]))
         for ours, theirs in pairs
         if theirs in seconds
     ]  # fmt: skip
-    weights = "bf16" if rank.device.type == "cuda" else "fp32"
-    shapes = {**size.shapes, "weights": weights}
+    shapes = {**size.shapes, "weights": "bf16" if rank.device.type == "cuda" else "fp32"}
     return [Part("pipeline", f"a pipeline of {rank.size} GPUs", shapes, milliseconds(seconds), figures, checks)]
 
 

@@ -7,7 +7,7 @@ import torch
 from dsv3.bench.gpus.findings import Figure, Part, milliseconds
 from dsv3.bench.gpus.rank import Rank
 from dsv3.bench.gpus.sizes import Size, Sizes
-from dsv3.bench.measure import Spread, Work
+from dsv3.bench.measure import Spread, Work, times_faster
 from dsv3.data.loader import Batch
 from dsv3.errors import RunError
 from dsv3.parallel.bounded import BoundedExpertParallel
@@ -43,7 +43,7 @@ def measure_scaling(rank: Rank, sizes: Sizes) -> Sequence[Part]:
         Figure(f"tokens a second and GPU, {name}", Spread.of([size.tokens / each for each in turns])) for name, turns in seconds.items()
     ]  # fmt: skip
     figures += [
-        Figure(f"of the speed of a GPU by itself, {name}", Spread.of([a / b for a, b in zip(seconds[alone], seconds[name], strict=True)]), "%", TARGET)
+        Figure(f"of the speed of a GPU by itself, {name}", times_faster(seconds[name], seconds[alone]), "%", TARGET)
         for name in together
     ]  # fmt: skip
     return [Part("scaling", f"weak scaling from 1 to {n} GPUs", size.shapes, milliseconds(seconds), figures, checks)]
