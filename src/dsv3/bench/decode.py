@@ -61,8 +61,9 @@ def bench_decode(
         same = agreement(model, prompts, ours, theirs)
         checks[f"{group}, tokens like transformers'"] = f"{same} of {batch * new}, up to the first unclear choice"
         sides: dict[str, Work] = {OURS: partial(continue_ours, engine, prompts, new)}
-        for setting, peer in zip(THEIRS, peers, strict=True):
-            sides[setting.name] = partial(continuation, peer, prompts, new)
+        sides |= {
+            each.name: partial(continuation, peer, prompts, new) for each, peer in zip(THEIRS, peers, strict=True)
+        }
         seconds = take_turns(sides, rounds, progress, f"bench decode, {group}")
         for name, each in seconds.items():
             speed = Spread.of([batch * new / turn for turn in each])

@@ -12,7 +12,7 @@ import torch
 
 from dsv3.bench.kernels.attention import HEADS, LENGTH, QUERY, SCALE, VALUE
 from dsv3.bench.kernels.products import DENSE_ROWS, dense
-from dsv3.bench.ops import FLUSHED, measured_copy_rate, times
+from dsv3.bench.ops import measured_copy_rate, times
 from dsv3.model.config import ModelConfig
 from dsv3.ops.attention import sdpa
 from dsv3.planning.parameters import count_parameters
@@ -38,7 +38,6 @@ class Rates:
 def measured_rates() -> Rates:
     """On the current GPU, in about a second."""
     device = torch.device("cuda", torch.cuda.current_device())
-    flush = torch.empty(FLUSHED, dtype=torch.uint8, device=device)
     name, across, inner = PRODUCT
     fp8 = dense(device, name, across, inner)
     x, weight = (torch.randn(rows, inner, dtype=torch.bfloat16, device=device) for rows in (DENSE_ROWS, across))
@@ -46,16 +45,14 @@ def measured_rates() -> Rates:
         torch.randn(1, LENGTH, HEADS, width, dtype=torch.bfloat16, device=device).requires_grad_()
         for width in (QUERY, QUERY, VALUE, VALUE)
     )
-    in_fp8, in_bf16, attended = times(
-        [
-            fp8.ours,
-            lambda: torch.mm(x, weight.t()),
-            lambda: torch.autograd.grad(sdpa(q, k, v, SCALE), (q, k, v), grad),
-        ],
-        flush,
+    works = (
+        fp8.ours,
+        lambda: torch.mm(x, weight.t()),
+        lambda: torch.autograd.grad(sdpa(q, k, v, SCALE), (q, k, v), grad),
     )
+    in_fp8, in_bf16, attended = times(works)
     flops = 2e6 * DENSE_ROWS * across * inner
-    return Rates(flops / in_bf16, flops / in_fp8, 1e12 * measured_copy_rate(flush), attended / 1000)
+    return Rates(flops / in_bf16, flops / in_fp8, 1e12 * measured_copy_rate(device), attended / 1000)
 
 
 def limits(config: ModelConfig, tokens: int, precision: Literal["bf16", "fp8"], rates: Rates) -> dict[str, float]:

@@ -64,19 +64,18 @@ class Measured:
 def bench_ops(families: Sequence[str], progress: Progress = lambda **_: None) -> tuple[float, list[Measured]]:
     """(copy rate in TB/s, one row a case) of the named families of `FAMILIES`."""
     device = gpu("dsv3 bench ops")
-    flush = torch.empty(FLUSHED, dtype=torch.uint8, device=device)
-    copy_rate, rows = measured_copy_rate(flush), list[Measured]()
+    copy_rate, rows = measured_copy_rate(device), list[Measured]()
     for number, family in enumerate(families, 1):
-        rows += [measure(case, copy_rate, flush) for case in FAMILIES[family](device)]
+        rows += [measure(case, copy_rate) for case in FAMILIES[family](device)]
         progress(stage="bench ops", done=number, total=len(families))
     return copy_rate, rows
 
 
-def measured_copy_rate(flush: torch.Tensor) -> float:
+def measured_copy_rate(device: torch.device) -> float:
     """TB/s."""
-    source = torch.empty(COPIED, dtype=torch.uint8, device=flush.device)
+    source = torch.empty(COPIED, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * COPIED / times([lambda: target.copy_(source)], flush)[0] / 1e6
+    return 2 * COPIED / times([lambda: target.copy_(source)])[0] / 1e6
 
 
 def warm(families: Sequence[str], progress: Progress = lambda **_: None) -> int:
@@ -91,9 +90,9 @@ def warm(families: Sequence[str], progress: Progress = lambda **_: None) -> int:
     return count
 
 
-def measure(case: Case, copy_rate: float, flush: torch.Tensor) -> Measured:
+def measure(case: Case, copy_rate: float) -> Measured:
     """Ours and the peer in turns."""
-    ours, *peers = times([case.ours] if case.peer is None else [case.ours, case.peer], flush)
+    ours, *peers = times([case.ours] if case.peer is None else [case.ours, case.peer])
     terabytes = None if case.bytes is None else case.bytes / ours / 1e6
     share = peers[0] / ours if peers else None
     if share is not None and case.flops is not None and case.peer_flops is not None:
@@ -106,21 +105,22 @@ def measure(case: Case, copy_rate: float, flush: torch.Tensor) -> Measured:
     )  # fmt: skip
 
 
-def times(works: Sequence[Work], flush: torch.Tensor) -> list[float]:
+def times(works: Sequence[Work]) -> list[float]:
     """Median microseconds of each on the GPU, sides in turns; every call finds caches that hold nothing of its own."""
     for work in works:
         for _ in range(WARM_UP):
             work()
-    calls = [max(FEWEST, int(MILLISECONDS_A_TURN * 1000 / max(timed(work, 2, flush)[1], 1.0))) for work in works]
+    calls = [max(FEWEST, int(MILLISECONDS_A_TURN * 1000 / max(timed(work, 2)[1], 1.0))) for work in works]
     found: list[list[float]] = [[] for _ in works]
     for _ in range(ROUNDS):
         for number, work in enumerate(works):
-            found[number] += timed(work, min(calls[number], 50), flush)
+            found[number] += timed(work, min(calls[number], 50))
     return [statistics.median(each) for each in found]
 
 
-def timed(work: Work, calls: int, flush: torch.Tensor) -> list[float]:
+def timed(work: Work, calls: int) -> list[float]:
     """Microseconds of each call."""
+    flush = torch.empty(FLUSHED, dtype=torch.uint8, device="cuda")
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
     for begin, end in events:
         flush.zero_()

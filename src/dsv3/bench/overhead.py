@@ -84,9 +84,5 @@ def bench_overhead(recipe: Recipe, out: Path, steps: int = 60, progress: Progres
         "preset": recipe.model.preset, "batch": size, "length": recipe.data.sequence_length, "steps": steps,
         "steps between checkpoints": every, "device": device_name(device),
     }  # fmt: skip
-    return Overhead(1000 * step, in_milliseconds(parts), in_milliseconds(threads), shapes, machine(device))
-
-
-def in_milliseconds(seconds: Mapping[str, float]) -> dict[str, float]:
-    """The same, times 1,000."""
-    return {name: 1000 * each for name, each in seconds.items()}
+    parts, threads = ({name: 1000 * each for name, each in seconds.items()} for seconds in (parts, threads))
+    return Overhead(1000 * step, parts, threads, shapes, machine(device))

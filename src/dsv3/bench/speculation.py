@@ -2,9 +2,9 @@
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -28,8 +28,7 @@ TEXT_BYTES = 20_000
 """Held-out text of a source."""
 
 
-@dataclass(frozen=True)
-class Drafted:
+class Drafted(NamedTuple):
     """What an engine's answers to some prompts took."""
 
     tokens: list[list[int]]

@@ -6,6 +6,8 @@ from typing import Literal
 
 Work = Callable[[], object]
 """Does the work once, on tensors that were made before."""
+Unit = Literal["of the peer", "TB/s", "TFLOP/s", "us"]
+"""`of the peer`: the peer's time over ours, or our share of the copy rate. Only `us` is better when lower."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,6 @@ class Case:
     """Of the peer's work where it is other work than ours: rates are compared then, and not times."""
     target: float | None = None
     """The figure to reach, in `unit`."""
-    unit: Literal["of the peer", "TB/s", "TFLOP/s", "us"] = "of the peer"
-    """"of the peer": the peer's time over ours, or our share of the copy rate. Only "us" is better when lower."""
+    unit: Unit = "of the peer"
     or_of_the_peer: float | None = None
     """For targets in other units: also met at this share of the peer."""
