@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from dsv3.bench import decode_slice
-from dsv3.bench.decode_limits import experts_read, least
 from dsv3.bench.decode_slice import PUBLISHED, Settings, bench_slice
-from dsv3.bench.limits import Rates
+from dsv3.bench.limits import Rates, experts_read, least
 from dsv3.bench.slices import DEPTHS, layers_of, stored_network
 from dsv3.cli import bench_slice as cli
 from dsv3.cli import main

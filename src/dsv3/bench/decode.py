@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from dsv3.bench.decode_limits import experts_read
+from dsv3.bench.limits import experts_read
 from dsv3.bench.measure import Progress, Ratio, Result, Row, Spread, Work, ratio, take_turns
 from dsv3.bench.peers import Setting, continuation, with_our_weights
 from dsv3.errors import RunError

@@ -15,8 +15,7 @@ from typing import Any
 
 import torch
 
-from dsv3.bench.decode_limits import least
-from dsv3.bench.limits import Rates
+from dsv3.bench.limits import Rates, least
 from dsv3.bench.measure import Progress, Work, clear, synchronize, take_turns
 from dsv3.bench.peers import continuation, import_transformers
 from dsv3.bench.slices import DEPTHS, Layers, layers_of, of_depth, stored_network

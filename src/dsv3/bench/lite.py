@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from dsv3.bench.limits import Rates, limits, measured_rates
-from dsv3.bench.measure import Progress, Result, Row, Spread, clear, gpu, ratio, synchronize, take_turns
+from dsv3.bench.measure import Progress, Result, Row, Spread, agree, clear, gpu, ratio, synchronize, take_turns
 from dsv3.bench.peers import Setting as PeerSetting
 from dsv3.bench.peers import training_loss, with_our_weights
 from dsv3.bench.slices import randomize
-from dsv3.bench.train import check, our_loss
+from dsv3.bench.train import our_loss
 from dsv3.data.library import STDLIB
 from dsv3.data.sources import VALIDATION_FRACTION, to_learn_from
 from dsv3.data.tokenizer import train_tokenizer
@@ -91,7 +91,7 @@ def bench_lite(rounds: int = 3, progress: Progress = lambda **_: None, config: M
         measure(name, model, partial(our_loss, model), run, partial(our_update, optimizer))
         del optimizer
         clear()
-    check({"dsv3 fp32": first["transformers, autocast"], **first})
+    agree("loss", first, 2e-2)
     tokens, flops = MICRO_BATCHES * BATCH * LENGTH, training_flops_per_token(config, LENGTH)
     rows = []
     for name, each in seconds.items():

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from dsv3.errors import UserError
+from dsv3.errors import RunError, UserError
 from dsv3.ops.kernels.available import no_kernels
 from dsv3.stages.machine import command, machine, versions
 
@@ -133,6 +133,14 @@ def ratio(
     """`ours` against the fastest of `theirs` by its median."""
     best = min(theirs, key=lambda name: statistics.median(seconds[name]))
     return Ratio(title, ours, best, times_faster(seconds[ours], seconds[best]), target)
+
+
+def agree(what: str, found: Mapping[str, float], tolerance: float) -> None:
+    """`RunError` where a side's figure is not, relatively, that of the first: then they do not compute the same."""
+    (first, expected), *others = found.items()
+    for name, value in others:
+        if not abs(value - expected) <= tolerance * abs(expected):
+            raise RunError(f"the sides do not compute the same: the {what} of {name} is {value}, of {first} {expected}")
 
 
 def times_faster(ours: Sequence[float], theirs: Sequence[float]) -> Spread:

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -132,11 +132,10 @@ def bench_memory(
     batch: int = 8,
     length: int = 1024,
     device: torch.device | str = "cpu",
-    techniques: Mapping[str, tuple[Setting, Setting]],
     rounds: int = 3,
     progress: Progress = lambda **_: None,
 ) -> dict[Setting, Memory]:
-    """Every setting of these techniques on one network and one micro-batch, MTP included.
+    """Every setting of `TECHNIQUES` on one network and one micro-batch, MTP included.
 
     `UserError` for sizes that no FP8 product takes.
     """
@@ -149,7 +148,7 @@ def bench_memory(
         tokens = tokens.to(device)
     for block in model.blocks():
         refuse_sizes(block)
-    settings = sorted({each for pair in techniques.values() for each in pair}, key=lambda each: each.precision)
+    settings = sorted({each for pair in TECHNIQUES.values() for each in pair}, key=lambda each: each.precision)
     found: dict[Setting, Memory] = {}
     for number, setting in enumerate(settings):
         if setting.precision == "fp8" and model.layers[0].self_attn.inputs_fp8 is None:

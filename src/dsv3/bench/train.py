@@ -7,9 +7,8 @@ from itertools import cycle
 import torch
 from torch import Tensor
 
-from dsv3.bench.measure import Progress, Result, Row, Spread, Work, ratio, take_turns
+from dsv3.bench.measure import Progress, Result, Row, Spread, Work, agree, ratio, take_turns
 from dsv3.bench.peers import Setting, training_loss, with_our_weights
-from dsv3.errors import RunError
 from dsv3.model.config import ModelConfig
 from dsv3.model.transformer import DeepSeekV3
 from dsv3.planning.flops import training_flops_per_token
@@ -91,9 +90,6 @@ def turn(
 
 
 def check(first: dict[str, float]) -> None:
-    """Refuses to compare sides that do not compute the same loss."""
-    expected = first["dsv3 fp32"]
-    for name, loss in first.items():
-        tolerance = 1e-4 if "fp32" in name else 2e-2
-        if abs(loss - expected) > tolerance * max(1.0, expected):
-            raise RunError(f"the sides do not compute the same: the loss of {name} is {loss}, of dsv3 fp32 {expected}")
+    """Refuses to compare sides whose losses differ from the first one's, in FP32."""
+    agree("loss", {name: loss for name, loss in first.items() if "fp32" in name}, 1e-4)
+    agree("loss", first, 2e-2)

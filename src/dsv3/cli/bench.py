@@ -133,7 +133,7 @@ def memory(preset: str, batch: int, length: int, device: str, json_path: Path | 
 
     where = pick_device(device)
     with Progress() as progress:
-        found = bench_memory(preset, batch=batch, length=length, device=where, techniques=TECHNIQUES, progress=progress)
+        found = bench_memory(preset, batch=batch, length=length, device=where, progress=progress)
     click.echo(f"{preset}, {batch} x {length} tokens, {device_name(where)}")
     lines = []
     for name, pair in TECHNIQUES.items():

@@ -12,7 +12,6 @@ from dsv3.model.config import PRESETS, ModelConfig
 from dsv3.planning.flops import training_flops_per_token
 from dsv3.planning.parameters import count_parameters, kv_bytes_per_token
 
-
 Row = tuple[str, ...]
 """A name, our figure, and what DeepSeek prints for DeepSeek-V3, with where."""
 

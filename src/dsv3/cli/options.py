@@ -62,6 +62,11 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 json_file_option = click.option("--json", "json_path", type=PATH, help="Also write everything measured to this file.")
 
 
+def at_option(what: str) -> Callable[[Any], Any]:
+    """Token counts, as many as one likes."""
+    return click.option("--at", type=QUANTITY, multiple=True, metavar="TOKENS", help=what)
+
+
 def several(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """Options that go together, as one decorator."""
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from dsv3.cli.options import PATH, QUANTITY, Parsed, json_option
+from dsv3.cli.options import PATH, Parsed, at_option, json_option
 from dsv3.cli.run import overrides_argument
 from dsv3.errors import UserError
 from dsv3.parallel.pipeline.schedule import Schedule
@@ -31,13 +31,7 @@ def parse_costs(text: str) -> Costs:
 @click.command()
 @click.argument("recipe", type=PATH, required=False)
 @overrides_argument
-@click.option(
-    "--at",
-    type=QUANTITY,
-    multiple=True,
-    metavar="TOKENS",
-    help="With a recipe: also the step at 100B; several times.",
-)
+@at_option("With a recipe: also the step at 100B; several times.")
 @click.option("--tflops", type=float, help="With a recipe: what a GPU sustains, 400 by default.")
 @click.option(
     "--share", type=PATH, help="Instead of --tflops: layers' times, as `dsv3 bench train --share --json` wrote them."

@@ -209,12 +209,8 @@ def compare(rank: Rank, size: Size, precision: str, executor: Executor, kinds: M
     """The sides in one precision: each kind of exchange overlapped, left out and alone, the first also one after the other."""
     config, count, sides = size.config, size.micro_batches, dict[str, Work]()
     generator = torch.Generator(rank.device).manual_seed(rank.number)
-    x, gradient = (
-        torch.randn(1, size.length, config.hidden_size, device=rank.device, generator=generator).to(
-            executor.model.compute_dtype
-        )
-        for _ in range(2)
-    )
+    shape, dtype = (1, size.length, config.hidden_size), executor.model.compute_dtype
+    x, gradient = (torch.randn(shape, device=rank.device, dtype=dtype, generator=generator) for _ in range(2))
     tokens = torch.zeros(1, size.length + 1, dtype=torch.long, device=rank.device)
     batch = [MicroBatch.of(config, tokens, divisor=1.0)] * 2
     streams: dict[str, Stream] = {}
