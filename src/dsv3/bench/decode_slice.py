@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from dsv3.bench.limits import Rates, least
-from dsv3.bench.measure import Progress, Work, clear, synchronize, take_turns
+from dsv3.bench.measure import Progress, Work, clear, synchronize, take_turns, track
 from dsv3.bench.peers import continuation, import_transformers
 from dsv3.bench.slices import DEPTHS, Layers, layers_of, of_depth, stored_network
 from dsv3.errors import RunError, UserError
@@ -54,7 +54,7 @@ class Settings:
     calls: int = 30
     """Of each pass; and steps of the engine."""
     peer_batches: Sequence[int] = (1, 32)
-    """Of `transformers`, with the shortest context."""
+    """Batches of `transformers`, with the shortest context."""
     peer_tokens: tuple[int, int] = (4, 20)
     """New tokens of its two runs: their difference is free of the prompt."""
 
@@ -81,7 +81,7 @@ class Point:
 
     @property
     def times_the_limit(self) -> float:
-        """1 is as fast as can be."""
+        """1 is the fastest possible."""
         return self.milliseconds / self.limit
 
 
@@ -152,7 +152,7 @@ def bench_slice(
 
 
 def name_of(batch: int, context: int) -> str:
-    """Of decoding, in tables."""
+    """A workload of decoding, in tables."""
     return f"batch {batch}, context {context:,}"
 
 
@@ -181,8 +181,7 @@ class Timed:
         """Milliseconds of the model's pass, by workload: replayed, as the engine decodes; prefill as it is."""
         found, passes, config = {}, self.engine.runner.passes, self.model.config
         stage = f"passes of {config.num_dense_layers} + {config.num_hidden_layers - config.num_dense_layers} layers"
-        progress(stage=stage, done=0, total=len(self.workloads))
-        for number, (name, (tokens, context)) in enumerate(self.workloads.items(), 1):
+        for name, (tokens, context) in track(self.workloads.items(), stage, progress):
             batch = lay_out(self.reads(tokens, context), config, self.device)
             row_N = torch.arange(0 if context else tokens - 1, tokens, device=self.device)
             for _ in range(STEADY):
@@ -191,7 +190,6 @@ class Timed:
             self.experts[name] = statistics.mean(touched) if touched else 0.0
             calls = self.settings.calls if context else max(3, self.settings.calls // 6)
             found[name] = milliseconds(partial(passes.main, batch, row_N), calls, self.device)
-            progress(stage=stage, done=number, total=len(self.workloads))
         passes.forget()
         return found
 
@@ -206,11 +204,10 @@ class Timed:
         ]
 
     def steps(self, progress: Progress) -> dict[str, float]:
-        """Milliseconds of a whole step of the engine, by workload: scheduling, pass, sampling and what is told."""
+        """Milliseconds of a whole step of the engine, by workload: scheduling, pass, sampling and output."""
         found = {}
         decoding = {name: sizes for name, sizes in self.workloads.items() if sizes[1]}
-        progress(stage="steps of the engine", done=0, total=len(decoding))
-        for number, (name, (batch, context)) in enumerate(decoding.items(), 1):
+        for name, (batch, context) in track(decoding.items(), "steps of the engine", progress):
             # Those read first go on while the others are read.
             reading = -(-batch * context // self.settings.prompt)
             count = self.settings.calls + 2 * STEADY + 1
@@ -235,12 +232,11 @@ class Timed:
             for k in range(batch):
                 self.engine.abort(str(k))
             self.engine.runner.passes.forget()
-            progress(stage="steps of the engine", done=number, total=len(decoding))
         return found
 
 
 def milliseconds(work: Work, calls: int, device: torch.device) -> float:
-    """Median of one call; a GPU's are queued one behind the other, so that the host is ahead."""
+    """Median of one call; on a GPU calls are queued, so that the host stays ahead."""
     work()
     if device.type != "cuda":
         return 1000 * statistics.median(take_turns({"": work}, calls)[""])
@@ -266,7 +262,6 @@ def transformers_times(
 ) -> dict[str, float]:
     """Milliseconds a token of `generate` with random weights in BF16, its cache growing, by workload."""
     library = import_transformers()
-    progress(stage="transformers", done=0, total=len(settings.peer_batches))
     content = library.DeepseekV3Config.from_dict(config.to_hf())
     with torch.device(device):
         peer = library.DeepseekV3ForCausalLM._from_config(
@@ -274,7 +269,7 @@ def transformers_times(
         ).eval()
     context, found = min(settings.contexts), {}
     few, many = settings.peer_tokens
-    for number, batch in enumerate(settings.peer_batches, 1):
+    for batch in track(settings.peer_batches, "transformers", progress):
         prompts = torch.randint(config.vocab_size, (batch, context - many), device=device)
         spent = []
         for count in (few, few, many):  # the first does not count
@@ -284,5 +279,4 @@ def transformers_times(
             synchronize(device)
             spent.append(time.perf_counter() - started)
         found[name_of(batch, context)] = 1000 * (spent[2] - spent[1]) / (many - few)
-        progress(stage="transformers", done=number, total=len(settings.peer_batches))
     return found

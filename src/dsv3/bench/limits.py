@@ -23,7 +23,7 @@ PRODUCT = ("gate + up", 36864, 7168)
 
 @dataclass(frozen=True)
 class Rates:
-    """What one GPU reached."""
+    """Rates that one GPU reached."""
 
     bf16: float
     """FLOP/s of a product."""
@@ -97,7 +97,7 @@ def limits(config: ModelConfig, tokens: int, precision: Literal["bf16", "fp8"], 
 
 
 class Least(NamedTuple):
-    """Of one pass."""
+    """The least that one pass takes."""
 
     milliseconds: float
     bound: str

@@ -40,12 +40,12 @@ RATE = 1e-5
 Work = Callable[[Tensor], object]
 """Passes of one micro-batch [B, T + 1]."""
 OURS = {"dsv3 bf16": 1.4, "dsv3 fp8": 1.6}
-"""Times faster than the peer's best that each is to be."""
+"""How many times faster than the peer's best each should be."""
 THEIRS = {
     "transformers, autocast": (PeerSetting(torch.bfloat16, "sdpa", "grouped_mm"), torch.float32),
     "transformers, bf16 weights": (PeerSetting(torch.bfloat16, "sdpa", "grouped_mm"), torch.bfloat16),
 }
-"""(how it is asked to compute, what its weights are in)."""
+"""(how it is asked to compute, dtype of its weights)."""
 
 
 def bench_lite(rounds: int = 3, progress: Progress = lambda **_: None, config: ModelConfig | None = None) -> Result:

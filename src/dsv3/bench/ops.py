@@ -8,7 +8,7 @@ import torch
 
 from dsv3.bench.kernels import attention, decode, products, quantise, routing
 from dsv3.bench.kernels.case import Case, Work
-from dsv3.bench.measure import Progress, gpu
+from dsv3.bench.measure import Progress, gpu, track
 
 FAMILIES: dict[str, Callable[[torch.device], Iterator[Case]]] = {
     "quantise": quantise.cases, "routing": routing.cases, "products": products.cases, "attention": attention.cases,
@@ -17,11 +17,11 @@ FAMILIES: dict[str, Callable[[torch.device], Iterator[Case]]] = {
 COPIED = 2**30
 """Bytes of the copy that gives the copy rate: each is read once and written once."""
 FLUSHED = 2**29
-"""Bytes written before each call: no cache holds its inputs then, and the host is ahead of the GPU when it begins."""
+"""Bytes written before each call: they evict its inputs from caches, and keep the GPU busy while the host launches it."""
 WARM_UP = 3
 ROUNDS = 3
 MILLISECONDS_A_TURN = 8.0
-"""How long one side is measured in a round, in calls; at least `FEWEST` of them."""
+"""How long one side is measured in a round; at least `FEWEST` calls."""
 FEWEST = 5
 
 
@@ -53,7 +53,7 @@ class Measured:
 
     @property
     def met(self) -> bool | None:
-        """None where there is no target, or nothing to compare with."""
+        """Whether the target is; None without one, or with nothing to compare."""
         if self.target is None or self.reached is None:
             return None
         if self.or_of_the_peer is not None and self.of_the_peer is not None and self.of_the_peer >= self.or_of_the_peer:
@@ -65,9 +65,8 @@ def bench_ops(families: Sequence[str], progress: Progress = lambda **_: None) ->
     """(copy rate in TB/s, one row a case) of the named families of `FAMILIES`."""
     device = gpu("dsv3 bench ops")
     copy_rate, rows = measured_copy_rate(device), list[Measured]()
-    for number, family in enumerate(families, 1):
+    for family in track(families, "bench ops", progress):
         rows += [measure(case, copy_rate) for case in FAMILIES[family](device)]
-        progress(stage="bench ops", done=number, total=len(families))
     return copy_rate, rows
 
 
@@ -81,17 +80,16 @@ def measured_copy_rate(device: torch.device) -> float:
 def warm(families: Sequence[str], progress: Progress = lambda **_: None) -> int:
     """Runs every case once, so that its kernels are compiled and in Triton's cache on the disk; how many there were."""
     device, count = gpu("dsv3 bench ops"), 0
-    for number, family in enumerate(families, 1):
+    for family in track(families, "compiling", progress):
         for case in FAMILIES[family](device):
             case.ours()
             count += 1
-        progress(stage="compiling", done=number, total=len(families))
     torch.cuda.synchronize()
     return count
 
 
 def measure(case: Case, copy_rate: float) -> Measured:
-    """Ours and the peer in turns."""
+    """One row: ours and the peer in turns."""
     ours, *peers = times([case.ours] if case.peer is None else [case.ours, case.peer])
     terabytes = None if case.bytes is None else case.bytes / ours / 1e6
     share = peers[0] / ours if peers else None
@@ -106,7 +104,7 @@ def measure(case: Case, copy_rate: float) -> Measured:
 
 
 def times(works: Sequence[Work]) -> list[float]:
-    """Median microseconds of each on the GPU, sides in turns; every call finds caches that hold nothing of its own."""
+    """Median microseconds of each on the GPU, sides in turns, every call with cold caches."""
     for work in works:
         for _ in range(WARM_UP):
             work()

@@ -28,10 +28,10 @@ class Overhead:
     step: float
     """Of training: from the batch that is asked for to the figures that are read."""
     parts: Mapping[str, float]
-    """What the loop spends beside, or waits for, by name. On a CPU, where the threads beside the loop take its cores, their
+    """What the loop spends beside the step, or waits for, by name. On a CPU, where background threads take its cores, their
     processor time as well."""
     threads: Mapping[str, float]
-    """Processor time of these threads; on a GPU they run beside it, and what they delay is among the parts."""
+    """Processor time of background threads; on a GPU they run beside it, and what they delay is among the parts."""
     shapes: Mapping[str, Any]
     machine: Mapping[str, str]
 

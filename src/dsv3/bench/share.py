@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dsv3.bench.limits import Rates, limits
-from dsv3.bench.measure import Progress
+from dsv3.bench.measure import Progress, track
 from dsv3.bench.slices import DEPTHS, Layers, of_depth, randomize
 from dsv3.model.config import ModelConfig
 from dsv3.model.feed_forward import Dispatched, Dispatcher, Routing
@@ -46,13 +46,13 @@ KINDS = {
 
 
 class BalancedExchange(Dispatcher):
-    """A dispatcher: a GPU's experts get as many rows as tokens are sent out, evenly, made from its own tokens."""
+    """In place of an all-to-all: a GPU's experts get as many rows as it sends, evenly, made from its own tokens."""
 
     def __init__(self, experts: int):
         self.experts = experts
 
     def held(self, experts: int) -> range:
-        """The first of them."""
+        """The first ones."""
         return range(self.experts)
 
     def dispatch(self, x_TD: Tensor, routing: Routing, alignment: int = 0) -> Dispatched:
@@ -88,16 +88,16 @@ class Share:
     budget: Mapping[str, float]
     """Milliseconds by kind of kernel of one micro-batch of the first network; "between kernels" is when none ran."""
     limits: Mapping[str, float]
-    """The least that these kinds need (`limits.py`); those that are not there need no time."""
+    """The least that these kinds need (`limits.py`); absent ones need no time."""
 
 
 def bench_share(
     precision: Literal["bf16", "fp8"], mtp: bool, rates: Rates, progress: Progress = lambda **_: None
 ) -> Share:
-    """Measures on the current GPU, whose `rates` were measured."""
+    """Measures on the current GPU, which has these `rates`."""
     whole, times, updates, peak = ModelConfig.preset("deepseek-v3"), list[float](), list[float](), 0
     budget: dict[str, float] = {}
-    for number, (dense, moe) in enumerate(DEPTHS, 1):
+    for dense, moe in track(DEPTHS, f"{precision}{' with MTP' if mtp else ''}", progress):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         step = Step(of_depth(whole, dense, moe, mtp), precision)
@@ -107,7 +107,6 @@ def bench_share(
         peak = max(peak, torch.cuda.max_memory_allocated())
         budget = budget or step.budget()
         del step
-        progress(stage=f"{precision}{' with MTP' if mtp else ''}", done=number, total=len(DEPTHS))
     layers = Layers.of(times)
     # The update of the layers timed, as if spread over all that the whole model has.
     total = layers.whole(whole) * (1 + updates[0] / MICRO_BATCHES / times[0])
@@ -134,11 +133,6 @@ class Step:
         )
         losses.total.backward()
 
-    def update(self) -> None:
-        """As the trainer does it."""
-        norms = self.optimizer.clip()
-        self.optimizer.step(1e-6, ~norms["all"].isfinite())
-
     def timed(self) -> tuple[float, float]:
         """Milliseconds of a step's passes, and of its update, after two steps that do not count."""
         for _ in range(3):
@@ -147,7 +141,8 @@ class Step:
             for micro in range(MICRO_BATCHES):
                 self.gradients(micro)
             marks[1].record()
-            self.update()
+            norms = self.optimizer.clip()
+            self.optimizer.step(1e-6, ~norms["all"].isfinite())
             marks[2].record()
             torch.cuda.synchronize()
         return marks[0].elapsed_time(marks[1]), marks[1].elapsed_time(marks[2])

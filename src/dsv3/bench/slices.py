@@ -13,7 +13,7 @@ from dsv3.model.linear import Linear
 from dsv3.model.transformer import DeepSeekV3
 
 DEVIATION = 120
-"""Of the E4M3 values that `values` makes."""
+"""Standard deviation of the E4M3 values that `values` makes."""
 DEPTHS = ((1, 4), (1, 2), (2, 2))
 """(dense, MoE) layers of the networks whose differences give the time of a layer; the first is the one that is shown."""
 
@@ -44,7 +44,7 @@ def of_depth(config: ModelConfig, dense: int, moe: int, mtp: bool = False) -> Mo
 
 
 def randomize(model: DeepSeekV3, std: float) -> None:
-    """Normal weights where the model is, gains 1, routing biases 0."""
+    """Normal weights, made on the model's device; gains become 1 and routing biases 0."""
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=std) if parameter.dim() > 1 else nn.init.ones_(parameter)
     for block in model.blocks():
@@ -53,7 +53,7 @@ def randomize(model: DeepSeekV3, std: float) -> None:
 
 
 def stored_network(config: ModelConfig, device: torch.device) -> DeepSeekV3:
-    """Linear layers of attention, feed-forward and experts in FP8, the rest in BF16; weights have a deviation of 1 / sqrt(inputs).
+    """Linear layers of attention, feed-forward and experts in FP8, the rest in BF16; weights have a standard deviation of 1 / sqrt(inputs).
 
     Values are made in FP8 expert by expert: memory never holds more than one of them in BF16.
     """
@@ -72,7 +72,7 @@ def stored_network(config: ModelConfig, device: torch.device) -> DeepSeekV3:
 
 
 def fill(name: str, tensor: Tensor) -> None:
-    """Random values, in place; scales are those that give a weight of that many inputs its deviation."""
+    """Random values, in place; scales give a weight the standard deviation 1 / sqrt(inputs)."""
     if tensor.dtype == torch.float8_e4m3fn:
         for matrix in tensor if tensor.dim() == 3 else [tensor]:
             matrix.copy_(values(matrix.device, *matrix.shape))

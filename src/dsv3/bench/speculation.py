@@ -21,7 +21,7 @@ from dsv3.stages.scores import held_out
 from dsv3.weights.opening import load_model
 
 TARGET, LIKELY = 1.6, 0.85
-"""Times faster that the best number of drafts is to be, where so many of the first drafts are accepted."""
+"""How many times faster the best number of drafts should be, where at least this share of first drafts is accepted."""
 PROMPTS = 4
 """A source's."""
 TEXT_BYTES = 20_000
@@ -29,7 +29,7 @@ TEXT_BYTES = 20_000
 
 
 class Drafted(NamedTuple):
-    """What an engine's answers to some prompts took."""
+    """An engine's answers to some prompts, and the passes they took."""
 
     tokens: list[list[int]]
     passes: int

@@ -33,7 +33,7 @@ TARGET = 1 / 1.05
 PROMPT = 32
 """Random tokens of each prompt."""
 SETTLED = 16
-"""Tokens of every stream before time counts, and those left when it no longer does."""
+"""Tokens of every stream that are not timed, at its beginning and at its end."""
 PASSES = 50
 START_SECONDS = 300.0
 STEPS = re.compile(rb"^vllm:iteration_tokens_total_count\{.*\} (\S+)$", re.MULTILINE)
@@ -72,8 +72,8 @@ def bench_streams(
 def without_server(
     model: DeepSeekV3, tokenizer: Tokenizer, prompts: Sequence[list[int]], tokens: int
 ) -> dict[str, float]:
-    """Seconds of the model's pass over the batch, chosen tokens included, halfway through the answers; and of the engine's steps
-    around it, on the average."""
+    """Seconds of the model's pass over the batch halfway through the answers, argmax included; and of the engine's steps before
+    it, on average."""
     blocks = len(prompts) * -(-(PROMPT + tokens) // PAGE)
     engine = Engine(model, tokenizer, EngineConfig(blocks, max_num_seqs=len(prompts), prefix_caching=False))
     params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
@@ -120,7 +120,7 @@ def serving(path: Path, streams: int, dtype: str, device: str) -> Iterator[int]:
 
 
 async def with_server(port: int, prompts: Sequence[list[int]], tokens: int) -> float:
-    """Seconds of the server's steps on the average, from when every stream has `SETTLED` tokens until one lacks as many."""
+    """Mean seconds of the server's steps, from when every stream has `SETTLED` tokens until one lacks as many."""
     pieces = [0] * len(prompts)
     clients = [asyncio.create_task(stream(port, prompt, tokens, pieces, i)) for i, prompt in enumerate(prompts)]
     marks: list[tuple[float, float]] = []

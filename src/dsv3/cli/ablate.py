@@ -8,6 +8,7 @@ import click
 
 from dsv3.cli.compare import show_comparison
 from dsv3.cli.options import PATH, Parsed, whole_numbers
+from dsv3.cli.ui import Progress
 from dsv3.errors import UserError
 
 
@@ -30,7 +31,6 @@ def ablate(recipes: tuple[str, ...], seeds: list[int], jobs: int, out: Path) -> 
     if len(set(seeds)) < len(seeds):
         raise UserError(f"--seeds {','.join(map(str, seeds))}: expected different ones, such as 0,1,2")
 
-    from dsv3.cli.ui import Progress
     from dsv3.stages.ablate import ablate as run_ablations
     from dsv3.stages.ablate import find_recipes
     from dsv3.stages.compare import compare

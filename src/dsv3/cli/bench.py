@@ -7,12 +7,14 @@ from dataclasses import asdict
 from functools import partial
 from itertools import groupby
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import click
 
 from dsv3.cli.bench_ops import ops
 from dsv3.cli.options import PATH, WHOLE_NUMBERS, device_option, json_file_option, write_json
+from dsv3.cli.ui import Progress, print_table, verdict
 from dsv3.errors import UserError
 
 if TYPE_CHECKING:
@@ -127,7 +129,6 @@ def memory(preset: str, batch: int, length: int, device: str, json_path: Path | 
     """Memory of a training step in BF16 and FP8, and what each of the report's ways to save some of it saves."""
     from dsv3.bench.measure import about
     from dsv3.bench.memory import BF16, TECHNIQUES, bench_memory
-    from dsv3.cli.ui import Progress, print_table
     from dsv3.model.device import pick_device
     from dsv3.training.device import device_name
 
@@ -159,7 +160,7 @@ def data(vocabularies: list[int], megabytes: float, rounds: int, json_path: Path
 
 
 def use_threads(count: int | None) -> None:
-    """Has torch compute with so many threads."""
+    """Sets the number of torch's CPU threads."""
     if count is not None:
         import torch
 
@@ -168,11 +169,8 @@ def use_threads(count: int | None) -> None:
 
 def show_overhead(recipe: Path | None, steps: int, json_path: Path | None) -> None:
     """Measures and prints `dsv3 bench train --overhead`."""
-    from tempfile import TemporaryDirectory
-
     from dsv3.bench.overhead import TARGET, bench_overhead
     from dsv3.cli.run import recipe_beside
-    from dsv3.cli.ui import Progress, verdict
     from dsv3.recipe.schema import Recipe
 
     loaded = Recipe.load(recipe or recipe_beside("quickstart/pretrain.toml"))
@@ -191,8 +189,6 @@ def show_overhead(recipe: Path | None, steps: int, json_path: Path | None) -> No
 
 def show_result(measure: Callable[..., Result], json_path: Path | None) -> None:
     """Measures with a progress bar, prints, and writes the file that was asked for."""
-    from dsv3.cli.ui import Progress
-
     with Progress() as progress:
         result = measure(progress=progress)
     print_result(result, json_path)
@@ -200,8 +196,6 @@ def show_result(measure: Callable[..., Result], json_path: Path | None) -> None:
 
 def print_result(result: Result, json_path: Path | None) -> None:
     """Prints the tables, and writes the file that was asked for."""
-    from dsv3.cli.ui import print_table, verdict
-
     click.echo(f"{result.machine['processor']}, {result.machine['threads']} threads")
     click.echo(listed(result.shapes))
     sections: list[list[list[str]]] = []
@@ -225,5 +219,5 @@ def print_result(result: Result, json_path: Path | None) -> None:
 
 
 def listed(shapes: Mapping[str, object]) -> str:
-    """What was measured, in a line."""
+    """Shapes in one line."""
     return ", ".join(f"{name} {value}" for name, value in shapes.items())

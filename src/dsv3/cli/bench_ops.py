@@ -1,10 +1,12 @@
 """`dsv3 bench ops`."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import click
 
 from dsv3.cli.options import chosen_of, json_file_option, write_json
+from dsv3.cli.ui import Progress, print_table, verdict
 
 
 @click.command()
@@ -15,12 +17,9 @@ from dsv3.cli.options import chosen_of, json_file_option, write_json
 @json_file_option
 def ops(only: str | None, warm: bool, json_path: Path | None) -> None:
     """Operations on this GPU, each against a named peer or limit of the same run."""
-    from dataclasses import asdict
-
     import torch
 
     from dsv3.bench import ops
-    from dsv3.cli.ui import Progress, print_table, verdict
     from dsv3.stages.machine import command
 
     families = list(ops.FAMILIES) if only is None else chosen_of("--only", only, ops.FAMILIES)

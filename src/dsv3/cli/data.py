@@ -8,6 +8,7 @@ import click
 
 from dsv3.cli.options import PATH, json_option
 from dsv3.cli.run import overrides_argument
+from dsv3.cli.ui import Progress, print_table
 
 
 @click.group()
@@ -29,7 +30,6 @@ def build(recipe: Path, overrides: tuple[str, ...], workers: int | None, as_json
     What is built already is checked and kept; a build that was stopped or killed continues. `dsv3 pretrain` with the same
     OUT trains on the result.
     """
-    from dsv3.cli.ui import Progress, print_table
     from dsv3.recipe.schema import Recipe
     from dsv3.stages.data import SPLITS, data_stages, open_sets
     from dsv3.stages.runner import run_stages

@@ -7,6 +7,7 @@ from typing import Any, get_args
 import click
 
 from dsv3.cli.options import PATH, QUANTITY, WHOLE_NUMBERS, chosen_of, device_option, ema_option, json_option
+from dsv3.cli.ui import Progress, print_table
 from dsv3.errors import UserError
 
 
@@ -48,7 +49,6 @@ def evaluate(
             raise UserError(f"--plot {plot} draws the needle's heat map: add needle to --tasks")
         check_drawable(plot)
 
-    from dsv3.cli.ui import Progress
     from dsv3.stages.evaluate import evaluate_path
 
     wanted = EvaluationSection.model_validate(dict(
@@ -72,8 +72,6 @@ def evaluate(
 
 def print_scores(found: dict[str, Any]) -> None:
     """Tables for people."""
-    from dsv3.cli.ui import print_table
-
     for name, bits in found.get("bits_per_byte", {}).items():
         click.echo(f"{name}: {bits:.4f} bits per byte")
     for name, score in found.get("pass_at_1", {}).items():

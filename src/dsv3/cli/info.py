@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from dsv3.cli.options import PATH, device_option, json_option
+from dsv3.cli.ui import print_table
 from dsv3.errors import UserError, nearest
 from dsv3.model.config import PRESETS, ModelConfig
 from dsv3.planning.flops import training_flops_per_token
@@ -30,8 +31,6 @@ def model(model: str, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(model_figures(config), indent=2))
         return
-    from dsv3.cli.ui import print_table
-
     known = count_parameters(config) == count_parameters(ModelConfig.preset("deepseek-v3"))
     click.echo(
         f"{model}: {config.num_hidden_layers} layers, {config.n_shared_experts} + {config.n_routed_experts} experts, "
@@ -80,8 +79,6 @@ def ops(device: str, as_json: bool) -> None:
             json.dumps({"device": device_name(where), "operations": {k: dict(v) for k, v in found.items()}}, indent=2)
         )
         return
-    from dsv3.cli.ui import print_table
-
     lines = []
     for name, implementations in found.items():
         number, serving = next((i, each) for i, (each, reason) in enumerate(implementations) if reason is None)

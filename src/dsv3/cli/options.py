@@ -79,7 +79,7 @@ def several(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def write_json(path: Path | None, content: object) -> None:
-    """The file that was asked for, if one was, with its directory."""
+    """Writes the file that was asked for, if one was, and makes its directory."""
     if path is None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)

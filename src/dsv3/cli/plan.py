@@ -90,15 +90,11 @@ def plan_schedule(name: str, ranks: int, micro_batches: int, costs: Costs, as_js
     peaks = [peak_activations(program) for program in schedule.programs]
     total, bubble = timeline.total, timeline.bubble
     if as_json:
-        asked = {
-            "schedule": name,
-            "ranks": ranks,
-            "stages": schedule.stages,
-            "micro_batches": micro_batches,
-            "costs": astuple(costs),
-        }
-        measured = {"time": total, "bubble": bubble, "bubble_share": bubble / total, "peak_activations": peaks}
-        click.echo(json.dumps(asked | measured, indent=2))
+        found = dict(
+            schedule=name, ranks=ranks, stages=schedule.stages, micro_batches=micro_batches, costs=astuple(costs),
+            time=total, bubble=bubble, bubble_share=bubble / total, peak_activations=peaks,
+        )  # fmt: skip
+        click.echo(json.dumps(found, indent=2))
     else:
         click.echo(
             f"{name}: {schedule.stages} stages on {ranks} ranks, {micro_batches} micro-batches: time {total:.4g}, bubble "

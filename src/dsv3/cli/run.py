@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
+from dsv3.cli.ui import Progress, panel, print_table
 from dsv3.errors import UserError
 
 if TYPE_CHECKING:
@@ -47,7 +48,6 @@ def run_recipe(
 
     from rich.console import Console
 
-    from dsv3.cli.ui import Progress, panel
     from dsv3.parallel.launch import launched
     from dsv3.stages.extend import extension_stages
     from dsv3.stages.pretrain import derived, pretraining_stages, with_user_data
@@ -71,7 +71,6 @@ def few(ranks: Sequence[int]) -> str:
 
 def print_layout(recipe: "Recipe") -> None:
     """Who holds what, at the start of a job of many ranks."""
-    from dsv3.cli.ui import print_table
     from dsv3.planning.layout import holdings
     from dsv3.recipe.figures import human
 

@@ -1,4 +1,4 @@
-"""How long commands look: a panel of what was decided before the first step, then progress.
+"""What long commands show: a panel of what was decided before the first step, then progress.
 
 Code below `cli/` shows progress by calling what it was handed:
 `progress(stage="pretrain", done=12, total=930, loss=5.1, tokens_per_second=7100.0)`. Any callable will do there; `Progress` is
@@ -24,7 +24,7 @@ WIDTH = 200
 
 
 def print_table(head: Sequence[str], sections: Iterable[Iterable[Sequence[str]]], left: Container[int] = (0,)) -> None:
-    """Prints a table on stdout with room between its sections: figures to the right, but for the columns of these numbers."""
+    """Prints a table on stdout with room between its sections: figures to the right, except for the columns with the numbers in `left`."""
     table = Table(box=box.SIMPLE_HEAD)
     for number, name in enumerate(head):
         table.add_column(name, justify="left" if number in left else "right")
@@ -39,7 +39,7 @@ def print_table(head: Sequence[str], sections: Iterable[Iterable[Sequence[str]]]
 
 
 def verdict(aim: str, met: bool | None) -> str:
-    """What was aimed at, and whether it was reached; None where nothing was, or nobody knows."""
+    """A target, and whether it was met; None: there is none, or nobody knows."""
     return aim if met is None else f"{aim}: {'met' if met else 'missed'}"
 
 

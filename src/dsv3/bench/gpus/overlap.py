@@ -38,10 +38,10 @@ from dsv3.precision.deferred import WeightGradients
 
 log = logging.getLogger(__name__)
 HIDDEN_SHARE = 0.9
-"""What the issue asks for."""
+"""The target."""
 APART = "one after the other"
 MIDDLE = 1
-"""The stage between the embedding's and the head's, which nobody holds here."""
+"""The stage between those of embedding and head, which no rank holds here."""
 
 
 class Instead(torch.autograd.Function):
@@ -49,13 +49,13 @@ class Instead(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, given: Tensor, made: Tensor, gradient: Tensor) -> Tensor:
-        """Costs nothing."""
+        """Free of cost."""
         ctx.gradient = gradient
         return made.view_as(made)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        """Nor does this."""
+        """Free of cost as well."""
         return ctx.gradient.view_as(ctx.gradient), None, None
 
 
@@ -118,7 +118,7 @@ def with_parts(parcel: Any, new: Sequence[Tensor]) -> Any:
 
 @dataclass
 class Stream:
-    """Pairs of passes of like micro-batches through the same blocks; one forward pass is always a pair ahead."""
+    """Pairs of passes of equal micro-batches through the same blocks; forward is always one micro-batch ahead."""
 
     executor: Executor
     batch: list[MicroBatch]
@@ -149,7 +149,7 @@ class Stream:
         self.run.mail.put(("gradient", MIDDLE, number), self.gradient)
 
     def collect(self) -> list[Tensor]:
-        """What goes to the stages around: nobody reads it but the check."""
+        """What would go to the stages around; only the check reads it."""
         found, self.run.mail.here = self.run.mail.here, {}
         self.run.mail.here = {key: each for key, each in found.items() if key[:2] == ("gradient", MIDDLE)}
         return [each for key, (each, _) in found.items() if key[:2] != ("gradient", MIDDLE)]

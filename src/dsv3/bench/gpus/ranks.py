@@ -39,7 +39,7 @@ def bench_gpus(
     gpus: int, parts: Sequence[str] = tuple(PARTS), sizes: Sizes | None = None, progress: Progress = lambda **_: None,
     tell: Callable[[Part], None] = lambda _: None,
 ) -> Findings:  # fmt: skip
-    """Measures on the first `gpus` GPUs of this machine; `tell` hears of each part when it is found, whatever becomes of the next.
+    """Measures on the first `gpus` GPUs of this machine; `tell` gets each part as soon as it is measured.
 
     Raises `UserError` where there are fewer, and `RunError` with the rank, the part and the message of what failed.
     """
@@ -108,13 +108,13 @@ def serve(number: int, size: int, parts: Sequence[str], sizes: Sizes, meeting: s
 
 
 def show(news: Any, part: str, **figures: Any) -> None:
-    """Progress for the process that started the ranks."""
+    """Sends progress to the process that started the ranks."""
     figures["stage"] = f"{part}: {figures['stage']}"
     news.put(("progress", figures))
 
 
 def measured(part: str, rank: Rank, sizes: Sizes) -> Sequence[Part]:
-    """One part, and nothing of it left in memory."""
+    """Measures one part, then frees its memory."""
     found = PARTS[part](rank, sizes)
     clear()
     rank.clock()  # waits for all

@@ -1,4 +1,4 @@
-"""The peer of our pipelines: `torch.distributed.pipelining` with the same blocks, as its documentation has one use it."""
+"""The peer of our pipelines: `torch.distributed.pipelining` with the same blocks, used as its documentation says."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -47,7 +47,7 @@ class StageModule(nn.Module):
 
 
 class TorchPipeline:
-    """One of torch's schedules, its stages those of ours."""
+    """One of torch's schedules over our stages."""
 
     def __init__(self, model: DeepSeekV3, layout: Layout, group: Group, held: Sequence[int], rows: Tensor, words: str):
         self.model, self.group, self.rows = model, group, rows
@@ -81,5 +81,5 @@ class TorchPipeline:
 
 
 def absent_loss(hidden: Tensor, target: Tensor) -> Tensor:
-    """Of ranks that do not hold the last stage, which are never asked."""
+    """For ranks without the last stage; never called."""
     raise AssertionError("the loss is the last stage's")

@@ -9,7 +9,7 @@ import torch
 from dsv3.bench.gpus.findings import Figure, Part
 from dsv3.bench.gpus.rank import Rank
 from dsv3.bench.gpus.sizes import Size, Sizes
-from dsv3.bench.measure import Spread, synchronize
+from dsv3.bench.measure import Spread, synchronize, track
 from dsv3.errors import RunError
 from dsv3.model.transformer import DeepSeekV3
 from dsv3.ops.cast import gradient_dtype
@@ -27,8 +27,7 @@ def measure_zero(rank: Rank, sizes: Sizes) -> Sequence[Part]:
     """Weights, moments, and what is there after a step, in bytes a rank; `RunError` where the formula is too far off."""
     size, figures, checks = sizes.zero, list[Figure](), dict[str, str]()
     precision = "bf16" if rank.device.type == "cuda" else "fp32"
-    layouts = list(product(MOMENTS, (1, rank.size)))
-    for number, (moments, ranks) in enumerate(layouts, 1):
+    for moments, ranks in track(list(product(MOMENTS, (1, rank.size))), "memory", rank.progress):
         mesh = Mesh() if ranks == 1 else rank.mesh(data=ranks)
         recipe = recipe_of(size, ranks, precision, moments)
         found, (holding, *_) = memory(rank, size, mesh, recipe), holdings(recipe)
@@ -39,7 +38,6 @@ def measure_zero(rank: Rank, sizes: Sizes) -> Sequence[Part]:
             checks[f"{title}, beside the formula's {wanted / 1e9:.4f} GB"] = f"{measured / wanted:.4f}"
             if abs(measured / wanted - 1) > TOLERANCE:
                 raise RunError(f"{title}: {measured:,} bytes allocated, and the formula says {wanted:,}")
-        rank.progress(stage="memory", done=number, total=len(layouts))
     shapes = {**size.shapes, "precision": precision}
     return [Part("zero", "memory of weights and optimizer", shapes, {}, figures, checks)]
 

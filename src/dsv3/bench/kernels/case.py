@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Work = Callable[[], object]
-"""Does the work once, on tensors that were made before."""
+"""One call, on tensors that were made before."""
 Unit = Literal["of the peer", "TB/s", "TFLOP/s", "us"]
 """`of the peer`: the peer's time over ours, or our share of the copy rate. Only `us` is better when lower."""
 
@@ -26,7 +26,7 @@ class Case:
     flops: float | None = None
     """For operations that arithmetic limits: a multiply-add is two."""
     peer_flops: float | None = None
-    """Of the peer's work where it is other work than ours: rates are compared then, and not times."""
+    """Of the peer's work where it differs from ours: then rates are compared, not times."""
     target: float | None = None
     """The figure to reach, in `unit`."""
     unit: Unit = "of the peer"

@@ -44,7 +44,7 @@ def pages_of(device: torch.device, count: int, packed: bool) -> Tensor:
 
 
 def recorded(work: Work, device: torch.device) -> Work:
-    """What a server does with its passes: launched from Python, the smallest would measure Python."""
+    """As a CUDA graph, which is how the engine decodes: small calls launched from Python would measure Python."""
     if device.type != "cuda":
         return work
     work()
