@@ -77,11 +77,9 @@ def bench_speculation(
         seconds = take_turns(turns, rounds, progress, source)
         for name, each in found.items():
             made = sum(map(len, each.tokens))
-            speed = Spread.of([made / turn for turn in seconds[name]])
-            each_pass = made / each.passes
-            rows.append(
-                Row(name, source, speed, {"ms a pass": 1000 * each_pass / speed.median, "tokens a pass": each_pass})
-            )
+            speed, each_pass = Spread.of([made / turn for turn in seconds[name]]), made / each.passes
+            figures = {"ms a pass": 1000 * each_pass / speed.median, "tokens a pass": each_pass}
+            rows.append(Row(name, source, speed, figures))
             same = sum(a == b for a, b in zip(each.tokens, found[name_of(0)].tokens, strict=True))
             shares = ", ".join(f"{share:.1%}" for share in each.accepted)
             if shares:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import click
+from rich.console import Console
 
 from dsv3.cli.ui import Progress, panel, print_table
 from dsv3.errors import UserError
@@ -45,8 +46,6 @@ def run_recipe(
     recipe = Recipe.load(recipe_path, overrides)
     if is_first_rank():
         click.echo(f"dsv3: {recipe_path} -> {out}", err=True)
-
-    from rich.console import Console
 
     from dsv3.parallel.launch import launched
     from dsv3.stages.extend import extension_stages

@@ -34,7 +34,5 @@ def train(corpora: tuple[str, ...], out: Path, vocab_size: int, digits: int, tra
     made = train_tokenizer(texts, vocab_size, digits)
     made.save(out)
     size, tokens = sum(len(text.encode()) for text in texts), sum(map(len, made.encode_batch(texts)))
-    click.echo(
-        f"{made.vocab_size:,} entries from {size / 1e6:.1f} MB, which they write with {size / tokens:.2f} bytes a token"
-    )
+    click.echo(f"{made.vocab_size:,} entries from {size / 1e6:.1f} MB of text, {size / tokens:.2f} bytes a token")
     click.echo(f"The tokenizer is in {out}; a recipe uses it with tokenizer.path={out}")
