@@ -79,7 +79,7 @@ def limits(config: ModelConfig, tokens: int, precision: Literal["bf16", "fp8"], 
         "quantise, transpose, 12 bits": fp8 * (
             blocks * (5 * (hidden + low) + 13 * values)
             + blocks * 4 * (low + config.qk_rope_head_dim + head_elements + own + values + hidden)
-            + (5 + 6) * fed + (3 + 3 + 6) * 2 * inner + 3 * inner
+            + (5 + 4) * fed + (3 + 3 + 4) * 2 * inner + 3 * inner
         ),
         "norms and SwiGLU": (4 + 6) * normed + (5 + 12 if fp8 else 6 + 10) * inner,
         "queries and keys": blocks * 2 * (4 * head_elements + own + head_elements + head_elements + own + 2 * values),

@@ -55,16 +55,17 @@ class BalancedExchange(Dispatcher):
         """The first ones."""
         return range(self.experts)
 
-    def dispatch(self, x_TD: Tensor, routing: Routing, alignment: int = 0) -> Dispatched:
+    def send(self, parcel: tuple[Tensor, Routing, int]) -> Dispatched:
         """Choice k of every token goes to expert k modulo the number of experts."""
+        x_TD, routing, alignment = parcel
         tokens, chosen = routing.expert.shape
         expert = (torch.arange(chosen, device=x_TD.device) % self.experts).expand(tokens, chosen).contiguous()
         to = sort_by_expert(expert, self.experts, 0, alignment)
         return Dispatched(permute(x_TD, to), to.by_row(routing.weight), to.counts_E, to)
 
-    def combine(self, rows_RD: Tensor, handle: Permutation) -> Tensor:
+    def send_back(self, rows: Tensor, handle: Permutation) -> Tensor:
         """The sums, as after the second all-to-all."""
-        return unpermute(rows_RD, handle)
+        return unpermute(rows, handle)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from dsv3.inference.recording import Function, Layouts, Recording, pays
 from dsv3.model.attention import Absorbed
 from dsv3.model.block import Block, Pass
 from dsv3.model.mtp import MultiTokenPrediction
-from dsv3.model.rope import Rope
+from dsv3.model.rope import rotations
 from dsv3.model.transformer import DeepSeekV3
 
 STEADY = 4
@@ -76,7 +76,7 @@ class Passes:
 
         def read(batch: Batch, hidden_FD: Tensor, token_F: Tensor, row_N: Tensor) -> tuple[Tensor, ...]:
             self.cache.begin(batch)
-            shared = Pass(Rope.at(self.model.config, batch.position_F[None]), None, self.cache)
+            shared = Pass(rotations(self.model.config, batch.position_F[None]), None, self.cache)
             out_FD = module(hidden_FD[None], self.model.embed(token_F[None]), shared)[0][0]
             return out_FD, self.model.head(out_FD.index_select(0, row_N)).argmax(-1)
 

@@ -64,7 +64,7 @@ def measure_pipeline(rank: Rank, sizes: Sizes) -> Sequence[Part]:
     checks = {}
     for words, name in SCHEDULES.items():
         schedule = make_schedule(name, rank.size, count)
-        layout, held = divided(config, schedule.stages, size.length), schedule.held(rank.number)
+        layout, held = divided(config, schedule.stages, size.length), schedule.placement[rank.number]
         network = partial(rank.network, config, torch.bfloat16, parts=set().union(*map(layout.parts, held)))
         sides[f"dsv3 {words}"] = Ours(Executor(network(), layout, group), schedule, batch)
         if words == "DualPipeV" and TORCH < (2, 13):

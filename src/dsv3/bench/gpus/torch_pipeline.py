@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dsv3.model.block import Pass
 from dsv3.model.micro_batch import default_positions
-from dsv3.model.rope import Rope
+from dsv3.model.rope import rotations
 from dsv3.model.transformer import DeepSeekV3
 from dsv3.ops.cross_entropy import linear_cross_entropy
 from dsv3.parallel.group import Group
@@ -51,7 +51,7 @@ class TorchPipeline:
 
     def __init__(self, model: DeepSeekV3, layout: Layout, group: Group, held: Sequence[int], rows: Tensor, words: str):
         self.model, self.group, self.rows = model, group, rows
-        shared = Pass(Rope.at(model.config, default_positions(rows[:1, :-1])))
+        shared = Pass(rotations(model.config, default_positions(rows[:1, :-1])))
         modules = {
             each: StageModule(model, layout.stages[each], each == 0, each == layout.last, shared) for each in held
         }
