@@ -1,6 +1,7 @@
 """Products in FP8 at DeepSeek-V3's shapes: dense beside the bare call of torch, grouped beside DeepGEMM where it is installed."""
 
 from collections.abc import Iterator
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -118,11 +119,8 @@ def grouped(device: torch.device, name: str, experts: int, rows: int, across: in
     if no_deep_gemm() is None:
         library: Any = import_module("deep_gemm")
         out = torch.empty(experts * rows, across, dtype=torch.bfloat16, device=device)
-        layout = expert_of_rows(counts, experts * rows)
-
-        def peer() -> None:
-            library.m_grouped_fp8_gemm_nt_contiguous((x.values, x.scale), (weight, scale), out, layout)
-
+        operands = (x.values, x.scale), (weight, scale), out, expert_of_rows(counts, experts * rows)
+        peer = partial(library.m_grouped_fp8_gemm_nt_contiguous, *operands)
     return Case(
         op=f"grouped_gemm_fp8, {name}",
         shape=f"{experts}x{rows} {across}x{inner}",
