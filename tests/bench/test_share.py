@@ -46,6 +46,7 @@ def test_rows_are_spread_evenly_and_come_back_to_their_tokens(small):
 def test_kernels_are_told_apart_by_name():
     kinds = {
         "nvjet_sm90_tst_256x128": "other products", "contiguous_kernel": "grouped products",
+        "add_wgrad_kernel": "grouped products", "add_kernel": "elementwise", "clear_kernel": "copies and concatenations",
         "void deep_gemm::sm90_fp8_gemm_1d2d_impl<(cute::UMMA::Major)0": "grouped products",
         "cudnn_generated_fort_native_sdpa_sm90_flash_bprop": "attention", "rows_kernel": "quantise, transpose, 12 bits",
         "backward_kernel": "norms and SwiGLU", "copy_kernel": "router, sort, permute",

@@ -32,7 +32,7 @@ TOKENS = 4096
 MICRO_BATCHES = 8
 """A step, of one sequence each."""
 KINDS = {
-    "grouped products": r"deep_gemm|^(wgrad|contiguous|masked)_kernel|cutlass.*enable_3x",
+    "grouped products": r"deep_gemm|^(wgrad|add_wgrad|contiguous|masked)_kernel|cutlass.*enable_3x",
     "attention": r"sdpa",
     "other products": r"nvjet|gemm",
     "quantise, transpose, 12 bits": r"^(rows|transposing|dequantize|quantize|transpose|pack|unpack)_kernel",
@@ -40,7 +40,7 @@ KINDS = {
     "queries and keys": r"^(rotate|keys|keys_backward)_kernel",
     "router, sort, permute": r"^(select|gradient|count|prefix|place|copy|sum)_kernel",
     "cross-entropy": r"^loss_kernel",
-    "copies and concatenations": r"copy|Cat|[Mm]emcpy|[Mm]emset|[Ff]ill",
+    "copies and concatenations": r"copy|Cat|[Mm]emcpy|[Mm]emset|[Ff]ill|^clear_kernel",
 }
 """Kernels by the first pattern that their name matches; the rest is elementwise."""
 
