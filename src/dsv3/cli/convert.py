@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from dsv3.cli.options import PATH, ema_option
+from dsv3.cli.ui import Progress
 from dsv3.errors import UserError
 
 if TYPE_CHECKING:
@@ -38,10 +39,8 @@ def import_command(
     describe(plan)
     if dry_run:
         return
-    from dsv3.cli.ui import Progress
-
     with Progress() as progress:
-        import_weights(plan, checkpoint, workers, partial(progress.count, "import", gigabytes=True))
+        import_weights(plan, checkpoint, workers, partial(progress, "import", gigabytes=True))
     click.echo(f"checkpoint: {checkpoint}")
 
 
@@ -65,13 +64,12 @@ def export_command(
         raise UserError(f"--fp8 and --dtype {dtype}: choose one of them")
     import torch
 
-    from dsv3.cli.ui import Progress
     from dsv3.weights.convert import export_weights
     from dsv3.weights.opening import named_dtype
 
     wanted = torch.float8_e4m3fn if fp8 else named_dtype(dtype or "auto")
     with Progress() as progress:
-        advance = partial(progress.count, "export", gigabytes=True)
+        advance = partial(progress, "export", gigabytes=True)
         export_weights(checkpoint, directory, wanted, int(shard_size * GB), workers, advance, ema)
     click.echo(f"weights: {directory}")
 

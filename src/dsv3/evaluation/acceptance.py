@@ -16,7 +16,7 @@ from dsv3.evaluation.bits_per_byte import pad, windows_of
 from dsv3.evaluation.mode import evaluating
 from dsv3.model.block import Pass
 from dsv3.model.micro_batch import default_positions
-from dsv3.model.rope import Rope
+from dsv3.model.rope import rotations
 from dsv3.model.transformer import DeepSeekV3
 from dsv3.ops.cross_entropy import IGNORE
 
@@ -52,14 +52,14 @@ def acceptance(
 
 def accepted_drafts(model: DeepSeekV3, tokens_BT: torch.Tensor) -> torch.Tensor:
     """bool [D, B, T - D]: whether drafts 1 to k, made where each position's hidden state is known, are accepted."""
-    rope, length, depth = Rope.at(model.config, default_positions(tokens_BT)), tokens_BT.shape[1], len(model.mtp)
+    rope, length, depth = rotations(model.config, default_positions(tokens_BT)), tokens_BT.shape[1], len(model.mtp)
     shared = Pass(rope)
     output = model.run(tokens_BT, shared)
     said, hidden = output.logits.argmax(-1), output.hidden
     found: list[torch.Tensor] = []
     for module in model.mtp:
         k = module.depth + 1
-        part = replace(shared, rope=rope[: length - k])
+        part = replace(shared, rope=rope[:, : length - k])
         hidden, _ = module(hidden[:, : length - k], model.embed(tokens_BT[:, k:]), part)
         same = model.head(hidden).argmax(-1) == said[:, k:]
         same = same[:, : length - depth]
