@@ -19,8 +19,8 @@ from torch import Tensor
 
 from dsv3.disk import replace_file, sha256, sync
 from dsv3.errors import RunError, UserError, nearest
-from dsv3.weights.parts import Place, all_regions
-from dsv3.weights.tensor_directory import ChunkWriter, check_files, read_layout, read_tensors
+from dsv3.weights.parts import Place, all_regions, undivided
+from dsv3.weights.tensor_directory import ChunkReader, ChunkWriter
 
 log = logging.getLogger(__name__)
 STATE = "state.json"
@@ -49,16 +49,15 @@ def save_checkpoint(
     whole ones; `exchange` gives each what all ranks passed to it, in their order. Where one rank fails, all raise `RunError`.
     """
     tensors = flatten(tensors)
-    if places is None:
-        places = {name: Place(tuple(each.shape)) for name, each in tensors.items()}
+    places = places or undivided(tensors)
     partial = directory.parent / PARTIAL
     own = all_regions(tensors, places)
 
-    def together(work: Callable[[], Any], wanted: bool = True) -> list[Any]:
-        """What `work` returned on every rank where it was wanted; raises what one of them failed with."""
+    def together(work: Callable[[], Any]) -> list[Any]:
+        """What `work` returned on every rank; raises what one of them failed with."""
         result: Any = None
         try:
-            result = work() if wanted else None
+            result = work()
         except (OSError, RunError) as error:
             result = error
         results = exchange(result)
@@ -68,19 +67,19 @@ def save_checkpoint(
         return results
 
     try:
-        together(lambda: begin(partial), rank == 0)
+        together(lambda: begin(partial) if rank == 0 else None)
         layouts = exchange(
             ({region.name: (values.dtype, places[region.name].shape) for region, values in own.items()}, list(own))
         )
         layout = {name: each for names, _ in layouts for name, each in names.items()}
         writer = ChunkWriter(partial, layout, [boxes for _, boxes in layouts])
-        written = together(lambda: writer.write(rank, own.__getitem__), bool(own))
+        written = together(lambda: writer.write(rank, own.__getitem__) if own else [])
 
         def finish() -> None:
-            writer.finish([each for each in written if each is not None])
+            writer.finish(written)
             commit(partial, directory, state, files)
 
-        together(finish, rank == 0)
+        together(lambda: finish() if rank == 0 else None)
     except (OSError, RunError) as error:
         raise RunError(
             f"could not save the checkpoint {directory} ({error}). Earlier checkpoints are untouched; "
@@ -186,16 +185,14 @@ def load_checkpoint(
     `UserError` when the checkpoint is incomplete, or its other tensors have other names, shapes or dtypes than those given; then
     nothing was loaded.
     """
-    state = read_state(directory)
-    check_files(directory)
-    found, wanted = read_layout(directory), flatten(tensors)
+    state, reader, wanted = read_state(directory), ChunkReader(directory), flatten(tensors)
+    places, found = places or undivided(wanted), reader.layout
     for name, tensor in wanted.items():
         if name not in found:
             raise UserError(
                 f"{directory} has no tensor {name}: it is a checkpoint of another config. {nearest(name, found)}"
             )
-        dtype, shape = found[name]
-        expected = tuple(tensor.shape) if places is None else places[name].shape
+        (dtype, shape), expected = found[name], places[name].shape
         if (dtype, shape) != (tensor.dtype, expected):
             raise UserError(
                 f"{directory}: {name} is {dtype} {list(shape)}, expected {tensor.dtype} {list(expected)}: "
@@ -208,7 +205,7 @@ def load_checkpoint(
             f"{directory} holds {len(unexpected)} tensors that this run has no place for ({', '.join(unexpected[:3])}): "
             "it is a checkpoint of another config"
         )
-    read_tensors(directory, wanted, places)
+    reader.fill(wanted, places)
     return state
 
 
@@ -226,7 +223,7 @@ def latest_checkpoint(parent: Path, every_byte: bool = False) -> Path | None:
             read_state(candidate)
             if every_byte:
                 check_content(candidate)
-            check_files(candidate)
+            ChunkReader(candidate)
         except UserError as error:
             log.warning("%s is passed over: %s", candidate, error)
             continue

@@ -18,13 +18,13 @@ from dsv3.disk import sync
 from dsv3.errors import RunError, UserError
 from dsv3.model.config import ModelConfig
 from dsv3.weights.checkpoint import MODEL, STATE, TOKENIZER
-from dsv3.weights.chunks import Region
 from dsv3.weights.fit import checked
 from dsv3.weights.huggingface import MAX_SHARD_BYTES, as_json, config_of
 from dsv3.weights.jobs import Job, Journal, Progress, grouped, run_jobs
 from dsv3.weights.loading import compare_copies, dtype_of, skeleton_for
 from dsv3.weights.names import Part, released
 from dsv3.weights.opening import open_weights
+from dsv3.weights.parts import Region
 from dsv3.weights.released import Converted, Released
 from dsv3.weights.safetensors import Layout
 from dsv3.weights.safetensors_writer import write_shards

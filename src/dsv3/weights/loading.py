@@ -11,9 +11,9 @@ from dsv3.model.config import ModelConfig
 from dsv3.model.feed_forward import Experts
 from dsv3.model.linear import Linear
 from dsv3.model.transformer import DeepSeekV3
-from dsv3.weights.chunks import STACK, part_of
 from dsv3.weights.fit import checked, file_of
 from dsv3.weights.names import KEPT_FLOAT32, released
+from dsv3.weights.parts import STACK, part_of
 from dsv3.weights.released import FP8, Converted, Released, places_of, skeleton
 from dsv3.weights.safetensors import DTYPES
 

@@ -1,11 +1,25 @@
-"""Tensors of which a rank holds some rows: experts that are spread over ranks, and shares of the optimizer's state."""
+"""Parts of tensors: experts in their stack, which are stored one by one, and the rows of a tensor that one rank holds."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
-from dsv3.weights.chunks import Region
+STACK = 3
+"""Dimensions of a stack of experts; no other tensor has as many."""
+
+
+class Region(NamedTuple):
+    """A part of a tensor: `size` elements from `start` on in every dimension."""
+
+    name: str
+    start: tuple[int, ...]
+    size: tuple[int, ...]
+
+
+def part_of(tensor: Tensor, start: Sequence[int], size: Sequence[int]) -> Tensor:
+    """A view of a region."""
+    return tensor[tuple(slice(first, first + count) for first, count in zip(start, size, strict=True))]
 
 
 class Place(NamedTuple):
@@ -17,6 +31,11 @@ class Place(NamedTuple):
     """The whole one's row that is this one's first."""
     written: bool = True
     """Whether this rank is the one that writes it: others may hold the same."""
+
+
+def undivided(tensors: Mapping[str, Tensor]) -> dict[str, Place]:
+    """The places of tensors that a checkpoint holds as they are."""
+    return {name: Place(tuple(each.shape)) for name, each in tensors.items()}
 
 
 def regions(name: str, tensor: Tensor, place: Place) -> Iterator[tuple[Region, Tensor]]:

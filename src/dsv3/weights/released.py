@@ -6,7 +6,7 @@ Face's layout, in DeepSeek's, in a training checkpoint or in memory.
 
 import hashlib
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -18,8 +18,8 @@ from dsv3.model.config import ModelConfig
 from dsv3.model.transformer import DeepSeekV3
 from dsv3.ops.block_scaled import dequantize, quantize, scale_shape
 from dsv3.weights.checkpoint import EMA, MODEL
-from dsv3.weights.chunks import Region, part_of
 from dsv3.weights.names import KEPT_FLOAT32, SCALE, Part, is_block_scaled, released
+from dsv3.weights.parts import Region, part_of
 from dsv3.weights.safetensors import DTYPES, HEADER_NAMES, Layout, Stored, read_tensor
 from dsv3.weights.tensor_directory import ChunkReader
 
@@ -73,9 +73,7 @@ class ReleasedFiles:
     @property
     def fingerprint(self) -> str:
         """See `Released`: names, layouts, and the files' sizes and times."""
-        files = sorted({piece.file for each in self.layout.values() for piece in each.pieces})
-        times = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-        return digest(self.layout, times)
+        return digest(self.layout, stamps({piece.file for each in self.layout.values() for piece in each.pieces}))
 
     def read(self, name: str) -> Tensor:
         """See `Released`."""
@@ -110,8 +108,8 @@ class ReleasedCheckpoint:
 
     @property
     def fingerprint(self) -> str:
-        """See `Released`."""
-        return digest(self.layout, self.reader.identity)
+        """See `Released`: another one after every save."""
+        return digest(self.layout, stamps(each for each in self.reader.directory.iterdir() if each.is_file()))
 
     def read(self, name: str) -> Tensor:
         """See `Released`."""
@@ -200,6 +198,11 @@ def in_order(layout: Mapping[str, Layout]) -> dict[str, Layout]:
     """The same with scales right behind their weights, as they are written and read."""
     weights = [name for name in layout if not name.endswith(SCALE)]
     return {each: layout[each] for name in weights for each in (name, name + SCALE) if each in layout}
+
+
+def stamps(files: Iterable[Path]) -> list[tuple[str, int, int]]:
+    """Names, sizes and times of files, in the order of names."""
+    return [(file.name, (known := file.stat()).st_size, known.st_mtime_ns) for file in sorted(files)]
 
 
 def digest(layout: Mapping[str, Layout], more: object) -> str:
