@@ -12,7 +12,7 @@ import torch
 
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.errors import UserError
-from dsv3.evaluation.bits_per_byte import pad, windows_of
+from dsv3.evaluation.bits_per_byte import batches, windows_of
 from dsv3.evaluation.mode import evaluating
 from dsv3.model.block import Pass
 from dsv3.model.micro_batch import default_positions
@@ -42,11 +42,10 @@ def acceptance(
         raise UserError(f"MTP acceptance: none of {len(texts)} texts has {depth + 1} tokens")
     with evaluating(model) as device:
         accepted, drafted = torch.zeros(depth, dtype=torch.int64, device=device), 0
-        for first in range(0, len(windows), batch_rows):
-            inputs, targets = (each.to(device) for each in pad(windows[first : first + batch_rows]))
-            kept = accepted_drafts(model, inputs) & (targets[:, depth:] != IGNORE)
-            accepted += kept.sum((1, 2))
-            drafted += int((targets[:, depth:] != IGNORE).sum())
+        for inputs, targets in batches(windows, batch_rows, device):
+            real = targets[:, depth:] != IGNORE
+            accepted += (accepted_drafts(model, inputs) & real).sum((1, 2))
+            drafted += int(real.sum())
     return [int(count) / drafted for count in accepted]
 
 

@@ -1,7 +1,6 @@
 """Published files into checkpoints, and checkpoints into published files: streamed, several files at a time, resumable.
 
-Memory holds what the files being written take, never the model: a checkpoint's file gathers at most `FILE_BYTES`, and an
-exported shard is written tensor by tensor.
+Files are written tensor by tensor: memory holds one tensor for each of them that is being written, never the model.
 """
 
 import json
@@ -31,7 +30,7 @@ from dsv3.weights.safetensors_writer import write_shards
 from dsv3.weights.tensor_directory import ChunkWriter
 
 FILE_BYTES = 512 * 10**6
-"""Of a checkpoint's file; torch's writer holds all of one while it writes it."""
+"""Of a checkpoint's file, which a stop may leave to be written again."""
 COMPANIONS = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
     "tokenizer.model", "tiktoken.model", "chat_template.jinja", "chat_template.json", "generation_config.json",
