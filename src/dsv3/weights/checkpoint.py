@@ -111,10 +111,8 @@ def commit(partial: Path, directory: Path, state: Mapping[str, Any], files: Mapp
 
 def checksums(directory: Path) -> dict[str, str]:
     """The SHA-256 of every file of a checkpoint, by its path within."""
-    found = {}
-    for path in sorted(path for path in directory.rglob("*") if path.is_file() and path.name != CHECKSUMS):
-        found[path.relative_to(directory).as_posix()] = sha256(path)
-    return found
+    files = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != CHECKSUMS)
+    return {path.relative_to(directory).as_posix(): sha256(path) for path in files}
 
 
 def check_content(directory: Path) -> None:

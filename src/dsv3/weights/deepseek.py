@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from dsv3.errors import UserError, nearest
 from dsv3.model.config import ModelConfig, RopeScaling, read_object
+from dsv3.weights.huggingface import QUANTIZATION
 from dsv3.weights.safetensors import Stored, read_header
 
 FILE = re.compile(r"model(0|[1-9]\d*)-mp([1-9]\d*)\.safetensors")
@@ -103,14 +104,12 @@ def rank_files(directory: Path) -> list[Path]:
         found = f"files of {' and '.join(map(str, sizes))} ranks" if sizes else "no model{rank}-mp{N}.safetensors"
         raise UserError(f"{directory} has {found}: expected those of one conversion, model0-mpN to model(N-1)-mpN")
     files = [directory / f"model{rank}-mp{sizes[0]}.safetensors" for rank in range(sizes[0])]
-    missing = [file.name for file in files if not file.is_file()]
-    if missing:
+    if missing := [file.name for file in files if not file.is_file()]:
         raise UserError(
             f"{directory} lacks {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}: expected the files of all "
             f"{sizes[0]} ranks"
         )
-    beyond = sorted(match[0] for match in matches if int(match[1]) >= sizes[0])
-    if beyond:
+    if beyond := sorted(match[0] for match in matches if int(match[1]) >= sizes[0]):
         raise UserError(f"{directory} has {beyond[0]}: expected ranks 0 to {sizes[0] - 1}")
     return files
 
@@ -264,13 +263,7 @@ def storage(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(f"{path}: dtype = {values['dtype']!r}: expected 'bf16' or 'fp8'")
     if values["scale_fmt"] not in (None, "ue8m0"):
         raise UserError(f"{path}: scale_fmt = {values['scale_fmt']!r}: expected 'ue8m0', or none")
-    stored: dict[str, Any] = {"torch_dtype": "bfloat16"}
-    if values["dtype"] == "fp8":
-        stored["quantization_config"] = {
-            "activation_scheme": "dynamic",
-            "fmt": "e4m3",
-            "quant_method": "fp8",
-            **({"scale_fmt": values["scale_fmt"]} if values["scale_fmt"] else {}),
-            "weight_block_size": [128, 128],
-        }
-    return stored
+    if values["dtype"] == "bf16":
+        return {"torch_dtype": "bfloat16"}
+    scales = {"scale_fmt": values["scale_fmt"]} if values["scale_fmt"] else {}
+    return {"torch_dtype": "bfloat16", "quantization_config": {**QUANTIZATION, **scales}}

@@ -45,13 +45,10 @@ class Journal:
             lines = []
         self.kept = {line["file"]: line for line in lines[1:]}
 
-    def result(self, file: str) -> tuple[bool, Any]:
-        """(whether an earlier try completed the file and it still is what was written, what that job returned)."""
-        line = self.kept.get(file)
+    def done(self, file: str) -> bool:
+        """Whether an earlier try completed the file, and it still is what was written: `kept[file]["result"]` is the job's."""
         path = self.directory / file
-        if line is None or not path.is_file() or sha256(path) != line["sha256"]:
-            return False, None
-        return True, line["result"]
+        return file in self.kept and path.is_file() and sha256(path) == self.kept[file]["sha256"]
 
     def add(self, file: str, result: Any) -> None:
         """Notes that a file is complete."""
@@ -92,10 +89,9 @@ def run_jobs(jobs: Sequence[Job], journal: Journal, workers: int, progress: Prog
     def work(job: Job) -> Any:
         if stopped.is_set():
             return None
-        known, result = journal.result(job.file)
-        if known:
+        if journal.done(job.file):
             advance(job.bytes)
-            return result
+            return journal.kept[job.file]["result"]
         result = job.run(journal.directory / job.file, advance)
         journal.add(job.file, result)
         return result

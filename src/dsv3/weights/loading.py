@@ -42,7 +42,8 @@ def load(source: Released, dtype: torch.dtype | None, device: torch.device | str
 def skeleton_for(source: Released, config: ModelConfig) -> DeepSeekV3:
     """A model without values, with room for FP8 where weights are stored in it: in attention, feed-forward and experts."""
     model = skeleton(config)
-    stored = {ours for name, (ours, _) in places_of(model).items() if is_fp8(name, source)}
+    in_fp8 = {name for name, each in source.layout.items() if each.dtype == FP8}
+    stored = {ours for name, (ours, _) in places_of(model).items() if name in in_fp8}
     inside = {module for block in model.blocks() for module in block.modules() if isinstance(module, Linear | Experts)}
     for name, module in model.named_modules():
         weights = {f"{name}.{each}" for each, _ in module.named_parameters(recurse=False)}
@@ -56,11 +57,6 @@ def skeleton_for(source: Released, config: ModelConfig) -> DeepSeekV3:
         assert isinstance(module, Linear | Experts)
         module.keep_in_fp8()
     return model
-
-
-def is_fp8(name: str, source: Released) -> bool:
-    """Whether a released tensor is stored, and in FP8."""
-    return name in source.layout and source.layout[name].dtype == FP8
 
 
 def dtype_of(ours: str, tensor: Tensor, source: Released, config: ModelConfig) -> torch.dtype:

@@ -6,7 +6,7 @@ Face's layout, in DeepSeek's, in a training checkpoint or in memory.
 
 import hashlib
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -80,31 +80,40 @@ class ReleasedFiles:
         return read_tensor(self.layout[name])
 
 
-class ReleasedCheckpoint:
+class ReleasedTensors:
+    """Tensors of ours (name -> dtype, shape) under their released names. Raises `UserError` for dtypes that weights do not have."""
+
+    def __init__(self, where: str, config: ModelConfig, tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]]):
+        self.where, self.config = where, config
+        self.places: dict[str, tuple[str, Part]] = {}
+        layout = {}
+        for ours, (dtype, shape) in tensors.items():
+            if dtype not in HEADER_NAMES:
+                raise UserError(f"{where}: {ours} is {dtype}, expected one of {', '.join(map(str, HEADER_NAMES))}")
+            for part in released(ours, tuple(shape), config):
+                self.places[part.name] = ours, part
+                layout[part.name] = Layout(HEADER_NAMES[dtype], part.shape)
+        self.layout = in_order(layout)
+
+
+class ReleasedCheckpoint(ReleasedTensors):
     """The model of a training checkpoint, or with `EMA` the average of its weights; whatever else that holds is left alone.
 
     Raises `UserError` when the checkpoint holds none.
     """
 
     def __init__(self, directory: Path, config: ModelConfig, prefix: str = MODEL):
-        self.where, self.config = str(directory), config
-        self.reader = ChunkReader(directory)
-        self.places: dict[str, tuple[str, Part]] = {}
-        self.layout: dict[str, Layout] = {}
-        order = {f"{prefix}{ours}": i for i, ours in enumerate(skeleton(config).state_dict())}
-        names = [ours for ours in self.reader.layout if ours.startswith(prefix)]
-        if prefix == EMA and not names:
+        self.reader, self.prefix = ChunkReader(directory), prefix
+        found = {
+            name.removeprefix(prefix): each for name, each in self.reader.layout.items() if name.startswith(prefix)
+        }
+        if prefix == EMA and not found:
             raise UserError(
                 f"{directory} holds no average of the weights: its run had no training.ema_decay. Leave --ema out"
             )
-        for ours in sorted(names, key=lambda ours: order.get(ours.removesuffix(SCALE), len(order))):
-            dtype, shape = self.reader.layout[ours]
-            if dtype not in HEADER_NAMES:
-                raise UserError(f"{directory}: {ours} is {dtype}, expected one of {', '.join(map(str, HEADER_NAMES))}")
-            for part in released(ours.removeprefix(prefix), tuple(shape), config):
-                self.places[part.name] = ours, part
-                self.layout[part.name] = Layout(HEADER_NAMES[dtype], part.shape)
-        self.layout = in_order(self.layout)
+        order = {ours: i for i, ours in enumerate(skeleton(config).state_dict())}
+        names = sorted(found, key=lambda ours: order.get(ours.removesuffix(SCALE), len(order)))
+        super().__init__(str(directory), config, {ours: found[ours] for ours in names})
 
     @property
     def fingerprint(self) -> str:
@@ -114,25 +123,17 @@ class ReleasedCheckpoint:
     def read(self, name: str) -> Tensor:
         """See `Released`."""
         ours, part = self.places[name]
-        return self.reader.read(Region(ours, part.start, part.size)).view(part.shape)
+        return self.reader.read(Region(self.prefix + ours, part.start, part.size)).view(part.shape)
 
 
-class ReleasedModel:
+class ReleasedModel(ReleasedTensors):
     """A model in memory; what is read shares its storage where that lies on the CPU."""
 
     def __init__(self, model: DeepSeekV3):
-        self.where, self.config, self.fingerprint = "the model", model.config, secrets.token_hex()
         self.state = model.state_dict()
-        self.places = places_of(model)
-        for ours, tensor in self.state.items():
-            if tensor.dtype not in HEADER_NAMES:
-                raise UserError(f"{ours} is {tensor.dtype}: expected one of {', '.join(map(str, HEADER_NAMES))}")
-        self.layout = in_order(
-            {
-                name: Layout(HEADER_NAMES[self.state[ours].dtype], part.shape)
-                for name, (ours, part) in self.places.items()
-            }
-        )
+        tensors = {ours: (tensor.dtype, tensor.shape) for ours, tensor in self.state.items()}
+        super().__init__("the model", model.config, tensors)
+        self.fingerprint = secrets.token_hex()
 
     def read(self, name: str) -> Tensor:
         """See `Released`."""

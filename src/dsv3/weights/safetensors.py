@@ -3,7 +3,6 @@
 import json
 import math
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,7 +96,9 @@ def survey(directory: Path) -> Survey:
     """The same with a list of all that is wrong. Raises `UserError` where there is no file to look for."""
     index = directory / INDEX
     placed = read_index(index) if index.exists() else {}
-    files = files_of(directory, placed)
+    if not placed and not (directory / SINGLE).exists():
+        raise UserError(no_weights(directory))
+    files = [directory / file for file in sorted(set(placed.values())) or [SINGLE]]
     tensors: dict[str, Stored] = {}
     problems, whole = [], set()
     for file in files:
@@ -140,13 +141,6 @@ def read_index(path: Path) -> dict[str, str]:
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
             raise UserError(f"{path} places tensor {name} in {file!r}: expected a .safetensors file beside the index")
     return placed
-
-
-def files_of(directory: Path, placed: Mapping[str, str]) -> list[Path]:
-    """The files that hold a directory's tensors, there or not; `UserError` when it has neither index nor single file."""
-    if not placed and not (directory / SINGLE).exists():
-        raise UserError(no_weights(directory))
-    return [directory / file for file in sorted(set(placed.values())) or [SINGLE]]
 
 
 def refuse_escape(file: Path) -> None:
