@@ -1,8 +1,8 @@
-"""How often a draft of the MTP modules is what the main model says next: the report's acceptance rate (section 5.4.3).
+"""How often a draft of the MTP modules is what the main model predicts: the report's acceptance rate (section 5.4.3).
 
-Held-out text stands for what was generated so far. At every position the main model reads the tokens up to it and says the
-next one; MTP module k reads them up to k positions before, and the true tokens in between. Draft k is accepted where this
-one and all shallower drafts for the same pass are what the main model would say, at temperature 0.
+Held-out text stands in for generated text. At every position the main model reads the tokens up to it and predicts the next
+one; MTP module k starts from the hidden state k positions before, and reads the true tokens in between. Draft k is accepted
+where it and all shallower drafts of the same pass are what the main model would predict at temperature 0.
 """
 
 from collections.abc import Sequence
@@ -54,13 +54,12 @@ def accepted_drafts(model: DeepSeekV3, tokens_BT: torch.Tensor) -> torch.Tensor:
     rope, length, depth = Rope.at(model.config, default_positions(tokens_BT)), tokens_BT.shape[1], len(model.mtp)
     shared = Pass(rope)
     output = model.run(tokens_BT, shared)
-    said, hidden = output.logits.argmax(-1), output.hidden
+    predicted, hidden = output.logits.argmax(-1), output.hidden
     found: list[torch.Tensor] = []
     for module in model.mtp:
         k = module.depth + 1
         part = replace(shared, rope=rope[: length - k])
         hidden, _ = module(hidden[:, : length - k], model.embed(tokens_BT[:, k:]), part)
-        same = model.head(hidden).argmax(-1) == said[:, k:]
-        same = same[:, : length - depth]
+        same = (model.head(hidden).argmax(-1) == predicted[:, k:])[:, : length - depth]
         found.append(same & found[-1] if found else same)
     return torch.stack(found)

@@ -3,8 +3,8 @@
     checkpoints/step-00000930/   .metadata, *.distcp (torch.distributed.checkpoint), state.json, sha256.json, tokenizer/...
     checkpoints/latest           the name of the newest one
 
-A checkpoint is written under another name, brought to the disk and renamed when it is whole; `latest` moves last. At
-whatever moment the machine stops, the directory under a checkpoint's name is a whole one.
+A checkpoint is written under another name, synced to disk and renamed when it is complete; `latest` moves last. Whenever
+the machine stops, a directory under a checkpoint's name is a complete one.
 """
 
 import json
@@ -29,9 +29,9 @@ LATEST = "latest"
 PARTIAL, REPLACED, REMOVED = ".partial", ".replaced", ".removed"
 TOKENIZER = "tokenizer"
 MODEL_GROUP, EMA_GROUP = "model", "ema"
-"""What a checkpoint calls the model's tensors, and the average of its weights..."""
+"""Groups of a checkpoint's tensors: the model's, and the moving average of its weights."""
 MODEL, EMA = f"{MODEL_GROUP}.", f"{EMA_GROUP}."
-"""...and what their names begin with."""
+"""What the names in these groups begin with."""
 NUMBERED = re.compile(r"[^.].*?(\d+)")
 
 
@@ -45,8 +45,8 @@ def save_checkpoint(
     directories to copy, by their name in the checkpoint. Raises `RunError` when it cannot be written; then whatever was
     there is there still.
 
-    Several ranks that share a file system call it together, each with its own tensors and, in `places`, where these lie in the
-    whole ones; `exchange` gives each what all ranks passed to it, in their order. Where one rank fails, all raise `RunError`.
+    Ranks that share a file system call it together, each with its own tensors and, in `places`, where these lie in the full
+    ones; `exchange` is an all-gather of objects, in the order of ranks. Where one rank fails, all raise `RunError`.
     """
     tensors = flatten(tensors)
     places = places or undivided(tensors)
@@ -97,7 +97,7 @@ def begin(partial: Path) -> None:
 
 
 def commit(partial: Path, directory: Path, state: Mapping[str, Any], files: Mapping[str, Path | bytes]) -> None:
-    """Adds what is no tensor, brings all to the disk, and gives it its name."""
+    """Adds everything that is not a tensor, syncs it all to disk, and renames it into place."""
     for name, content in files.items():
         add_file(partial / name, content)
     (partial / STATE).write_text(json.dumps(state, indent=1))
@@ -116,7 +116,7 @@ def checksums(directory: Path) -> dict[str, str]:
 
 
 def check_content(directory: Path) -> None:
-    """`UserError` where a file of a checkpoint is not what was written. Imported weights have no checksums to compare."""
+    """Raises `UserError` where a checkpoint's file is not what was written. Imported weights have no checksums to compare."""
     if not (directory / CHECKSUMS).is_file():
         return
     try:
@@ -178,8 +178,8 @@ def load_checkpoint(
 ) -> dict[str, Any]:  # fmt: skip
     """Fills the given tensors (as for `save_checkpoint`) in place and returns the state.
 
-    Those that `places` names are parts of what the checkpoint holds, however that was divided when it was written. Tensors
-    that are `elsewhere` on other ranks, or whose names begin with one of `leave`, may be there and are not read. Raises
+    With `places`, they are shards of what the checkpoint holds, however that was sharded when it was written. Tensors that
+    other ranks hold (`elsewhere`), or whose names begin with one of `leave`, may be there and are not read. Raises
     `UserError` when the checkpoint is incomplete, or its other tensors have other names, shapes or dtypes than those given; then
     nothing was loaded.
     """

@@ -30,7 +30,7 @@ from dsv3.weights.safetensors_writer import write_shards
 from dsv3.weights.tensor_directory import ChunkWriter
 
 FILE_BYTES = 512 * 10**6
-"""Of a checkpoint's file, which a stop may leave to be written again."""
+"""In one file of an imported checkpoint: what has to be written again after a stop."""
 COMPANIONS = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
     "tokenizer.model", "tiktoken.model", "chat_template.jinja", "chat_template.json", "generation_config.json",

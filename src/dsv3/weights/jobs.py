@@ -14,7 +14,7 @@ from dsv3.disk import sha256, sync
 T = TypeVar("T")
 JOURNAL = ".journal"
 Progress = Callable[[int, int], None]
-"""Told how many bytes are done, and of how many."""
+"""Called with the bytes that are done, and the bytes in all."""
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,11 @@ class Job:
     bytes: int
     """Of tensors in it, for the progress."""
     run: Callable[[Path, Callable[[int], None]], Any]
-    """Writes the file at this path, says of every few bytes that they are done, and returns what the journal shall keep,
-    as JSON can hold it."""
+    """Writes the file at this path, reports bytes as they are written, and returns what the journal keeps (JSON-able)."""
 
 
 class Journal:
-    """Which files of a directory are complete, with their hashes; one line a file, on the disk before the next begins.
+    """Which files of a directory are complete, with their hashes; one line per file, synced before the next file begins.
 
     A directory of another `key`, or without a journal, is emptied.
     """
@@ -107,13 +106,13 @@ def run_jobs(jobs: Sequence[Job], journal: Journal, workers: int, progress: Prog
 
 
 def grouped(sized: Iterable[tuple[T, int]], most: int) -> list[list[T]]:
-    """Things with their bytes, in order, as many a group as fit; one that is larger than a group gets its own."""
+    """Items, given with their bytes, in groups of at most `most` bytes, in order; a larger item gets a group of its own."""
     groups: list[list[T]] = [[]]
     size = 0
-    for thing, count in sized:
+    for item, count in sized:
         if groups[-1] and size + count > most:
             groups.append([])
             size = 0
-        groups[-1].append(thing)
+        groups[-1].append(item)
         size += count
     return groups

@@ -23,23 +23,23 @@ def part_of(tensor: Tensor, start: Sequence[int], size: Sequence[int]) -> Tensor
 
 
 class Place(NamedTuple):
-    """Where a tensor lies in the whole one that a checkpoint holds. Rows are counted through all dimensions but the last."""
+    """Where a shard lies in the full tensor that a checkpoint holds. Rows are counted over all dimensions but the last."""
 
     shape: tuple[int, ...]
-    """Of the whole."""
+    """Of the full tensor."""
     first: int = 0
-    """The whole one's row that is this one's first."""
+    """The row of the full tensor that is the shard's first."""
     written: bool = True
-    """Whether this rank is the one that writes it: others may hold the same."""
+    """Whether this rank writes it: others may hold the same rows."""
 
 
 def undivided(tensors: Mapping[str, Tensor]) -> dict[str, Place]:
-    """The places of tensors that a checkpoint holds as they are."""
+    """The places of tensors that are not sharded."""
     return {name: Place(tuple(each.shape)) for name, each in tensors.items()}
 
 
 def regions(name: str, tensor: Tensor, place: Place) -> Iterator[tuple[Region, Tensor]]:
-    """The boxes that the rows make in the whole tensor, each within one matrix of a stack, and views of their values."""
+    """The boxes of the full tensor that a shard's rows cover, each within one matrix of a stack, and views of their values."""
     if len(place.shape) < 2 or 0 in place.shape:
         if tensor.numel() or 0 in place.shape:
             yield Region(name, (place.first,) * len(place.shape), tuple(tensor.shape)), tensor

@@ -1,7 +1,7 @@
 """A model in its released form, wherever it is stored: tensors by their released names, read one at a time.
 
-What loads, imports or exports asks for this form alone, so that it does not matter whether the weights lie in Hugging
-Face's layout, in DeepSeek's, in a training checkpoint or in memory.
+Loading, importing and exporting use this form only, so that it does not matter whether the weights are in Hugging Face's
+layout, in DeepSeek's, in a training checkpoint or in memory.
 """
 
 import hashlib

@@ -35,7 +35,7 @@ class Layout:
 
     @property
     def bytes(self) -> int:
-        """Of its values. A dtype's name holds the bits of an element, whoever named it: F8_E4M3, BF16, int64; bool has eight."""
+        """Size of its values. A dtype's name tells the bits of an element, torch's names too: F8_E4M3, BF16, int64; bool has eight."""
         bits = re.search(r"\d+", self.dtype)
         return math.prod(self.shape) * (int(bits[0]) if bits else 8) // 8
 

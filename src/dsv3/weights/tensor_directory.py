@@ -67,7 +67,7 @@ class ChunkReader(dcp.FileSystemReader):
         """dtype and shape of every tensor, by name."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """The directory's, through `MetadataUnpickler`."""
+        """Loads `.metadata` through `MetadataUnpickler`."""
         path = self.directory / METADATA
         try:
             with path.open("rb") as file:
@@ -96,7 +96,7 @@ class ChunkReader(dcp.FileSystemReader):
                 raise UserError(f"{file} has {size:,} bytes, expected {end:,}: the checkpoint is incomplete")
 
     def fill(self, into: Mapping[str, Tensor], places: Mapping[str, Place] | None = None) -> None:
-        """Fills these tensors in place, cast to their dtype, however they were divided when they were written."""
+        """Fills these tensors, or shards of them, in place and cast to their dtype, however they were sharded when written."""
         places = places or undivided(into)
         for name, tensor in into.items():
             for region, values in regions(name, tensor, places[name]):
