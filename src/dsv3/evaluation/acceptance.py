@@ -23,12 +23,7 @@ from dsv3.ops.cross_entropy import IGNORE
 
 @torch.inference_mode()
 def acceptance(
-    model: DeepSeekV3,
-    tokenizer: Tokenizer,
-    texts: Sequence[str],
-    *,
-    sequence_length: int,
-    batch_rows: int,
+    model: DeepSeekV3, tokenizer: Tokenizer, texts: Sequence[str], *, sequence_length: int, batch_rows: int
 ) -> list[float]:
     """The share of positions where drafts 1 to k are accepted, for each depth k; windows are those of bits per byte.
 

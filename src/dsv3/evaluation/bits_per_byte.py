@@ -21,12 +21,7 @@ from dsv3.ops.cross_entropy import IGNORE
 
 @torch.inference_mode()
 def bits_per_byte(
-    model: nn.Module,
-    tokenizer: Tokenizer,
-    texts: Sequence[str],
-    *,
-    sequence_length: int,
-    batch_rows: int,
+    model: nn.Module, tokenizer: Tokenizer, texts: Sequence[str], *, sequence_length: int, batch_rows: int
 ) -> float:
     """The negative log2-likelihood of all `texts` together over their length in UTF-8; each is a document.
 

@@ -36,12 +36,7 @@ class LossByPosition:
 
 @torch.inference_mode()
 def loss_by_position(
-    model: DeepSeekV3,
-    tokenizer: Tokenizer,
-    texts: Sequence[str],
-    *,
-    length: int,
-    shares: int = 8,
+    model: DeepSeekV3, tokenizer: Tokenizer, texts: Sequence[str], *, length: int, shares: int = 8
 ) -> LossByPosition:
     """Scores as many overlapping rows as the texts would fill side by side, and at least two a share if there are so many.
 

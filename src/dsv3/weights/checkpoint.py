@@ -41,8 +41,8 @@ def save_checkpoint(
 ) -> None:  # fmt: skip
     """Writes a checkpoint, replacing one of the same name, and points `latest` to it.
 
-    `tensors` is a dict of tensors, nested to any depth; `state` is what JSON can hold; `files` are contents, or files and
-    directories to copy, by their name in the checkpoint. Raises `RunError` when it cannot be written; then whatever was
+    `tensors` is a dict of tensors, nested to any depth; `state` is what JSON can hold; `files` are contents, or directories to
+    copy, by their name in the checkpoint. Raises `RunError` when it cannot be written; then whatever was
     there is there still.
 
     Ranks that share a file system call it together, each with its own tensors and, in `places`, where these lie in the full
@@ -134,10 +134,8 @@ def add_file(path: Path, content: Path | bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(content, bytes):
         path.write_bytes(content)
-    elif content.is_dir():
-        shutil.copytree(content, path)
     else:
-        shutil.copyfile(content, path)
+        shutil.copytree(content, path)
 
 
 def replace_directory(new: Path, directory: Path) -> None:
