@@ -5,11 +5,10 @@ same as before.
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 
 from dsv3.errors import UserError, nearest
 from dsv3.recipe.differences import differences
-from dsv3.recipe.schedule import Schedule, Schedules, end_of
+from dsv3.recipe.schedule import Schedules
 from dsv3.recipe.schema import Recipe
 
 FREE = (
@@ -20,8 +19,6 @@ FREE = (
 """Keys and sections that decide how a run is watched and where it computes."""
 TIMED = ("training.tokens", "schedule")
 """Keys and sections that may change in what is still to come."""
-POINTS = 8
-"""Steps looked at inside each piece of a schedule. Two different pieces agree at fewer."""
 
 
 def check_changes(old: Recipe, new: Recipe, step: int, allow: Sequence[str] = ()) -> tuple[list[str], list[str]]:
@@ -76,20 +73,7 @@ def agree(old: Recipe, new: Recipe, step: int) -> bool:
         return False
     if a.timeline.runs(step) != b.timeline.runs(step):
         return False
-    for name in ("learning_rate", "mtp_weight", "bias_update_speed"):
-        one, other = getattr(a, name), getattr(b, name)
-        for at in steps_to_compare([one, other], a, step):
-            tokens = a.timeline.tokens_at(at)
-            if one.at(at, tokens) != other.at(at, tokens):
-                return False
-    return True
-
-
-def steps_to_compare(schedules: Sequence[Schedule], resolved: Schedules, step: int) -> list[int]:
-    """Around every end of a piece before `step`, and between them."""
-    pieces = [piece for schedule in schedules for piece in schedule.pieces if piece.end is not None]
-    ends = {0, step, *(end_of(piece, resolved.timeline)[0] for piece in pieces)}
-    inside = sorted(end for end in ends if end <= step)
-    near = {end + shift for end in inside for shift in (-1, 0, 1)}
-    near |= {first + (last - first) * part // POINTS for first, last in pairwise(inside) for part in range(1, POINTS)}
-    return sorted(at for at in near if 0 <= at < step)
+    names = ("learning_rate", "mtp_weight", "bias_update_speed")
+    changed = [(getattr(a, name), getattr(b, name)) for name in names if getattr(a, name) != getattr(b, name)]
+    counts = ((at, a.timeline.tokens_at(at)) for at in range(step) if changed)
+    return all(one.at(*count) == other.at(*count) for count in counts for one, other in changed)
