@@ -145,7 +145,9 @@ def export_weights(
         raise UserError(f"{directory} is where the weights are read from: name another directory")
     config = checked(source)
     source = converted(source, dtype)
-    files = {"generation_config.json": as_json(generation_config(config)), **companions(tokenizer)}
+    # What transformers and servers take as the first and the last token of a text.
+    ends = {"_from_model_config": True, "bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
+    files = {"generation_config.json": as_json(ends), **companions(tokenizer)}
     files["config.json"] = as_json(config_of(source, config))
     write_shards(directory, source, files, max_shard_bytes, resume=True, workers=workers, progress=progress)
 
@@ -159,8 +161,3 @@ def converted(source: Released, dtype: torch.dtype | None) -> Released:
 def companions(directory: Path) -> dict[str, bytes]:
     """The files that go with the weights."""
     return {name: (directory / name).read_bytes() for name in COMPANIONS if (directory / name).is_file()}
-
-
-def generation_config(config: ModelConfig) -> dict[str, Any]:
-    """What transformers and servers take as the first and the last token of a text."""
-    return {"_from_model_config": True, "bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}

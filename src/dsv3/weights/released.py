@@ -93,7 +93,9 @@ class ReleasedTensors:
             for part in released(ours, tuple(shape), config):
                 self.places[part.name] = ours, part
                 layout[part.name] = Layout(HEADER_NAMES[dtype], part.shape)
-        self.layout = in_order(layout)
+        # Scales right behind their weights, as they are written and read.
+        weights = (name for name in layout if not name.endswith(SCALE))
+        self.layout = {each: layout[each] for name in weights for each in (name, name + SCALE) if each in layout}
 
 
 class ReleasedCheckpoint(ReleasedTensors):
@@ -193,12 +195,6 @@ class Converted:
         except UserError as error:
             raise UserError(f"{self.where}: {name}: {error}") from None
         return values
-
-
-def in_order(layout: Mapping[str, Layout]) -> dict[str, Layout]:
-    """The same with scales right behind their weights, as they are written and read."""
-    weights = [name for name in layout if not name.endswith(SCALE)]
-    return {each: layout[each] for name in weights for each in (name, name + SCALE) if each in layout}
 
 
 def stamps(files: Iterable[Path]) -> list[tuple[str, int, int]]:
