@@ -21,7 +21,7 @@ from dsv3.weights.fit import checked
 from dsv3.weights.huggingface import MAX_SHARD_BYTES, as_json, config_of
 from dsv3.weights.jobs import Job, Journal, Progress, grouped, run_jobs
 from dsv3.weights.loading import compare_copies, dtype_of, skeleton_for
-from dsv3.weights.names import Part, released
+from dsv3.weights.names import released
 from dsv3.weights.opening import open_weights
 from dsv3.weights.parts import Region
 from dsv3.weights.released import Converted, Released
@@ -48,7 +48,8 @@ class ImportPlan:
     """As it will be written: in the dtype asked for."""
     config: ModelConfig
     tokenizer: Path
-    parts: Mapping[Region, Part]
+    names: Mapping[Region, str]
+    """Which of the source's tensors each region of the checkpoint is."""
     layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
     """Of the checkpoint's tensors."""
     files: list[list[Region]]
@@ -56,15 +57,14 @@ class ImportPlan:
 
     def bytes_of(self, regions: Iterable[Region]) -> int:
         """Of the tensors there."""
-        return sum(self.source.layout[self.parts[region].name].bytes for region in regions)
+        return sum(self.source.layout[self.names[region]].bytes for region in regions)
 
     def write(self, writer: ChunkWriter, number: int, path: Path, advance: Callable[[int], None]) -> Any:
         """Writes one of the files; a `Job`'s work."""
 
         def read(region: Region) -> Tensor:
-            part = self.parts[region]
-            advance(self.source.layout[part.name].bytes)
-            return self.source.read(part.name).to(self.layout[region.name][0]).view(region.size)
+            advance(self.bytes_of([region]))
+            return self.source.read(self.names[region]).to(self.layout[region.name][0]).view(region.size)
 
         return writer.write(number, read)
 
@@ -77,18 +77,17 @@ def plan_import(path: Path, dtype: torch.dtype | None = None, config: Path | Non
     source, tokenizer = open_weights(path, config)
     fitting = checked(source)
     stored, source = source.layout, converted(source, dtype)
-    parts: dict[Region, Part] = {}
-    layout = {}
+    names, layout = {}, {}
     for ours, tensor in skeleton_for(source, fitting).state_dict().items():
         layout[MODEL + ours] = dtype_of(ours, tensor, source, fitting), tuple(tensor.shape)
         for part in released(ours, tuple(tensor.shape), fitting):
             if not part.copy:
-                parts[Region(MODEL + ours, part.start, part.size)] = part
+                names[Region(MODEL + ours, part.start, part.size)] = part.name
     order = {name: i for i, name in enumerate(source.layout)}
     # In the order in which tensors are stored, so that a file is read once.
-    ordered = sorted(parts, key=lambda region: order[parts[region].name])
-    files = grouped(((region, source.layout[parts[region].name].bytes) for region in ordered), FILE_BYTES)
-    return ImportPlan(stored, source, fitting, tokenizer, parts, layout, files)
+    ordered = sorted(names, key=lambda region: order[names[region]])
+    files = grouped(((region, source.layout[names[region]].bytes) for region in ordered), FILE_BYTES)
+    return ImportPlan(stored, source, fitting, tokenizer, names, layout, files)
 
 
 def import_weights(plan: ImportPlan, directory: Path, workers: int = 2, progress: Progress = lambda *_: None) -> None:

@@ -76,7 +76,7 @@ def read_lines(path: Path) -> list[Any]:
 
 def run_jobs(jobs: Sequence[Job], journal: Journal, workers: int, progress: Progress) -> list[Any]:
     """What every job returned, in order; those that the journal knows are not run again. The first error stops the rest."""
-    total, lock, stopped = sum(job.bytes for job in jobs), threading.Lock(), threading.Event()
+    total, lock = sum(job.bytes for job in jobs), threading.Lock()
     done = 0
 
     def advance(count: int) -> None:
@@ -86,8 +86,6 @@ def run_jobs(jobs: Sequence[Job], journal: Journal, workers: int, progress: Prog
             progress(done, total)
 
     def work(job: Job) -> Any:
-        if stopped.is_set():
-            return None
         if journal.done(job.file):
             advance(job.bytes)
             return journal.kept[job.file]["result"]
@@ -101,7 +99,7 @@ def run_jobs(jobs: Sequence[Job], journal: Journal, workers: int, progress: Prog
         try:
             wait(futures, return_when=FIRST_EXCEPTION)
         finally:
-            stopped.set()
+            pool.shutdown(wait=False, cancel_futures=True)
         return [future.result() for future in futures]
 
 
