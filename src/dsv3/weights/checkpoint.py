@@ -42,8 +42,7 @@ def save_checkpoint(
     """Writes a checkpoint, replacing one of the same name, and points `latest` to it.
 
     `tensors` is a dict of tensors, nested to any depth; `state` is what JSON can hold; `files` are contents, or directories to
-    copy, by their name in the checkpoint. Raises `RunError` when it cannot be written; then whatever was
-    there is there still.
+    copy, by their name in the checkpoint. Raises `RunError` when it cannot be written; what was there stays.
 
     Ranks that share a file system call it together, each with its own tensors and, in `places`, where these lie in the full
     ones; `exchange` is an all-gather of objects, in the order of ranks. Where one rank fails, all raise `RunError`.
