@@ -76,13 +76,13 @@ def export_command(
 
 def describe(plan: "ImportPlan") -> None:
     """What an import reads and writes."""
-    written = [plan.source.layout[part.name] for part in plan.parts.values()]
+    written = [plan.source.layout[name] for name in plan.names.values()]
     dtypes = sorted({each.dtype for each in written})
     gigabytes = {dtype: sum(each.bytes for each in written if each.dtype == dtype) / GB for dtype in dtypes}
     read = sum(each.bytes for each in plan.stored.values())
     click.echo(f"reads   {plan.source.where}: {len(plan.stored):,} tensors, {read:,} bytes")
     click.echo(
-        f"writes  {len(written):,} of them as {len(plan.layout):,}, {plan.bytes_of(plan.parts):,} bytes in "
+        f"writes  {len(written):,} of them as {len(plan.layout):,}, {plan.bytes_of(plan.names):,} bytes in "
         f"{len(plan.files):,} files: {', '.join(f'{dtype} {size:.2f} GB' for dtype, size in gigabytes.items())}"
     )
     click.echo(f"MTP     {plan.config.num_nextn_predict_layers} modules, without their copies of embedding and head")
