@@ -33,6 +33,8 @@ def test_weight_gradients_are_added_to_their_sums(counts, down, across):
     assert bool(total.isfinite().all())
     assert difference(total, expected) < 1e-6
     assert torch.equal(total[counts == 0], before[counts == 0])
+    alone = grouped_weight_gradient(grad, x, counts)
+    assert torch.equal(alone, grouped_weight_gradient(grad, x, counts, torch.zeros_like(total)))
     again = before.clone()
     grouped_weight_gradient(grad, x, counts, again)
     assert torch.equal(again, total)

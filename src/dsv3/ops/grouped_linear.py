@@ -207,8 +207,9 @@ def fits_weight_gradient(grad_RO: Tensor, x_RI: Tensor, counts_E: Tensor, out_EO
 
 
 def fits_gluon(grad_RO: Tensor, x_RI: Tensor, counts_E: Tensor, out_EOI: Tensor | None = None) -> str | None:
-    """Why the kernel that adds does not serve."""
-    if out_EOI is None or out_EOI.dtype != torch.float32 or not out_EOI.is_contiguous():
+    """Why the kernel that adds does not serve. It adds to zeros too, so that the first of several gradients is rounded no more than
+    the others."""
+    if out_EOI is not None and (out_EOI.dtype != torch.float32 or not out_EOI.is_contiguous()):
         return "adds to contiguous matrices in float32"
     if not grad_RO.is_contiguous() or not x_RI.is_contiguous():
         return "needs contiguous rows"
@@ -224,7 +225,7 @@ grouped_weight_gradient = Operation(
     ],
 )
 """`grouped_weight_gradient(grad [R, O], x [R, I], counts [E] int, out=None) -> [E, O, I]`: grad^T x over each expert's rows, in x's
-dtype. Where `out` is given, it is added to it, in its dtype, and that is returned.
+dtype or FP32. Where `out` is given, it is added to it, in its dtype, and that is returned.
 
 Rows behind the last group count for nobody.
 """

@@ -90,7 +90,7 @@ class Compute(torch.autograd.Function):
         quantizers: Quantizers = ctx.layers.quantizers
         power_of_two, in_fp8 = ctx.layers.power_of_two, counts is None or aligned
 
-        def quantised(grad: Tensor, power_of_two: bool = False) -> tuple[Tiles, Tiles | None]:
+        def quantised(grad: Tensor, power_of_two: bool = False) -> tuple[Tiles, Any]:
             """For the input's gradient, and for the weight's where that is in FP8."""
             if in_fp8:
                 return quantizers.gradient_both(grad, power_of_two)
@@ -103,13 +103,16 @@ class Compute(torch.autograd.Function):
         rows, inner_columns = quantised(grad_inner)
         grad_x = product(rows, ctx.up.transposed, counts, dtype, aligned) if ctx.needs_input_grad[0] else None
 
+        # What may wait for its turn keeps gradients in one of their forms.
+        in_bf16 = None if in_fp8 else (grad_RD, grad_inner)
+
         def compute(sums: Sums) -> Sequence[Tensor]:
             x = Tiles(values, scale)
-            if out_columns is None or inner_columns is None:
-                wide = dequantize_rows(x, dtype)
+            if in_bf16 is not None:
+                of_out, of_inner = in_bf16
                 return (
-                    grouped_weight_gradient(grad_RD, act, counts, sums[0]),
-                    grouped_weight_gradient(grad_inner, wide, counts, sums[1]),
+                    grouped_weight_gradient(of_out, act, counts, sums[0]),
+                    grouped_weight_gradient(of_inner, dequantize_rows(x, dtype), counts, sums[1]),
                 )
             of_down = out_columns, quantizers.columns(act)
             of_gate_up = inner_columns, quantizers.columns(x, power_of_two)

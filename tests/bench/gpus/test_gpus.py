@@ -46,7 +46,7 @@ def test_overlapped_pairs_compute_what_passes_one_after_the_other_do(two_ranks):
         kinds = [side.format(kind) for side in sides for kind in ("", ", bounded")]
         assert set(each["times"]) == {"one after the other", *kinds}
         assert [figure["target"] for figure in each["figures"]] == [0.9, None, None] * 2
-        assert set(each["checks"].values()) == {"0 of the largest element apart"}
+        assert set(each["checks"].values()) == {"outputs 0 and gradients of inputs 0 of a token's norm apart at most"}
     for place in (2, 5):
         wide, narrow = (each["figures"][place]["value"]["median"] for each in found)
         assert 0 < narrow < wide

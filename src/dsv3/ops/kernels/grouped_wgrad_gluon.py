@@ -1,10 +1,11 @@
-"""Weight gradients of experts in BF16, added to FP32 sums: in Gluon, shared out among warps as in
+"""Weight gradients of experts in BF16, added to FP32 sums: in Gluon, with the work divided among warps as in
 `dsv3.ops.kernels.grouped_gemm_fp8_gluon`.
 
-Two groups of four warps compute 64 x 256 elements each. Finished tiles leave as those of `dsv3.ops.kernels.grouped_wgrad_fp8_gluon`: the
-L2 cache adds them to what is there. So a weight's gradient is neither written in BF16 nor read again.
+Two groups of four warps compute 64 x 256 elements each. A third fetches operands and, while they multiply, the tile's sums into
+shared memory, where results are added to them and written from. So a gradient is neither written in BF16 nor read again.
 """
 
+import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -169,8 +170,10 @@ def add_wgrad_kernel(
     )  # fmt: skip
 
 
-def add_wgrad(grad_RN: Tensor, x_RK: Tensor, counts_E: Tensor, out_ENK: Tensor) -> Tensor:
-    """BF16, added to FP32 `out_ENK`: see `dsv3.ops.grouped_linear`. Bulk copies want rows at multiples of 16 bytes."""
+def add_wgrad(grad_RN: Tensor, x_RK: Tensor, counts_E: Tensor, out_ENK: Tensor | None = None) -> Tensor:
+    """FP32, added to `out_ENK` or to zeros: see `dsv3.ops.grouped_linear`. Bulk copies need rows at multiples of 16 bytes."""
+    if out_ENK is None:
+        out_ENK = torch.zeros(len(counts_E), grad_RN.shape[1], x_RK.shape[1], device=x_RK.device)
     experts, down, across = out_ENK.shape
     if not out_ENK.numel() or not len(x_RK):
         return out_ENK
