@@ -16,10 +16,10 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import cached_property, lru_cache
+from io import FileIO
 from pathlib import Path
-from threading import Lock
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,8 @@ from dsv3.errors import RunError, UserError
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+OPEN_FILES = 128
+"""Shards that stay open: large sets have more files than a process may open."""
 ANEW = "delete {} and run again, which builds it anew"
 
 
@@ -85,7 +87,7 @@ class ShardSet:
         self._dtype = np.dtype(manifest.dtype)
         self._starts: list[npt.NDArray[np.int64]] = []
         self._first = [0]
-        self._open = OpenFiles()
+        self._stream = lru_cache(maxsize=OPEN_FILES)(FileIO)
         for number, shard in enumerate(manifest.shards):
             tokens, starts = directory / f"tokens-{number:05d}.bin", directory / f"documents-{number:05d}.npy"
             try:
@@ -140,7 +142,10 @@ class ShardSet:
         count = end - first - start if length is None else length
         path = self.directory / f"tokens-{shard:05d}.bin"
         size = self._dtype.itemsize
-        data = self._open.read(path, (first + start) * size, count * size)
+        try:
+            data = os.pread(self._stream(path).fileno(), count * size, (first + start) * size)
+        except OSError as error:
+            raise RunError(f"{path} cannot be read any more: {error.strerror}. Bring it back, and continue") from error
         if len(data) < count * size:
             raise RunError(
                 f"{path} ended early: expected {count} tokens of document {index} from token {first + start} on. The "
@@ -170,31 +175,6 @@ class ShardSet:
             raise IndexError(f"document {index} of {len(self)}")
         shard = bisect_right(self._first, index) - 1
         return shard, index - self._first[shard]
-
-
-class OpenFiles:
-    """Reads pieces of files and keeps the last ones open, a bounded number: large sets have more files than a process may."""
-
-    def __init__(self, most: int = 128) -> None:
-        self._most = most
-        self._files: dict[Path, BinaryIO] = {}
-        self._lock = Lock()
-
-    def read(self, path: Path, offset: int, size: int) -> bytes:
-        """Up to `size` bytes from `offset` on; `RunError` when the file cannot be read."""
-        with self._lock:
-            try:
-                stream = self._files.pop(path, None)
-                if stream is None:
-                    stream = open(path, "rb", buffering=0)  # noqa: SIM115  it stays open for the next piece
-                self._files[path] = stream
-                if len(self._files) > self._most:
-                    self._files.pop(next(iter(self._files))).close()
-                return os.pread(stream.fileno(), size, offset)
-            except OSError as error:
-                raise RunError(
-                    f"{path} cannot be read any more: {error.strerror}. Bring it back, and continue"
-                ) from error
 
 
 def file_hash(path: Path) -> str | None:
