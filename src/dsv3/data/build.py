@@ -89,20 +89,18 @@ def build_shards(
     fraction = plan.validation_fraction
     found = documents(plan.uri, plan.split, seed=plan.seed, validation_fraction=fraction, report=report)
     candidates = without_duplicates(found, seen, report)
-    with ShardWriter(
-        directory, vocab_size=tokenizer.vocab_size, tokenizer_hash=tokenizer.hash, origin=origin
-    ) as writer:
-        last = pass_over(candidates, writer.read, plan.uri, directory) if writer.read else None
-        if not plan.reached(writer.documents, writer.tokens):
-            with closing(encode_all(batches(candidates), documents_of, tokenizer, encoding, workers)) as encoded:
-                last = fill(writer, plan, encoded, progress) or last
-        if last is None:
-            raise UserError(
-                f"all {report.duplicates} documents of the {plan.split} split of {plan.uri} came before, in it or in the "
-                "sources named before it; leave the source out, or set data.deduplicate = false"
-            )
-        # How far the reader was ahead of a limit must not show.
-        return writer.finish(up_to(last, report) if plan.reached(writer.documents, writer.tokens) else report)
+    writer = ShardWriter(directory, vocab_size=tokenizer.vocab_size, tokenizer_hash=tokenizer.hash, origin=origin)
+    last = pass_over(candidates, writer.read, plan.uri, directory) if writer.read else None
+    if not plan.reached(writer.documents, writer.tokens):
+        with closing(encode_all(batches(candidates), documents_of, tokenizer, encoding, workers)) as encoded:
+            last = fill(writer, plan, encoded, progress) or last
+    if last is None:
+        raise UserError(
+            f"all {report.duplicates} documents of the {plan.split} split of {plan.uri} came before, in it or in the "
+            "sources named before it; leave the source out, or set data.deduplicate = false"
+        )
+    # How far the reader was ahead of a limit must not show.
+    return writer.finish(up_to(last, report) if plan.reached(writer.documents, writer.tokens) else report)
 
 
 def whole_set(directory: Path, tokenizer: Tokenizer, origin: dict[str, Any]) -> Manifest | None:
