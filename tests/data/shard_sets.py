@@ -12,7 +12,7 @@ DOCUMENTS = [("a.py", [0, 300, 65535, 1], 9), ("dir/ü\n.txt", [0, 1], 0), ("c",
 
 def build_set(source, split, tokenizer, directory, *, earlier=None, workers=1, progress=lambda *_: None, **how):
     """`build_shards` of a plan."""
-    plan = ShardPlan(source, split, **how)
+    plan = ShardPlan(uri=source, split=split, **how)
     return build_shards(plan, tokenizer, Path(directory), earlier=earlier, workers=workers, progress=progress)
 
 

@@ -53,9 +53,7 @@ def data_stages(
             if number == len(pairs) - 1:
                 show(done=len(pairs))
 
-        # Recipes limit tokens alone.
-        decides = {key: value for key, value in asdict(plan).items() if key != "limit_documents"}
-        inputs = {**decides, "format": FORMAT, "content": prints[source.name]}
+        inputs = {**asdict(plan), "format": FORMAT, "content": prints[source.name]}
         needs = ("tokenizer", *(f"shards.{each}.{part}" for each, part in before or ()))
         return Stage(f"shards.{source.name}.{split}", inputs, out / "shards" / name, run, needs)
 
@@ -82,11 +80,12 @@ def tokenizer_stage(recipe: Recipe, out: Path, prints: dict[str, str], progress:
 
 def plan_of(recipe: Recipe, source: Source, split: Split) -> ShardPlan:
     """What a shard set holds. Held-out text stays as it is."""
-    data, seed, fraction = recipe.data, recipe.data_seed, recipe.data.validation_fraction
-    if split == "validation":
-        return ShardPlan(source.uri, split, seed, validation_fraction=fraction, limit_tokens=VALIDATION_TOKENS)
-    how = data.fim_rate, data.split_joined_rate, data.fim_unit
-    return ShardPlan(source.uri, split, seed, *how, validation_fraction=fraction, limit_tokens=source.tokens)
+    data, training = recipe.data, split == "train"
+    how = (data.fim_rate, data.split_joined_rate, data.fim_unit) if training else ()
+    limit, fraction = source.tokens if training else VALIDATION_TOKENS, data.validation_fraction
+    return ShardPlan(
+        recipe.data_seed, *how, uri=source.uri, split=split, validation_fraction=fraction, limit_tokens=limit
+    )
 
 
 def make_tokenizer(recipe: Recipe, directory: Path, progress: Progress) -> None:
