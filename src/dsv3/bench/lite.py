@@ -30,6 +30,7 @@ from dsv3.model.transformer import DeepSeekV3
 from dsv3.planning.flops import training_flops_per_token
 from dsv3.planning.parameters import count_parameters
 from dsv3.recipe.schema import OptimizerSection, Recipe
+from dsv3.stages.context import RunContext
 from dsv3.stages.data import data_stages, open_sets
 from dsv3.stages.machine import machine
 from dsv3.stages.runner import run_stages
@@ -196,7 +197,7 @@ def text(config: ModelConfig, progress: Progress) -> Tensor:
     recipe = Recipe.from_dict(content)
     with tempfile.TemporaryDirectory() as directory:
         out = Path(directory)
-        run_stages(data_stages(recipe, out, progress, lambda _: None), out, lambda *_: None)
+        run_stages(data_stages(RunContext(recipe, out, progress)), out, lambda *_: None)
         sets = [("stdlib", open_sets(recipe, out, "train")["stdlib"], 1.0)]
         loader = Loader(sets, LENGTH + 1, 0, Tokenizer.load(out / "tokenizer").pad_id)
         rows = [loader.batch(number * BATCH, BATCH).tokens for number in range(2 * MICRO_BATCHES)]

@@ -21,6 +21,7 @@ import torch
 from dsv3.errors import RunError, UserError
 from dsv3.recipe.differences import differences
 from dsv3.recipe.schema import Recipe
+from dsv3.stages.context import RunContext
 from dsv3.stages.pretrain import pretraining_stages
 from dsv3.stages.runner import Stage, finished, run_stages
 from dsv3.training.trainer import Progress
@@ -42,7 +43,7 @@ class Job:
 
     def stages(self, out: Path) -> list[Stage]:
         """Its stages, in another directory."""
-        return pretraining_stages(Recipe.load(self.path, self.overrides), out, lambda **_: None, lambda _: None)
+        return pretraining_stages(RunContext(Recipe.load(self.path, self.overrides), out))
 
     @property
     def command(self) -> list[str]:
@@ -93,7 +94,8 @@ def ablate(
     ]
     check_shared(every)
     shared = out / "shared"
-    *preparing, _ = pretraining_stages(Recipe.load(every[0].path, every[0].overrides), shared, progress, note)
+    context = RunContext(Recipe.load(every[0].path, every[0].overrides), shared, progress, note)
+    *preparing, _ = pretraining_stages(context)
     run_stages(preparing, shared, note, replace=False)
     for job in every:
         link(preparing, shared, job.out)

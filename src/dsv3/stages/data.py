@@ -14,6 +14,7 @@ from dsv3.data.tokenizer import Tokenizer, train_tokenizer
 from dsv3.data.workers import cores
 from dsv3.errors import UserError
 from dsv3.recipe.schema import Recipe, Source
+from dsv3.stages.context import RunContext
 from dsv3.stages.runner import Stage
 from dsv3.training.trainer import Progress
 
@@ -26,19 +27,14 @@ Built = Callable[[str, float], None]
 
 
 def data_stages(
-    recipe: Recipe,
-    out: Path,
-    progress: Progress,
-    note: Callable[[str], None],
-    *,
-    workers: int | None = None,
-    built: Built = lambda name, speed: None,
+    context: RunContext, *, workers: int | None = None, built: Built = lambda name, speed: None
 ) -> list[Stage]:
     """The stages up to the shards in `out/shards`, each keyed by what it reads of the recipe.
 
     A set depends on the tokenizer, and where duplicates are left out on the sets before it: another weight builds none
     again, another rate of fill-in-the-middle those that are trained on. By default every core works.
     """
+    recipe, out = context.recipe, context.out
     prints = {source.name: fingerprint(source.uri) for source in recipe.data.sources}
     pairs = [(source, split) for source in recipe.data.sources for split in SPLITS]
 
@@ -48,8 +44,11 @@ def data_stages(
         earlier = None if before is None else [out / "shards" / each / part for each, part in before]
 
         def run() -> None:
-            show = partial(progress, stage="shards", total=len(pairs), source=name)
-            built(name, make_shards(plan, name, out, earlier, workers or cores(), partial(show, done=number), note))
+            show = partial(context.progress, stage="shards", total=len(pairs), source=name)
+            built(
+                name,
+                make_shards(plan, name, out, earlier, workers or cores(), partial(show, done=number), context.note),
+            )
             if number == len(pairs) - 1:
                 show(done=len(pairs))
 
@@ -57,11 +56,12 @@ def data_stages(
         needs = ("tokenizer", *(f"shards.{each}.{part}" for each, part in before or ()))
         return Stage(f"shards.{source.name}.{split}", inputs, out / "shards" / name, run, needs)
 
-    return [tokenizer_stage(recipe, out, prints, progress), *(set_stage(i, *pair) for i, pair in enumerate(pairs))]
+    return [tokenizer_stage(context, prints), *(set_stage(i, *pair) for i, pair in enumerate(pairs))]
 
 
-def tokenizer_stage(recipe: Recipe, out: Path, prints: dict[str, str], progress: Progress) -> Stage:
+def tokenizer_stage(context: RunContext, prints: dict[str, str]) -> Stage:
     """Training, or copying, the tokenizer. A finished one does not depend on the texts."""
+    recipe, directory = context.recipe, context.out / "tokenizer"
     content = recipe.content()
     inputs = {"tokenizer": {**content["tokenizer"], "vocab_size": content["model"]["vocab_size"]}}
     if recipe.tokenizer.path is not None:
@@ -73,9 +73,7 @@ def tokenizer_stage(recipe: Recipe, out: Path, prints: dict[str, str], progress:
             "validation_fraction": recipe.data.validation_fraction,
             "seed": recipe.data_seed,
         }
-    return Stage(
-        "tokenizer", inputs, out / "tokenizer", lambda: make_tokenizer(recipe, out / "tokenizer", progress), ()
-    )
+    return Stage("tokenizer", inputs, directory, lambda: make_tokenizer(recipe, directory, context.progress), ())
 
 
 def plan_of(recipe: Recipe, source: Source, split: Split) -> ShardPlan:

@@ -2,8 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,13 @@ import torch
 
 from dsv3.errors import UserError
 from dsv3.model.config import ModelConfig
-from dsv3.parallel.mesh import Mesh
 from dsv3.recipe.differences import differences
 from dsv3.recipe.schema import ExtensionSection, Recipe
+from dsv3.stages.context import RunContext
 from dsv3.stages.data import data_stages
 from dsv3.stages.pretrain import training_stage
 from dsv3.stages.runner import Stage
-from dsv3.training.trainer import Progress, Trainer
+from dsv3.training.trainer import Trainer
 from dsv3.weights.checkpoint import flatten
 from dsv3.weights.fit import checked
 from dsv3.weights.loading import fill
@@ -40,23 +39,16 @@ class Start:
     """JSON-able; another one for other weights."""
 
 
-def extension_stages(
-    recipe: Recipe,
-    out: Path,
-    progress: Progress,
-    note: Callable[[str], None],
-    allow: Sequence[str] = (),
-    mesh: Mesh | None = None,
-) -> list[Stage]:
-    """The stages up to an extended model in `out/extend`; `allow` as for `pretraining_stages`. Raises `UserError` as `find_start` does."""
+def extension_stages(context: RunContext) -> list[Stage]:
+    """The stages up to an extended model in `out/extend`. Raises `UserError` as `find_start` does."""
+    recipe = context.recipe
     start = find_start(recipe)
     # To the stages before the training, the start's tokenizer is a finished one that a recipe names.
     content = recipe.to_dict()
     content["tokenizer"]["path"] = str(start.tokenizer)
-    data = data_stages(Recipe.from_dict({**content, "extension": None}), out, progress, note)
+    data = data_stages(replace(context, recipe=Recipe.from_dict({**content, "extension": None})))
     inputs = {**recipe.content(), "start": start.identity}
-    load = partial(load_start, start=start)
-    return [*data, training_stage("extend", recipe, inputs, out, data, progress, note, allow, load, mesh)]
+    return [*data, training_stage(context, "extend", inputs, data, partial(load_start, start=start))]
 
 
 def extension_of(recipe: Recipe) -> ExtensionSection:
