@@ -14,4 +14,4 @@ def quickstart_stages(context: RunContext) -> list[Stage]:
 
         write_report(context.out, page)
 
-    return [*pretraining_stages(context), Stage("report", {}, page, draw)]
+    return [*pretraining_stages(context), Stage("report", {}, page, draw, needs=("pretrain",))]
