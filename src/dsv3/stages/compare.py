@@ -2,8 +2,8 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import asdict, dataclass
 from math import sqrt
 from pathlib import Path
 from statistics import fmean, stdev
@@ -42,13 +42,13 @@ class Line:
     mean: float
     spread: float | None
     """Standard deviation over seeds; None for one seed."""
-    difference: float | None
+    difference: float | None = None
     """Mean over the seeds that both have of this variant less the first; None for the first."""
-    margin: float | None
+    margin: float | None = None
     """Half the width of the difference's 95% interval (Student's t over seeds); None for one seed."""
-    finding: Finding | None
+    finding: Finding | None = None
     """What the report says of this difference."""
-    reproduces: str | None
+    reproduces: str | None = None
     """Whether that shows here: `yes`, `no`, `within the spread`, `one seed`; None where the report says nothing."""
 
 
@@ -62,15 +62,20 @@ class Comparison:
     lines: Sequence[Line]
     """By figure, then by variant."""
     notes: Sequence[str]
+    blocks: Set[str]
+    """The MoE blocks whose MaxVio every step of every run has."""
+
+    @property
+    def runs(self) -> list[Run]:
+        """Those of all variants."""
+        return [run for variant in self.variants for run in variant.runs.values()]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
         return {
             "tokens": self.tokens,
             "runs": {each.name: {seed: str(run.path) for seed, run in each.runs.items()} for each in self.variants},
-            "lines": [
-                {**vars(line), "finding": None if line.finding is None else vars(line.finding)} for line in self.lines
-            ],
+            "lines": [asdict(line) for line in self.lines],
             "notes": self.notes,
         }
 
@@ -86,14 +91,15 @@ def compare(paths: Sequence[Path]) -> Comparison:
     variants = group([read_run(path) for path in once])
     runs = [run for variant in variants for run in variant.runs.values()]
     tokens = last_common(runs)
-    blocks = set.intersection(*(blocks_of(run) for run in runs))
+    recorded = [set(row.get("max_vio") or ()) for run in runs for row in run.metrics]
+    blocks = set.intersection(*recorded) if recorded else set()
     values = {run.path: figures_of_run(run, tokens, blocks) for run in runs}
     names = [name for name in values[runs[0].path] if all(name in found for found in values.values())]
     lines = []
     for name in names:
         by_variant = [{seed: values[run.path][name] for seed, run in each.runs.items()} for each in variants]
         lines += [line(name, variants[0], by_variant[0], *pair) for pair in zip(variants, by_variant, strict=True)]
-    return Comparison(tokens, variants, lines, notes_on(variants, tokens))
+    return Comparison(tokens, variants, lines, notes_on(variants, tokens), blocks)
 
 
 def notes_on(variants: Sequence[Variant], tokens: int) -> list[str]:
@@ -152,7 +158,7 @@ def evaluated(row: Row) -> dict[str, float]:
     return found
 
 
-def figures_of_run(run: Run, tokens: int, blocks: set[str]) -> dict[str, float]:
+def figures_of_run(run: Run, tokens: int, blocks: Set[str]) -> dict[str, float]:
     """All figures of a run at a number of tokens; MaxVio is the mean over `blocks` and the last part of the steps."""
     found = evaluated(next(row for row in run.evaluations if row["tokens"] == tokens))
     steps = [row for row in run.metrics if (1 - LAST) * tokens < row["tokens"] <= tokens]
@@ -161,22 +167,18 @@ def figures_of_run(run: Run, tokens: int, blocks: set[str]) -> dict[str, float]:
     return found
 
 
-def blocks_of(run: Run) -> set[str]:
-    """The MoE blocks whose MaxVio every step has."""
-    return set.intersection(*(set(row.get("max_vio") or ()) for row in run.metrics)) if run.metrics else set()
-
-
 def line(
     name: str, first: Variant, reference: Mapping[int, float], variant: Variant, values: Mapping[int, float]
 ) -> Line:
     """One figure of one variant against the first one's."""
     mean, spread = fmean(values.values()), stdev(values.values()) if len(values) > 1 else None
     if variant is first:
-        return Line(name, variant.name, values, mean, spread, None, None, None, None)
+        return Line(name, variant.name, values, mean, spread)
     paired = [values[seed] - reference[seed] for seed in values if seed in reference]
     difference = fmean(paired) if paired else mean - fmean(reference.values())
     margin = half_width(paired) if len(paired) > 1 else None
-    kind = kind_of(name)
+    # The report gives no number for MaxVio.
+    kind: Kind | None = None if name == "MaxVio" else "tasks" if name.startswith("pass@1") else "text"
     finding = published(first.recipe, variant.recipe, kind) if kind else None
     reproduces = verdict(difference, margin, finding.sign) if finding else None
     return Line(name, variant.name, values, mean, spread, difference, margin, finding, reproduces)
@@ -186,13 +188,6 @@ def half_width(differences: Sequence[float]) -> float:
     """Half the width of the 95% interval of their mean."""
     count = len(differences)
     return (T_95[count - 2] if count - 2 < len(T_95) else 2.0) * stdev(differences) / sqrt(count)
-
-
-def kind_of(figure: str) -> Kind | None:
-    """What the report measures like this figure. It gives no number for MaxVio."""
-    if figure == "MaxVio":
-        return None
-    return "tasks" if figure.startswith("pass@1") else "text"
 
 
 def verdict(difference: float, margin: float | None, sign: int) -> str:

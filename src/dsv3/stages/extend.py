@@ -12,7 +12,7 @@ import torch
 from dsv3.errors import UserError
 from dsv3.model.config import ModelConfig
 from dsv3.recipe.differences import differences
-from dsv3.recipe.schema import ExtensionSection, Recipe
+from dsv3.recipe.schema import Recipe
 from dsv3.stages.context import RunContext
 from dsv3.stages.data import data_stages
 from dsv3.stages.pretrain import training_stage
@@ -51,23 +51,18 @@ def extension_stages(context: RunContext) -> list[Stage]:
     return [*data, training_stage(context, "extend", inputs, data, partial(load_start, start=start))]
 
 
-def extension_of(recipe: Recipe) -> ExtensionSection:
-    """The recipe's `[extension]`; `UserError` where it has none."""
-    if recipe.extension is None:
-        raise UserError(
-            "this recipe has no [extension]: expected initial_from (the run to start from) and from_length (the sequence "
-            "length it was trained with); without a start, use dsv3 pretrain"
-        )
-    return recipe.extension
-
-
 def find_start(recipe: Recipe) -> Start:
     """The start that a recipe names; no tensor is read.
 
     Raises `UserError` where there is none, when it is another network, or was trained with another length than
     `extension.from_length`: then a phase before is missing, or this one is done already.
     """
-    wanted = extension_of(recipe)
+    wanted = recipe.extension
+    if wanted is None:
+        raise UserError(
+            "this recipe has no [extension]: expected initial_from (the run to start from) and from_length (the sequence "
+            "length it was trained with); without a start, use dsv3 pretrain"
+        )
     named = Path(wanted.initial_from)
     if not named.exists():
         raise UserError(
@@ -123,7 +118,8 @@ def load_start(trainer: Trainer, start: Start) -> None:
         fill({name: whole}, source, trainer.model.config, held)
         if narrow:
             shares.put(name, whole)
-    if extension_of(trainer.recipe).optimizer_state == "fresh":
+    extension = trainer.recipe.extension
+    if extension is not None and extension.optimizer_state == "fresh":
         return
     wanted = flatten({"optimizer": trainer.optimizer.tensors()})
     found = {} if is_published(start.path) else read_layout(start.path)

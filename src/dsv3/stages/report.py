@@ -18,7 +18,6 @@ from dsv3.errors import UserError
 from dsv3.recipe.figures import duration, human
 from dsv3.stages import charts
 from dsv3.stages.drawing import COLOURS, svg
-from dsv3.stages.needle_chart import heat_map
 from dsv3.stages.run_directory import Row, Run, read_run
 
 
@@ -67,7 +66,7 @@ def draw_figures(run: Run) -> dict[str, str]:
         "experts": (charts.expert_load, loads, "Load of every expert over tokens, and MaxVio, for every MoE block"),
         "bits": (charts.bits_per_byte, bits, "Bits per byte on held-out text over tokens"),
         "pass": (charts.pass_at_1, solved, "Share of tasks solved at the first try over tokens"),
-        "needle": (heat_map, needles, "Share of needles found by length of the text and depth of the needle"),
+        "needle": (charts.needles, needles, "Share of needles found by length of the text and depth of the needle"),
     }
     return {name: svg(partial(draw, rows), name, label) for name, (draw, rows, label) in drawable.items() if rows}
 
