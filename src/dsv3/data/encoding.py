@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dsv3.data.files import Document
-from dsv3.data.fim import FimUnit, fim_document, fim_ids
+from dsv3.data.fim import FimUnit, fim_document, fim_prompt
 from dsv3.data.joined import JoinedSplitter
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.data.word_encoder import WordEncoder
@@ -55,6 +55,6 @@ class DocumentEncoder:
                 body = self._joined.split(next(encoded), rng)
             else:
                 prefix, middle, suffix = (self._joined.split(next(encoded), rng).tolist() for _ in parts)
-                body = np.array(fim_ids(prefix, middle, suffix, self._tokenizer), dtype=np.uint32)
+                body = np.array([*fim_prompt(prefix, suffix, self._tokenizer), *middle], dtype=np.uint32)
             found.append(np.concatenate([self._bos, body, self._eos]))
         return found

@@ -51,6 +51,10 @@ class SkipReport:
             self.named.append(f"{name}: {reason}")
 
 
+Reader = Callable[[SkipReport], Iterator[Document]]
+"""Gives all documents of a source, as often as it is called."""
+
+
 def read(path: File, name: str, report: SkipReport, longest: int = LONGEST_DOCUMENT) -> Iterator[Document]:
     """The documents of one file, with ids that start with `name`; at most `longest` bytes each.
 

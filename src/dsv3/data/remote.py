@@ -44,7 +44,14 @@ def remote_files(uri: str) -> Iterator[tuple[str, RemoteFile, int, str]]:
     Hidden files and directories are left out. Raises `UserError` for an unknown scheme, one whose package is missing,
     and when there is nothing.
     """
-    filesystem, path = connect(uri)
+    scheme = uri.partition("://")[0]
+    try:
+        filesystem, path = fsspec.core.url_to_fs(uri)
+    except ImportError as error:
+        # fsspec says which package opens the scheme.
+        raise UserError(f"{uri}: {scheme}:// needs another package: {error}") from None
+    except ValueError as error:
+        raise UserError(f"{uri}: fsspec does not know {scheme}://: {error}") from None
     if has_magic(path):
         root = path[: next(found.start() for found in re.finditer(r"[*?[]", path))].rpartition("/")[0]
         found = filesystem.glob(path, detail=True)
@@ -67,16 +74,3 @@ def as_walked(path: str) -> list[tuple[bool, str]]:
     """Sorts paths as a walk meets them: a directory's files before its subdirectories."""
     *directories, name = path.split("/")
     return [*((True, directory) for directory in directories), (False, name)]
-
-
-def connect(uri: str) -> tuple[Any, str]:
-    """The file system behind a URL, and the path in it."""
-    scheme = uri.partition("://")[0]
-    try:
-        filesystem, path = fsspec.core.url_to_fs(uri)
-    except ImportError as error:
-        # fsspec says which package opens the scheme.
-        raise UserError(f"{uri}: {scheme}:// needs another package: {error}") from None
-    except ValueError as error:
-        raise UserError(f"{uri}: fsspec does not know {scheme}://: {error}") from None
-    return filesystem, path
