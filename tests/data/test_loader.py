@@ -196,16 +196,7 @@ def test_messages_name_the_documents(sources):
     )
 
 
-def test_refusals(sources, tmp_path):
-    name, shards, _ = sources[0]
-    with pytest.raises(UserError, match="row = 1: expected at least 2"):
-        Loader(sources, 1, 0, PAD)
-    with pytest.raises(UserError, match="was given 0 sources"):
-        Loader([], ROW, 0, PAD)
-    with pytest.raises(UserError, match="rank = 2 of 2: expected a rank from 0 to 1"):
-        Loader(sources, ROW, 0, PAD, rank=2, ranks=2)
-    with pytest.raises(UserError, match="the weight of source 'code' is 0"):
-        Loader([(name, shards, 0)], ROW, 0, PAD)
+def test_a_source_without_documents_is_refused(tmp_path):
     writer = ShardWriter(tmp_path, vocab_size=300, tokenizer_hash="hash", origin={})
     writer.finish(SkipReport())
     with pytest.raises(UserError, match="source 'none' holds no documents"):

@@ -12,7 +12,6 @@ from dsv3.data.fim import FimUnit, fim_document, fim_prompt
 from dsv3.data.joined import JoinedSplitter
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.data.word_encoder import WordEncoder
-from dsv3.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -26,11 +25,6 @@ class Encoding:
     """Share of the tokens joining punctuation with line breaks that are split (`joined.py`)."""
     fim_unit: FimUnit = "character"
     """What rearranged documents are cut between."""
-
-    def __post_init__(self) -> None:
-        for name in ("fim_rate", "split_joined_rate"):
-            if not 0 <= (rate := getattr(self, name)) <= 1:
-                raise UserError(f"{name} = {rate}: expected a share from 0 to 1")
 
 
 class DocumentEncoder:

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dsv3.data.mixture import LONGEST_CYCLE, interleave
+from dsv3.data.mixture import interleave
 from dsv3.data.packing import Packing, pack
 from dsv3.data.token_shards import ShardSet
 from dsv3.errors import UserError
@@ -39,8 +39,7 @@ class Loader:
 
     The data's position is the number of global rows before it, and nothing else. A data-parallel rank (`rank` of
     `ranks`) reads its slice of each batch; ranks may change in number between any two batches.
-    Raises `UserError` for a source without documents, a weight that is not above 0, a row below 2 tokens, or a rank
-    that is none of `ranks`.
+    Raises `UserError` for a source without documents.
     """
 
     def __init__(
@@ -55,15 +54,7 @@ class Loader:
         rank: int = 0,
         ranks: int = 1,
     ) -> None:
-        if row < 2:
-            raise UserError(f"row = {row}: expected at least 2 tokens, one to read and one to predict")
-        if not 0 < len(sources) <= LONGEST_CYCLE:
-            raise UserError(f"the loader was given {len(sources)} sources; expected 1 to {LONGEST_CYCLE}")
-        if not 0 <= rank < ranks:
-            raise UserError(f"rank = {rank} of {ranks}: expected a rank from 0 to {ranks - 1}")
-        for name, shards, weight in sources:
-            if not weight > 0:
-                raise UserError(f"the weight of source {name!r} is {weight}: expected a number above 0")
+        for name, shards, _ in sources:
             if not len(shards):
                 raise UserError(f"source {name!r} holds no documents")
         self.names = [name for name, _, _ in sources]

@@ -12,8 +12,6 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from dsv3.errors import UserError
-
 Packing = Literal["best_fit", "in_order"]
 Ints = npt.NDArray[np.int64]
 
@@ -48,11 +46,8 @@ def pack(lengths: npt.ArrayLike, row: int, packing: Packing = "best_fit") -> Pac
     Every token lies in exactly one row. `best_fit` cuts a longer document every `row` tokens, and places pieces from the
     longest to the shortest, each into the fullest row with room for it, in time in the number of pieces and of different
     lengths, not in their product. `in_order` leaves room in the last row alone.
-    Raises `UserError` when `row` is below 1 or a length is negative.
     """
     documents = np.asarray(lengths, dtype=np.int64)
-    if row < 1 or (documents < 0).any():
-        raise UserError(f"row = {row}: expected a row of at least 1 token and no negative document length")
     if packing == "in_order":
         document, start, length, where = in_order(documents, row)
     else:

@@ -64,8 +64,6 @@ def documents(
     What cannot be read is skipped and added to `report`. Raises `UserError` at once for an unknown source or missing
     path, and at the end when nothing came; `RunError` when a file disappears.
     """
-    if not 0 <= validation_fraction < 1:
-        raise UserError(f"validation_fraction = {validation_fraction}: expected 0 or more and less than 1")
     report = SkipReport() if report is None else report
     if uri in GENERATORS:
         return (Document(name, text) for name, text in GENERATORS[uri].documents(split, seed))

@@ -231,7 +231,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, digits: int = 3) -> T
     """Trains byte-level BPE; the same texts in the same order give the same file.
 
     `vocab_size` counts all ids: 256 bytes, 3 + 17 special tokens, merges; where the texts yield too few merges,
-    placeholders fill it up, as in the released vocabulary. `digits` is the most digits that one token joins:
+    placeholders fill it up, as in the released vocabulary. `digits` (1 to 3) is the most digits that one token joins:
     3 is DeepSeek-V3's, 1 gives each digit a token. Raises `UserError` below 256 + special tokens. Memory grows with the
     different words in `texts`; bound the bytes of text (`sources.sample`) where they may be many.
     """
@@ -240,8 +240,6 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, digits: int = 3) -> T
             f"vocab_size = {vocab_size}: expected at least {SMALLEST}, "
             f"256 bytes and {SMALLEST - 256} special tokens; a useful vocabulary starts at about 1000"
         )
-    if not 1 <= digits <= 3:
-        raise UserError(f"digits = {digits}: expected 1, 2 or 3, the most digits that one token joins")
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizer(digits)
     backend.decoder = decoders.ByteLevel()
