@@ -171,8 +171,6 @@ class ShardSet:
             yield from (data[start : start + 16] for start in range(0, len(data), 16))
 
     def _locate(self, index: int) -> tuple[int, int]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"document {index} of {len(self)}")
         shard = bisect_right(self._first, index) - 1
         return shard, index - self._first[shard]
 

@@ -90,11 +90,12 @@ def special(token: str) -> property:
 class Tokenizer:
     """Text <-> token ids. `json` is the content of a `tokenizer.json` whose model is byte-level BPE."""
 
-    def __init__(self, json: str) -> None:
-        self.json = json
-        self._marked = tokenizers.Tokenizer.from_str(json)
-        self.plain = without_special_tokens(json)
-        """The same without special tokens, as `tokenizers` has it."""
+    def __init__(self, text: str) -> None:
+        self.json = text
+        self._marked = tokenizers.Tokenizer.from_str(text)
+        without = {**json.loads(text), "added_tokens": [], "post_processor": None}
+        self.plain = tokenizers.Tokenizer.from_str(json.dumps(without))
+        """The same BPE with no token that is matched as a whole, as `tokenizers` has it."""
 
     @classmethod
     def load(cls, directory: str | Path) -> "Tokenizer":
@@ -281,22 +282,10 @@ def pre_tokenizer(digits: int) -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.Sequence([*steps, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
-def without_special_tokens(text: str) -> tokenizers.Tokenizer:
-    """The same BPE with no token that is matched as a whole."""
-    content = json.loads(text)
-    content["added_tokens"] = []
-    content["post_processor"] = None
-    return tokenizers.Tokenizer.from_str(json.dumps(content))
-
-
-def byte_alphabet() -> dict[str, int]:
-    """The characters that stand for bytes in a byte-level vocabulary: printable ones for themselves, others from U+0100."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(b): b for b in printable} | {chr(0x100 + k): b for k, b in enumerate(others)}
-
-
-BYTES = byte_alphabet()
+PRINTABLE = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+OTHERS = [byte for byte in range(256) if byte not in PRINTABLE]
+BYTES = {chr(b): b for b in PRINTABLE} | {chr(0x100 + k): b for k, b in enumerate(OTHERS)}
+"""The characters that stand for bytes in a byte-level vocabulary: printable ones for themselves, others from U+0100."""
 
 
 def bytes_of(token: str) -> bytes:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dsv3.data.build import ShardPlan, build_shards
 from dsv3.data.sources import Split, fingerprint, to_learn_from
-from dsv3.data.token_shards import FORMAT, Manifest, ShardSet
+from dsv3.data.token_shards import FORMAT, ShardSet
 from dsv3.data.tokenizer import Tokenizer, train_tokenizer
 from dsv3.data.workers import cores
 from dsv3.errors import UserError
@@ -45,10 +45,7 @@ def data_stages(
 
         def run() -> None:
             show = partial(context.progress, stage="shards", total=len(pairs), source=name)
-            built(
-                name,
-                make_shards(plan, name, out, earlier, workers or cores(), partial(show, done=number), context.note),
-            )
+            built(name, make_shards(context, plan, name, earlier, workers or cores(), partial(show, done=number)))
             if number == len(pairs) - 1:
                 show(done=len(pairs))
 
@@ -111,9 +108,8 @@ def make_tokenizer(recipe: Recipe, directory: Path, progress: Progress) -> None:
 
 
 def make_shards(
-    plan: ShardPlan, name: str, out: Path, earlier: list[Path] | None, workers: int, show: Progress,
-    note: Callable[[str], None],
-) -> float:  # fmt: skip
+    context: RunContext, plan: ShardPlan, name: str, earlier: list[Path] | None, workers: int, show: Progress
+) -> float:
     """Builds the shard set called `name` and says what it holds; the tokens a second."""
     started = time.perf_counter()
 
@@ -121,25 +117,19 @@ def make_shards(
         show(megabytes=size / 1e6, tokens_per_second=tokens / (time.perf_counter() - started))
 
     show()
-    tokenizer = Tokenizer.load(out / "tokenizer")
-    directory = out / "shards" / name
-    manifest = build_shards(plan, tokenizer, directory, earlier=earlier, workers=workers, progress=advance)
-    speed = manifest.tokens / (time.perf_counter() - started)
-    note(f"{name}: {in_words(manifest)}; {speed:,.0f} tokens/s")
-    # Both splits read the same files.
-    if manifest.skipped["count"] and plan.split == "train":
-        named = ", ".join(manifest.skipped["named"])
-        note(f"{name}: skipped {manifest.skipped['count']} files or rows that are no text: {named}")
-    return speed
-
-
-def in_words(manifest: Manifest) -> str:
-    """What a shard set holds."""
-    ratio = manifest.bytes / manifest.tokens
-    left = [f"{manifest.skipped[key]:,} {key}" for key in ("empty", "duplicates") if manifest.skipped.get(key)]
-    return ", ".join(
-        [f"{manifest.documents:,} documents", f"{manifest.tokens:,} tokens", f"{ratio:.2f} bytes a token", *left]
+    tokenizer, directory = Tokenizer.load(context.out / "tokenizer"), context.out / "shards" / name
+    made = build_shards(plan, tokenizer, directory, earlier=earlier, workers=workers, progress=advance)
+    speed = made.tokens / (time.perf_counter() - started)
+    left_out = "".join(f", {made.skipped[key]:,} {key}" for key in ("empty", "duplicates") if made.skipped.get(key))
+    context.note(
+        f"{name}: {made.documents:,} documents, {made.tokens:,} tokens, {made.bytes / made.tokens:.2f} bytes a token{left_out}; "
+        f"{speed:,.0f} tokens/s"
     )
+    # Both splits read the same files.
+    if made.skipped["count"] and plan.split == "train":
+        named = ", ".join(made.skipped["named"])
+        context.note(f"{name}: skipped {made.skipped['count']} files or rows that are no text: {named}")
+    return speed
 
 
 def open_sets(recipe: Recipe, out: Path, split: Split) -> dict[str, ShardSet]:
