@@ -31,26 +31,26 @@ class ShardPlan(Encoding):
     split: Split
     validation_fraction: float = VALIDATION_FRACTION
     limit_tokens: int | None = None
-    """The set ends with the first document that reaches it; sources that never end need one."""
+    """The set ends with the first document that reaches this many; endless sources need a limit."""
 
     def reached(self, tokens: int) -> bool:
-        """Whether so many are enough."""
+        """Whether the set has enough tokens."""
         return self.limit_tokens is not None and tokens >= self.limit_tokens
 
 
 @dataclass(frozen=True)
 class Candidate(Document):
-    """A document that is no duplicate."""
+    """A document that is not a duplicate."""
 
     read: int
-    """How many documents of the source had come, this one included."""
+    """Documents of the source read so far, this one included."""
     text_hash: bytes | None
     left_out: tuple[int, int, int]
-    """What had been skipped, empty and duplicate before it."""
+    """How many had been skipped, were empty, and were duplicates before it."""
 
 
 Progress = Callable[[int, int, int], None]
-"""Told every megabyte of text how many documents, tokens and bytes are in the set."""
+"""Called about once a megabyte of text with the documents, tokens and bytes in the set so far."""
 
 
 def build_shards(
@@ -64,9 +64,9 @@ def build_shards(
 ) -> Manifest:
     """Writes a shard set; the same plan gives the same files, whatever the `workers`.
 
-    What an interrupted build of the same set left complete is kept, and a set that is whole is left as it is. With
-    `earlier` (shard sets built the same way, or none), a document whose text came before, in those sets or in this one, is
-    left out and counted; each takes 100 bytes of memory.
+    Shards that an interrupted build of the same set completed are kept, and a complete set is left as it is. With `earlier`
+    (shard sets built the same way; may be empty), a document whose text is already in those sets or in this one is left out
+    and counted; each document takes 100 bytes of memory.
     Raises `UserError` for bad input; `RunError` when the disk is full, a source disappears or a worker dies.
     """
     if (plan.uri, plan.split) in ENDLESS and plan.limit_tokens is None:
@@ -104,7 +104,7 @@ def build_shards(
 
 
 def whole_set(directory: Path, tokenizer: Tokenizer, origin: dict[str, Any]) -> Manifest | None:
-    """The manifest of the set in `directory` if that is whole and just what would be built."""
+    """The manifest of the set in `directory` if it is complete, undamaged and what would be built."""
     try:
         found = ShardSet.open(directory, tokenizer.hash)
         found.verify()
@@ -114,7 +114,7 @@ def whole_set(directory: Path, tokenizer: Tokenizer, origin: dict[str, Any]) -> 
 
 
 def without_duplicates(found: Iterable[Document], seen: set[bytes] | None, report: SkipReport) -> Iterator[Candidate]:
-    """All documents, or with `seen` those whose text's hash is not in it yet."""
+    """All documents, or with `seen` those whose text is not in it yet (by hash)."""
     for read, document in enumerate(found, 1):
         text_hash = None
         if seen is not None:
@@ -132,7 +132,7 @@ def fill(
     encoded: Iterable[tuple[Sequence[Candidate], list[npt.NDArray[np.uint32]]]],
     progress: Progress,
 ) -> Candidate | None:
-    """Writes documents until they are enough or there are no more; the last one written."""
+    """Writes documents up to the limit, or all of them; returns the last one written."""
     last = None
     for batch, ids_of_each in encoded:
         for last, ids in zip(batch, ids_of_each, strict=True):

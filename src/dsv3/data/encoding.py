@@ -16,7 +16,7 @@ from dsv3.data.word_encoder import WordEncoder
 
 @dataclass(frozen=True)
 class Encoding:
-    """What is done to documents besides tokenizing them. What is random depends on the seed and a document's id alone."""
+    """How documents are encoded. What is random depends only on the seed and the document's id."""
 
     seed: int
     fim_rate: float = 0.0
@@ -24,7 +24,7 @@ class Encoding:
     split_joined_rate: float = 0.0
     """Share of the tokens joining punctuation with line breaks that are split (`joined.py`)."""
     fim_unit: FimUnit = "character"
-    """What rearranged documents are cut between."""
+    """Rearranged documents are cut between characters or between lines."""
 
 
 class DocumentEncoder:

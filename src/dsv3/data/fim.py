@@ -43,7 +43,7 @@ def line_ends(text: str) -> Sequence[int]:
 
 
 def fim_prompt(prefix: Sequence[int], suffix: Sequence[int], tokenizer: Tokenizer) -> list[int]:
-    """What a model continues with the missing middle, from the ids of what is before and after it (no bos)."""
+    """The prompt that a model completes with the missing middle, from the ids before and after it; no bos."""
     return [tokenizer.fim_begin_id, *prefix, tokenizer.fim_hole_id, *suffix, tokenizer.fim_end_id]
 
 

@@ -11,7 +11,7 @@ PREFIX = "hf:"
 
 
 def reader(uri: str) -> Reader:
-    """What reads the rows of a data set's `train` split, their text in the field `text`; ids are row numbers.
+    """The reader of a data set's `train` split: one document a row, its text in the field `text`, its id the row number.
 
     A directory is one that `save_to_disk` wrote, or files that `datasets` makes a data set of. Raises `UserError` when
     `datasets` is missing, or finds no such data set, or there is no such field.

@@ -2,7 +2,7 @@
 
 Each source's m-th row has a window: it comes neither before the source's share reaches m - 1 rows nor after it reaches m.
 Going by the earliest end of a window always works (Baruah, Cohen, Plaxton and Varvel 1996, "Proportionate progress").
-The order repeats after as many rows as the weights need to come out even, so that any row is found without the rows before it.
+The order repeats once the weights come out even, so any row is found without going through those before it.
 """
 
 import heapq
@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 LONGEST_CYCLE = 100_000
-"""Rows after which the order repeats at the latest."""
+"""The most rows before the order repeats."""
 
 
 def whole_shares(weights: Sequence[float]) -> list[int]:

@@ -39,7 +39,7 @@ def is_url(uri: str) -> bool:
 
 
 def remote_files(uri: str) -> Iterator[tuple[str, RemoteFile, int, str]]:
-    """(name below the URL, file, bytes, stamp) of a file, or of those of a directory or glob, in the order they have here.
+    """(name below the URL, file, bytes, stamp) of a file, or of those of a directory or glob, in the order of a local walk.
 
     Hidden files and directories are left out. Raises `UserError` for an unknown scheme, one whose package is missing,
     and when there is nothing.
@@ -71,6 +71,6 @@ def remote_files(uri: str) -> Iterator[tuple[str, RemoteFile, int, str]]:
 
 
 def as_walked(path: str) -> list[tuple[bool, str]]:
-    """Sorts paths as a walk meets them: a directory's files before its subdirectories."""
+    """Sort key: a directory's files before its subdirectories, as `walk` yields them."""
     *directories, name = path.split("/")
     return [*((True, directory) for directory in directories), (False, name)]

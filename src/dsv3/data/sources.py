@@ -21,12 +21,12 @@ TINYPY, NEEDLE = "builtin:tinypy", "builtin:needle"
 GENERATORS = {TINYPY: tinypy, NEEDLE: needle}
 """Sources that are made from a seed, each with splits of its own."""
 ENDLESS = ((TINYPY, "train"), (NEEDLE, "train"))
-"""Sources and splits that never end: whoever reads one sets a limit."""
+"""Sources and splits that never end: readers need a limit."""
 
 VALIDATION_FRACTION = 0.05
-"""Share of the documents that is held out where nothing else is said."""
+"""Default share of the documents that is held out."""
 LEARNED_FROM = 4000
-"""An endless source's words repeat long before."""
+"""Documents of an endless source that a tokenizer is trained on; its words repeat long before."""
 TEXT = (".txt", ".md", ".py")
 
 
@@ -71,7 +71,7 @@ def documents(
 
 
 def reader(uri: str) -> Reader:
-    """The reader of a source, which is refused before anything of it is read."""
+    """The reader of a source. Refuses a bad source before anything is read."""
     if uri.startswith(hub.PREFIX):
         return hub.reader(uri)
     found, library = find(uri), is_library(uri)
@@ -106,7 +106,7 @@ def fingerprint(uri: str) -> str:
 
 
 def choose(every: Reader, uri: str, split: Split, validation_fraction: float, report: SkipReport) -> Iterator[Document]:
-    """One split of a source, refusing to be empty."""
+    """One split of a source; `UserError` if it is empty."""
     divided = None if validation_fraction == 0 else document_to_divide(every, validation_fraction)
     seen = chosen = 0
     for document in every(report):

@@ -1,4 +1,4 @@
-"""Writes shard sets (`token_shards.py` says what they are), so that whatever stops it leaves nothing that looks whole and is not."""
+"""Writes shard sets (see `token_shards.py`) so that an interruption never leaves one that looks complete and is not."""
 
 import errno
 import hashlib
@@ -20,7 +20,7 @@ from dsv3.disk import replace_file
 from dsv3.errors import RunError, UserError
 
 SHARD_BYTES = 128 << 20
-"""Size of `tokens-*.bin` from which the next document opens another shard: what is held in memory, and what a killed build loses at most."""
+"""Size of `tokens-*.bin` at which a shard is written: what is held in memory, and the most that a killed build loses."""
 
 
 class ShardWriter:
@@ -133,7 +133,7 @@ class ShardWriter:
         self._open_shard()
 
     def _keep_complete(self) -> None:
-        """Takes over the complete shards of an interrupted build, up to the first that is missing or damaged."""
+        """Keeps the complete shards of an interrupted build, up to the first that is missing or damaged."""
         while True:
             try:
                 record = json.loads(
@@ -152,7 +152,7 @@ class ShardWriter:
 
 @contextmanager
 def storage_errors(directory: Path) -> Iterator[None]:
-    """Turns failures of the file system into one paragraph."""
+    """Turns errors of the file system into a `UserError` or a `RunError`."""
     try:
         yield
     except OSError as error:

@@ -7,7 +7,7 @@ A shard set is a directory:
     documents-00000.npy     int64 [2, documents + 1]: where each document starts, in tokens and in bytes of its text
     documents-00000.names   the id of each document, one JSON string a line
     documents-00000.hashes  16 bytes a document, of its text: in sets that were built without duplicates
-    shard-00000.json        only while the set is being written: this shard is complete, and a killed build goes on after it
+    shard-00000.json        only during the build: this shard is complete, and an interrupted build continues after it
 """
 
 import json
@@ -79,7 +79,7 @@ class Manifest:
 
 
 class ShardSet:
-    """A finished shard set. `len` counts documents. What is read is checked: a file that shrank or went is a `RunError`."""
+    """A finished shard set; `len` is its number of documents."""
 
     def __init__(self, directory: Path, manifest: Manifest) -> None:
         self.directory = directory
@@ -118,10 +118,7 @@ class ShardSet:
         return self.manifest.documents
 
     def verify(self) -> None:
-        """Compares the files with their sha256 in the manifest: reads them whole, several at a time.
-
-        Raises `UserError` naming the first file that differs.
-        """
+        """Compares all files with their sha256 in the manifest; `UserError` names the first that differs."""
         expected = [pair for shard in self.manifest.shards for pair in shard.sha256.items()]
         with ThreadPoolExecutor(max_workers=4) as threads:
             found = threads.map(file_hash, (self.directory / name for name, _ in expected))
@@ -135,7 +132,7 @@ class ShardSet:
     def document(self, index: int, start: int = 0, length: int | None = None) -> npt.NDArray[np.integer]:
         """The token ids of one document, or `length` of them from `start` on: read-only uint16 or uint32 [length].
 
-        Raises `RunError` when the shard has shrunk or gone since it was opened.
+        Raises `RunError` when the shard has been truncated or removed since it was opened.
         """
         shard, place = self._locate(index)
         first, end = (int(at) for at in self._starts[shard][0, place : place + 2])
@@ -154,7 +151,7 @@ class ShardSet:
         return np.frombuffer(data, dtype=self._dtype)
 
     def name(self, index: int) -> str:
-        """The id of one document within its source, as the source gave it."""
+        """The id of one document within its source."""
         shard, place = self._locate(index)
         with open(self.directory / f"documents-{shard:05d}.names", encoding="utf-8") as lines:
             return str(json.loads(next(line for number, line in enumerate(lines) if number == place)))

@@ -1,7 +1,7 @@
 """The tokenizer: byte-level BPE with DeepSeek-V3's pre-tokenizer and special tokens (report, section 4.1).
 
-The BPE itself is Hugging Face `tokenizers`; the directory that `Tokenizer.save` writes is one that
-`transformers.AutoTokenizer` loads and agrees with.
+The BPE itself is Hugging Face `tokenizers`; `transformers.AutoTokenizer` loads what `Tokenizer.save` writes and gives the
+same ids.
 """
 
 import codecs
@@ -166,14 +166,14 @@ class Tokenizer:
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
-        """Tokens that readers are not shown; markup of thoughts and tools is not among them."""
+        """Tokens left out of text for readers; markup of reasoning and tools is not among them."""
         return frozenset(i for i, token in self._marked.get_added_tokens_decoder().items() if token.special)
 
     def encode(self, text: str, *, specials: bool = False) -> list[int]:
         """Token ids of `text`, no bos and no eos added.
 
-        The text of a special token becomes its id with `specials` alone. Without, it is text like any other, so that
-        nobody ends a turn or opens a tool call from inside a document or a message.
+        The text of a special token becomes its id only with `specials`. Otherwise it is plain text, so that no document or
+        message can end a turn or open a tool call.
         Raises `UserError` for a string that has no UTF-8 form (lone surrogates).
         """
         return self.encode_batch([text], specials=specials)[0]

@@ -23,7 +23,7 @@ Batch = TypeVar("Batch", bound=Sequence[Document])
 Ids = list[npt.NDArray[np.uint32]]
 
 ALONE = 32 << 20
-"""Characters that are encoded before other processes are started, which takes longer than most small corpora."""
+"""Characters encoded in this process before workers are started, which takes longer than encoding a small corpus."""
 
 
 def cores() -> int:
@@ -62,7 +62,7 @@ def encode_all(
 def processes(
     tokenizer: Tokenizer, encoding: Encoding, count: int
 ) -> Iterator[Callable[[Sequence[Document]], "Future[Ids]"]]:
-    """Starts processes that encode, and gives what hands a batch to the next that is free; here a thread waits for each."""
+    """Starts worker processes; yields a function that submits a batch to the next idle one. A thread here waits for each."""
     # Spawned, not forked: a fork beside the threads of tokenizers and torch may hang.
     context = multiprocessing.get_context("spawn")
     idle: SimpleQueue[Connection] = SimpleQueue()
@@ -98,7 +98,7 @@ def processes(
 
 
 def serve(connection: Connection, tokenizer_json: str, encoding: Encoding) -> None:
-    """A worker: encodes what comes until nobody is left to send. Ctrl-C is for the process that reads and writes."""
+    """A worker: encodes batches until the connection is closed. Ctrl-C is left to the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # One thread a process: there is a process for every core.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -42,12 +42,12 @@ class Job:
     out: Path
 
     def stages(self, out: Path) -> list[Stage]:
-        """Its stages, in another directory."""
+        """Its stages, in a directory."""
         return pretraining_stages(RunContext(Recipe.load(self.path, self.overrides), out))
 
     @property
     def command(self) -> list[str]:
-        """What runs it, or continues it."""
+        """The command line that starts or resumes it."""
         return [
             *(sys.executable, "-m", "dsv3", "pretrain", str(self.path), *self.overrides),
             *("--out", str(self.out), "--resume"),
@@ -122,7 +122,7 @@ def check_shared(jobs: Sequence[Job]) -> None:
 
 
 def link(stages: Sequence[Stage], shared: Path, out: Path) -> None:
-    """Gives a run's directory the shared outputs, and the records that they are done."""
+    """Links the shared outputs into a run's directory, and copies the records that they are done."""
     (out / "stages").mkdir(parents=True, exist_ok=True)
     for stage in stages:
         place = out / stage.output.relative_to(shared)
@@ -138,7 +138,7 @@ def link(stages: Sequence[Stage], shared: Path, out: Path) -> None:
 def run_jobs(waiting: deque[Job], total: int, jobs: int, progress: Progress, note: Callable[[str], None]) -> list[str]:
     """Runs the jobs, some at once and spread over the GPUs; says of each that failed where to look.
 
-    Ctrl-C lets those under way save and end.
+    On Ctrl-C, running jobs save and end.
     """
     environment, gpus = {**os.environ}, visible_gpus()
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
@@ -194,6 +194,6 @@ def start(job: Job, environment: dict[str, str]) -> subprocess.Popen[bytes]:
 
 
 def last_line(path: Path) -> str:
-    """What a log ends with."""
+    """The last line of a log that is not blank."""
     lines = path.read_text(errors="replace").split("\n")
     return next((line for line in reversed(lines) if line.strip()), "it said nothing")

@@ -1,4 +1,4 @@
-"""Runs side by side: their figures over seeds, the differences to the first variant, and whether the report's signs show."""
+"""Runs side by side: their figures over seeds, the differences to the first variant, and whether the report's signs reproduce."""
 
 import json
 import re
@@ -27,7 +27,7 @@ class Variant:
 
     name: str
     recipe: Recipe
-    """With the seed of one of them."""
+    """Of one of the runs."""
     runs: Mapping[int, Run]
 
 
@@ -57,7 +57,7 @@ class Comparison:
     """Everything that was compared."""
 
     tokens: int
-    """Where in the training."""
+    """Where in the training the runs are compared."""
     variants: Sequence[Variant]
     lines: Sequence[Line]
     """By figure, then by variant."""
@@ -67,7 +67,7 @@ class Comparison:
 
     @property
     def runs(self) -> list[Run]:
-        """Those of all variants."""
+        """All runs of all variants."""
         return [run for variant in self.variants for run in variant.runs.values()]
 
     def to_dict(self) -> dict[str, Any]:
@@ -103,7 +103,7 @@ def compare(paths: Sequence[Path]) -> Comparison:
 
 
 def notes_on(variants: Sequence[Variant], tokens: int) -> list[str]:
-    """What a reader has to know beside the figures."""
+    """Caveats of a comparison."""
     first, *others = variants
     end = max(variant.recipe.training.tokens for variant in variants)
     notes = [f"Not at the end of the training: at {tokens:,} of {end:,} tokens."] if tokens < end else []

@@ -11,7 +11,7 @@ from dsv3.training.trainer import Progress
 
 @dataclass(frozen=True)
 class RunContext:
-    """A recipe, the directory it runs in, and who hears of it."""
+    """A recipe, the directory it runs in, and where progress is reported."""
 
     recipe: Recipe
     out: Path

@@ -19,20 +19,18 @@ from dsv3.stages.runner import Stage
 from dsv3.training.trainer import Progress
 
 VALIDATION_TOKENS = 200_000
-"""Of an endless source's held-out split."""
+"""The most that a held-out split holds."""
 SPLITS: tuple[Split, ...] = ("train", "validation")
-
-Built = Callable[[str, float], None]
-"""Called with a set, `SOURCE/SPLIT`, and the tokens a second it was built at."""
 
 
 def data_stages(
-    context: RunContext, *, workers: int | None = None, built: Built = lambda name, speed: None
+    context: RunContext, *, workers: int | None = None, built: Callable[[str, float], None] = lambda name, speed: None
 ) -> list[Stage]:
     """The stages up to the shards in `out/shards`, each keyed by what it reads of the recipe.
 
-    A set depends on the tokenizer, and where duplicates are left out on the sets before it: another weight builds none
-    again, another rate of fill-in-the-middle those that are trained on. By default every core works.
+    A set depends on the tokenizer and, where duplicates are left out, on the sets before it: a new weight rebuilds none, a
+    new rate of fill-in-the-middle only the training sets. `built` is called with each set, `SOURCE/SPLIT`, and the tokens
+    a second it was built at. By default all cores are used.
     """
     recipe, out = context.recipe, context.out
     prints = {source.name: fingerprint(source.uri) for source in recipe.data.sources}
@@ -110,7 +108,7 @@ def make_tokenizer(recipe: Recipe, directory: Path, progress: Progress) -> None:
 def make_shards(
     context: RunContext, plan: ShardPlan, name: str, earlier: list[Path] | None, workers: int, show: Progress
 ) -> float:
-    """Builds the shard set called `name` and says what it holds; the tokens a second."""
+    """Builds the shard set called `name` and notes what it holds; returns the tokens a second."""
     started = time.perf_counter()
 
     def advance(documents: int, tokens: int, size: int) -> None:

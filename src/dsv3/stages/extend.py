@@ -36,7 +36,7 @@ class Start:
     """The checkpoint, or the directory of published weights."""
     tokenizer: Path
     identity: dict[str, Any]
-    """JSON-able; another one for other weights."""
+    """JSON-able; differs for other weights."""
 
 
 def extension_stages(context: RunContext) -> list[Stage]:
@@ -54,8 +54,8 @@ def extension_stages(context: RunContext) -> list[Stage]:
 def find_start(recipe: Recipe) -> Start:
     """The start that a recipe names; no tensor is read.
 
-    Raises `UserError` where there is none, when it is another network, or was trained with another length than
-    `extension.from_length`: then a phase before is missing, or this one is done already.
+    Raises `UserError` when there is none, when it is another network, or when it was not trained with
+    `extension.from_length`: then the phase before is missing, or this one is done already.
     """
     wanted = recipe.extension
     if wanted is None:
@@ -92,7 +92,7 @@ def find_start(recipe: Recipe) -> Start:
 
 
 def refuse_other_network(found: ModelConfig, wanted: ModelConfig, path: Path) -> None:
-    """An extension changes how far a network reads, and nothing else of it."""
+    """`UserError` if the networks differ in more than how far they read."""
     before, after = (
         {key: value for key, value in config.to_hf().items() if key not in (*LENGTH_FIELDS, "initializer_range")}
         for config in (found.replace(extra={}), wanted)

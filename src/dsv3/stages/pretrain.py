@@ -30,7 +30,7 @@ from dsv3.training.trainer import Trainer
 def pretraining_stages(context: RunContext) -> list[Stage]:
     """The stages up to a trained model in `out/pretrain`; each is keyed by what it reads of the recipe.
 
-    Raises `UserError` for a recipe that goes on from another run.
+    Raises `UserError` for a recipe that starts from another run.
     """
     recipe = context.recipe
     check_names(context.allow, recipe)
@@ -62,7 +62,7 @@ def training_stage(
 
 
 def train(context: RunContext, stage: str = "pretrain", start: Callable[[Trainer], None] | None = None) -> Trainer:
-    """Trains in `out/stage`, from the newest checkpoint where there is one, or else from where `start` sets the trainer.
+    """Trains in `out/stage`, from the newest checkpoint if there is one; otherwise `start` prepares the trainer.
 
     Returns the trainer at its end. Every rank of the mesh calls it.
     """
@@ -97,7 +97,7 @@ def train(context: RunContext, stage: str = "pretrain", start: Callable[[Trainer
 
 
 def derived(recipe: Recipe) -> dict[str, str]:
-    """What follows from a recipe, and why it is as it is: shown before the first step, and in the report."""
+    """What follows from a recipe, with its notes on why: shown before the first step and in the report."""
     config, schedules = recipe.model.config(), Schedules.resolve(recipe)
     counts = count_parameters(config)
     flops = training_flops_per_token(config, recipe.data.sequence_length)

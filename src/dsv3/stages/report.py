@@ -57,7 +57,7 @@ def render(run: Run) -> str:
 
 
 def draw_figures(run: Run) -> dict[str, str]:
-    """The drawings that the records allow by now: name -> inline SVG."""
+    """The drawings that the records so far allow: name -> inline SVG."""
     bits, solved, needles = (having(run.evaluations, key) for key in ("bits_per_byte", "pass_at_1", "needle"))
     loads = run.metrics if having(run.metrics, "load") else []
     drawable = {
@@ -179,7 +179,7 @@ def to_toml(table: Mapping[str, Any], prefix: str = "") -> str:
 
 
 def having(rows: Sequence[Row], key: str) -> list[Row]:
-    """The rows that carry something under `key`."""
+    """The rows with a value under `key`."""
     return [row for row in rows if row.get(key)]
 
 

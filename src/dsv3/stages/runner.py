@@ -1,7 +1,7 @@
 """Stages cached by content: each has a key made from what it depends on, and is run only when its key is new.
 
 Key and inputs are written before a stage runs and marked as done after, in `DIRECTORY/stages/NAME.json`. So a second run
-skips what is done, continues a stage that was interrupted (training does, from its checkpoint), and starts afresh, or refuses,
+skips what is done, resumes a stage that was interrupted (training does, from its checkpoint), and starts over, or refuses,
 where an input changed.
 """
 
@@ -31,8 +31,8 @@ class Stage:
     needs: Sequence[str] = ()
     """Names of the stages it depends on."""
     refused: Callable[[], list[str] | None] = lambda: None
-    """Asked when the output was made from other inputs: what keeps `run` from going on with it, a sentence each, none if
-    nothing does; None where nothing of it can be gone on with."""
+    """Called when the output was made from other inputs: the reasons why `run` cannot continue it, empty if it can; None
+    when there is nothing to continue."""
     together: bool = False
     """Whether all ranks of a job run it, and not the first alone."""
 
@@ -47,9 +47,9 @@ def run_stages(
 ) -> None:
     """Runs the stages in order; `say` hears of each: "NAME: cached", "resumed" or "started".
 
-    Where an input changed, a stage that can goes on with its output. That of any other is deleted and made again; without
-    `replace` this is refused, unless all that changed are inputs named in `allow`. Raises `UserError` then, naming what
-    changed, and when the directory cannot be written or holds what no stage here made.
+    Where an input changed, a stage continues its output if it can. Otherwise the output is deleted and made again; without
+    `replace` this is refused, unless only inputs named in `allow` changed. Raises `UserError` then, naming what changed,
+    and when the directory cannot be written or holds files that no stage made.
     """
     try:
         (directory / "stages").mkdir(parents=True, exist_ok=True)

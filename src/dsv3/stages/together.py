@@ -1,4 +1,4 @@
-"""Stages of a job of many ranks: the first runs them as ever, and the others join it in those that are for all."""
+"""Stages of a job of many ranks: the first rank runs all, and the others join it in those that are `together`."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,8 +10,8 @@ from dsv3.stages.runner import Stage, run_stages
 
 
 def run_together(stages: Sequence[Stage], context: RunContext, *, replace_changed: bool) -> None:
-    """`run_stages`, on every rank of the mesh: a stage that is `together` runs on all, any other on the first. What the first
-    is refused, or fails with, all raise."""
+    """`run_stages` on every rank of the mesh: a stage that is `together` runs on all, any other on the first rank, whose errors
+    all ranks raise."""
     mesh = context.mesh
     if not mesh.first:
         follow(stages, mesh)
@@ -39,7 +39,7 @@ def run_together(stages: Sequence[Stage], context: RunContext, *, replace_change
 
 
 def follow(stages: Sequence[Stage], mesh: Mesh) -> None:
-    """Runs the stages that the first rank names, until it says that there are no more, or why."""
+    """Runs the stages that the first rank announces, until it sends None (the end) or an error."""
     by_name = {stage.name: stage for stage in stages}
     mesh.activity.begin("waiting for rank 0")
     while (said := mesh.world.objects(None)[0]) is not None:
