@@ -117,25 +117,25 @@ def notes_on(variants: Sequence[Variant], tokens: int) -> list[str]:
 
 def group(runs: Sequence[Run]) -> list[Variant]:
     """Runs of one recipe and different seeds are one variant, named as its first directory is without the seed."""
-    found: dict[str, dict[int, Run]] = {}
-    recipes: dict[str, Recipe] = {}
+    found: dict[str, tuple[Recipe, dict[int, Run]]] = {}
     for run in runs:
         if "recipe" not in run.about:
             raise UserError(f"{run.path} does not say what it trains: expected pretrain/run.json in it. {run.notes[0]}")
         recipe = Recipe.from_dict(run.about["recipe"])
         key = json.dumps(Recipe.from_dict(run.about["recipe"], ["training.seed=0"]).content(), sort_keys=True)
-        recipes.setdefault(key, recipe)
-        same = found.setdefault(key, {})
-        if recipe.training.seed in same:
+        seed, (_, same) = recipe.training.seed, found.setdefault(key, (recipe, {}))
+        if seed in same:
             raise UserError(
-                f"{same[recipe.training.seed].path} and {run.path} are runs of one recipe and one seed: expected another "
+                f"{same[seed].path} and {run.path} are runs of one recipe and one seed: expected another "
                 "seed (training.seed), or another recipe; name one of them"
             )
-        same[recipe.training.seed] = run
-    names = {key: SEED.sub("", next(iter(same.values())).path.resolve().name) for key, same in found.items()}
-    if len(set(names.values())) < len(names) or not all(names.values()):
-        names = {key: next(iter(same.values())).path.resolve().name for key, same in found.items()}
-    return [Variant(names[key], recipes[key], dict(sorted(same.items()))) for key, same in found.items()]
+        same[seed] = run
+    names = [next(iter(same.values())).path.resolve().name for _, same in found.values()]
+    short = [SEED.sub("", name) for name in names]
+    if len(set(short)) == len(short) and all(short):
+        names = short
+    named = zip(names, found.values(), strict=True)
+    return [Variant(name, recipe, dict(sorted(same.items()))) for name, (recipe, same) in named]
 
 
 def last_common(runs: Sequence[Run]) -> int:

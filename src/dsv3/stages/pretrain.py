@@ -75,13 +75,12 @@ def train(context: RunContext, stage: str = "pretrain", start: Callable[[Trainer
     loader = Loader(
         sets, row, recipe.training.seed, tokenizer.pad_id, *laid_out, rank=mesh.data.rank, ranks=mesh.data.size
     )
-    files = {"tokenizer": out / "tokenizer"}
     scores = Scores(recipe, tokenizer)
     validation = ValidationLoss(
         open_sets(recipe, out, "validation"), row, recipe.evaluation.validation_tokens, tokenizer.pad_id, *laid_out
     )
     trainer = Trainer(
-        recipe, loader, out / stage, files=files, progress=context.progress,
+        recipe, loader, out / stage, files={"tokenizer": out / "tokenizer"}, progress=context.progress,
         evaluate=lambda model: {**scores(model), "validation_loss": validation(model)}, mesh=mesh,
     )  # fmt: skip
     if trainer.resume(context.allow):

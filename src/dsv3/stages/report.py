@@ -37,7 +37,6 @@ def write_report(run_dir: Path, out: Path) -> None:
 def render(run: Run) -> str:
     """The page as text."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"plain": plain}
     template = environment.from_string((resources.files(__package__) / "report.html.j2").read_text("utf-8"))
     sampled = having(run.evaluations, "samples")
     found, spent = scores(run), costs(run)
@@ -181,10 +180,3 @@ def to_toml(table: Mapping[str, Any], prefix: str = "") -> str:
 def having(rows: Sequence[Row], key: str) -> list[Row]:
     """The rows with a value under `key`."""
     return [row for row in rows if row.get(key)]
-
-
-def plain(value: object) -> str:
-    """A value of `run.json` for a table cell."""
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

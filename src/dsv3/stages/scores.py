@@ -25,11 +25,7 @@ class Scores:
         taught = any(source.uri == TINYPY for source in recipe.data.sources)
         self.wanted = recipe.evaluation if taught else recipe.evaluation.model_copy(update={"tinypy_tasks": 0})
         self.texts = held_out(recipe, self.wanted.bits_per_byte_bytes)
-        prose = [
-            texts
-            for source, texts in zip(recipe.data.sources, self.texts.values(), strict=True)
-            if source.uri not in GENERATORS
-        ]
+        prose = [self.texts[source.name] for source in recipe.data.sources if source.uri not in GENERATORS]
         self.gap = self.find_gap(prose[0]) if prose and recipe.data.fim_rate > 0 else None
 
     def __call__(self, model: DeepSeekV3) -> dict[str, Any]:
