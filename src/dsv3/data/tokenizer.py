@@ -54,37 +54,28 @@ CHAT_TEMPLATE = (
     "{{ bos_token }}{{ system | join('\n\n') }}"
     "{%- for message in messages -%}"
     "{%- set answers = loop.previtem is defined and loop.previtem.role == 'tool' -%}"
-    "{%- if message.role == 'user' -%}{{ '" + USER + "' + message.content }}"
+    "{%- if message.role == 'user' -%}{{ '<｜User｜>' + message.content }}"
     "{%- elif message.role == 'assistant' -%}"
-    "{{ '' if answers else '" + ASSISTANT + "' }}{{ message.content or '' }}"
+    "{{ '' if answers else '<｜Assistant｜>' }}{{ message.content or '' }}"
     "{%- for call in message.tool_calls or [] -%}"
-    "{{ '" + CALLS_BEGIN + "' if loop.first else '\n' }}"
-    "{{ '" + CALL_BEGIN + "' + call.type + '" + TOOL_SEPARATOR + "' + call.function.name }}"
-    "{{ '\n```json\n' + call.function.arguments + '\n```" + CALL_END + "' }}"
-    "{{ '" + CALLS_END + "' if loop.last else '' }}"
+    "{{ '<｜tool▁calls▁begin｜>' if loop.first else '\n' }}"
+    "{{ '<｜tool▁call▁begin｜>' + call.type + '<｜tool▁sep｜>' + call.function.name }}"
+    "{{ '\n```json\n' + call.function.arguments + '\n```<｜tool▁call▁end｜>' }}"
+    "{{ '<｜tool▁calls▁end｜>' if loop.last else '' }}"
     "{%- endfor -%}{{ eos_token }}"
     "{%- elif message.role == 'tool' -%}"
-    "{{ '' if answers else '"
-    + OUTPUTS_BEGIN
-    + "' }}{{ '"
-    + OUTPUT_BEGIN
-    + "' + message.content + '"
-    + OUTPUT_END
-    + "' }}"
-    "{{ '' if loop.nextitem is defined and loop.nextitem.role == 'tool' else '" + OUTPUTS_END + "' }}"
+    "{{ '' if answers else '<｜tool▁outputs▁begin｜>' }}"
+    "{{ '<｜tool▁output▁begin｜>' + message.content + '<｜tool▁output▁end｜>' }}"
+    "{{ '' if loop.nextitem is defined and loop.nextitem.role == 'tool' else '<｜tool▁outputs▁end｜>' }}"
     "{%- elif message.role != 'system' -%}{{ raise_exception('unknown role ' + message.role) }}"
     "{%- endif -%}{%- endfor -%}"
-    "{%- if add_generation_prompt and messages[-1].role != 'tool' -%}{{ '" + ASSISTANT + "' }}{%- endif -%}"
+    "{%- if add_generation_prompt and messages[-1].role != 'tool' -%}{{ '<｜Assistant｜>' }}{%- endif -%}"
 )
 
 
 def special(token: str) -> property:
     """The id of a special token, as a property; see `Tokenizer.id`."""
-
-    def of(tokenizer: "Tokenizer") -> int:
-        return tokenizer.id(token)
-
-    return property(of)
+    return property(lambda tokenizer: tokenizer.id(token))
 
 
 class Tokenizer:

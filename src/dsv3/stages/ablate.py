@@ -142,23 +142,23 @@ def run_jobs(waiting: deque[Job], total: int, jobs: int, progress: Progress, not
     """
     environment, gpus = {**os.environ}, visible_gpus()
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
+    free = deque(gpus[slot % len(gpus)] for slot in range(jobs))
     running: dict[Path, tuple[subprocess.Popen[bytes], float, str]] = {}
     done, failed = total - len(waiting), []
     try:
         while waiting or running:
-            while waiting and len(running) < jobs:
-                job = waiting.popleft()
-                busy = [gpu for *_, gpu in running.values()]
-                gpu = min(gpus, key=busy.count)
+            while waiting and free:
+                job, gpu = waiting.popleft(), free.popleft()
                 here = {**environment, "CUDA_VISIBLE_DEVICES": gpu} if len(gpus) > 1 else environment
                 running[job.out] = (start(job, here), time.monotonic(), gpu)
                 note(f"{job.out.name}: started")
                 progress(stage="runs", done=done, total=total, at_once=len(running))
             time.sleep(SECONDS_BETWEEN_LOOKS)
-            for out, (process, started, _) in list(running.items()):
+            for out, (process, started, gpu) in list(running.items()):
                 if process.poll() is None:
                     continue
                 del running[out]
+                free.append(gpu)
                 done += 1
                 note(f"{out.name}: {'failed' if process.returncode else 'done'} in {time.monotonic() - started:.0f} s")
                 if process.returncode:
