@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from dsv3.bench import decode_slice
-from dsv3.bench.decode_limits import experts_read, least
-from dsv3.bench.decode_slice import DEPTHS, PUBLISHED, Settings, bench_slice
-from dsv3.bench.limits import Rates
-from dsv3.bench.slices import layers_of, stored_network
+from dsv3.bench.decode_slice import PUBLISHED, Settings, bench_slice
+from dsv3.bench.limits import Rates, experts_read, least
+from dsv3.bench.slices import DEPTHS, layers_of, stored_network
 from dsv3.cli import bench_slice as cli
 from dsv3.cli import main
 from dsv3.model.config import ModelConfig
@@ -95,11 +94,9 @@ def test_the_command_writes_what_was_measured(forced, monkeypatch, tmp_path, cap
     def small(rates, device, progress):
         return inner(rates, device, progress, CONFIG, Settings(batches=(1,), contexts=(64,), prompt=64, calls=1))
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr("dsv3.bench.ops.gpu", lambda: CPU)
-    monkeypatch.setattr("dsv3.bench.limits.measured_rates", lambda: RATES)
-    monkeypatch.setattr(decode_slice, "bench_slice", small)
-    monkeypatch.setattr(decode_slice, "clear", lambda: None)
+    monkeypatch.setattr(cli, "gpu", lambda what: CPU)
+    monkeypatch.setattr(cli, "measured_rates", lambda: RATES)
+    monkeypatch.setattr(cli, "bench_slice", small)
     monkeypatch.setattr(decode_slice, "transformers_times", lambda *_: {"batch 1, context 64": 5.0})
     out = tmp_path / "slice.json"
     assert main.run(["bench", "decode", "--slice", "--json", str(out)]) == 0

@@ -8,7 +8,8 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from dsv3.bench.limits import Rates, limits
-from dsv3.bench.share import KINDS, shape
+from dsv3.bench.share import KINDS
+from dsv3.bench.slices import of_depth
 from dsv3.model import feed_forward
 from dsv3.model.config import ModelConfig
 from dsv3.model.transformer import DeepSeekV3
@@ -16,6 +17,7 @@ from dsv3.ops.operation import Operation
 from dsv3.ops.permute import sort_by_expert
 from dsv3.planning.flops import training_flops_per_token
 
+WHOLE = ModelConfig.preset("deepseek-v3")
 ONE = Rates(bf16=1e3, fp8=1e3, copy=1e3, attention=0.0)
 """A FLOP and a byte take a millisecond."""
 QUANTISERS = (
@@ -25,7 +27,7 @@ QUANTISERS = (
 
 @pytest.mark.parametrize("mtp", [False, True])
 def test_products_are_all_that_the_count_of_flops_has_but_attention(mtp):
-    config = shape(1, 4, mtp)
+    config = of_depth(WHOLE, 1, 4, mtp)
     found = limits(config, 10, "fp8", ONE)
     attention = 6 * (5 + mtp) * 128 * (192 + 128) * 4096 / 2
     expected = training_flops_per_token(config, 4096, mtp=mtp) - attention
@@ -34,17 +36,17 @@ def test_products_are_all_that_the_count_of_flops_has_but_attention(mtp):
 
 
 def test_fp8_leaves_head_router_and_mtp_s_projection_to_bf16():
-    config, fast = shape(1, 4, True), Rates(bf16=1e3, fp8=1e12, copy=1e3, attention=0.0)
+    config, fast = of_depth(WHOLE, 1, 4, True), Rates(bf16=1e3, fp8=1e12, copy=1e3, attention=0.0)
     in_bf16 = 2 * 129280 * 7168 + 2 * 7168**2 + 5 * 256 * 7169
     assert limits(config, 1, "fp8", fast)["other products"] == pytest.approx(6 * in_bf16)
     assert limits(config, 1, "bf16", fast)["other products"] > 1.5 * 6 * in_bf16
 
 
 def test_kinds_are_those_of_the_budget():
-    found = limits(shape(1, 4, True), 4096, "fp8", Rates(7e14, 1e15, 4e12, 5.0))
+    found = limits(of_depth(WHOLE, 1, 4, True), 4096, "fp8", Rates(7e14, 1e15, 4e12, 5.0))
     assert found.keys() == {*KINDS, "elementwise"} - {"copies and concatenations"}
     assert found["attention"] == 30
-    assert "quantise, transpose, 12 bits" not in limits(shape(1, 4, True), 4096, "bf16", ONE)
+    assert "quantise, transpose, 12 bits" not in limits(of_depth(WHOLE, 1, 4, True), 4096, "bf16", ONE)
 
 
 def test_bytes_are_what_the_operations_read_and_write(monkeypatch):

@@ -33,7 +33,7 @@ def found(small):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ModelConfig, "preset", lambda name: small)
         patch.setattr(attention, "candidates", [each for each in attention.candidates if each.name == "sdpa"])
-        return bench_memory("small", batch=2, length=128, techniques=TECHNIQUES, rounds=1)
+        return bench_memory("small", batch=2, length=128, rounds=1)
 
 
 def test_every_technique_saves_memory_of_the_same_step(found):

@@ -5,7 +5,8 @@ import torch
 
 from dsv3.bench import share
 from dsv3.bench.limits import Rates
-from dsv3.cli import main
+from dsv3.bench.slices import of_depth
+from dsv3.cli import bench_share, main
 from dsv3.model.config import ModelConfig
 from dsv3.model.feed_forward import LocalDispatcher
 from dsv3.model.transformer import DeepSeekV3
@@ -21,7 +22,7 @@ def small(monkeypatch):
 
 @pytest.mark.parametrize("mtp", [False, True])
 def test_the_network_trains_all_it_holds(small, mtp):
-    model = share.network(1, 2, mtp)
+    model = share.network(of_depth(small, 1, 2, mtp))
     assert [block.moe is None for block in model.layers] == [True, False, False]
     assert all(len(block.moe.experts.down_proj) == 4 for block in model.blocks() if block.moe)
     tokens = torch.randint(small.vocab_size, (1, 65))
@@ -30,7 +31,7 @@ def test_the_network_trains_all_it_holds(small, mtp):
 
 
 def test_rows_are_spread_evenly_and_come_back_to_their_tokens(small):
-    model = share.network(0, 1, False)
+    model = share.network(of_depth(small, 0, 1))
     gate, exchange = model.layers[0].moe.gate, share.BalancedExchange(4)
     x = torch.randn(24, small.hidden_size)
     routing = gate(x, 1, 0.0)
@@ -45,6 +46,7 @@ def test_rows_are_spread_evenly_and_come_back_to_their_tokens(small):
 def test_kernels_are_told_apart_by_name():
     kinds = {
         "nvjet_sm90_tst_256x128": "other products", "contiguous_kernel": "grouped products",
+        "add_wgrad_kernel": "grouped products", "add_kernel": "elementwise", "clear_kernel": "copies and concatenations",
         "void deep_gemm::sm90_fp8_gemm_1d2d_impl<(cute::UMMA::Major)0": "grouped products",
         "cudnn_generated_fort_native_sdpa_sm90_flash_bprop": "attention", "rows_kernel": "quantise, transpose, 12 bits",
         "backward_kernel": "norms and SwiGLU", "copy_kernel": "router, sort, permute",
@@ -66,9 +68,9 @@ def test_the_budget_stands_beside_its_limits(monkeypatch, capsys):
         least = {"attention": rates.attention, "elementwise": 1.5}
         return share.Share(precision, mtp, 30.0, 35.0, 40.0, 34.0, 1800.0, 450.0, 10**10, budget, least)
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr("dsv3.bench.limits.measured_rates", lambda: Rates(7e14, 1.1e15, 4.2e12, 20.0))
-    monkeypatch.setattr(share, "bench_share", measured)
+    monkeypatch.setattr(bench_share, "gpu", lambda what: torch.device("cpu"))
+    monkeypatch.setattr(bench_share, "measured_rates", lambda: Rates(7e14, 1.1e15, 4.2e12, 20.0))
+    monkeypatch.setattr(bench_share, "bench_share", measured)
     assert main.run(["bench", "train", "--share"]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["attention", *["25.0", "20.0", "0.80"] * 2] in lines

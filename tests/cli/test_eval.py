@@ -117,8 +117,8 @@ def test_the_average_of_the_weights(checkpoint, run, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--tasks", "bpb,neddle"], "unknown task 'neddle': did you mean 'needle'?"),
-        (["--tasks", ","], "--tasks ',' names none: expected"),
+        (["--tasks", "bpb,neddle"], "--tasks 'neddle': did you mean 'needle'?"),
+        (["--tasks", ","], "--tasks ',': legal are: bpb, mtp, needle, position, tinypy"),
         (["--tasks", "bpb", "--plot", "a.svg"], "--plot a.svg draws the needle's heat map: add needle to --tasks"),
         (["--plot", "a.pdf"], "cannot draw a.pdf: expected a name that ends in .svg or .png"),
         (["--needle-lengths", "64,x"], "--needle-lengths '64,x': expected whole numbers"),

@@ -3,12 +3,19 @@
 import pytest
 import torch
 
-from dsv3.parallel.leg import wire_bytes
+from dsv3.ops.tiles import TILE
 from dsv3.recipe.parallel import ParallelSection
 from tests.distributed.dispatching import CONFIG, KINDS, TOKENS, by_copies, check, forms, without_looking
 
 LAYOUTS = [(8, 8), (8, 2), (4, 1), (2, 2)]
 """(ranks with experts, ranks a node): at once, over four nodes of two, over nodes of one, two groups of ranks."""
+
+
+def wire_bytes(fp8):
+    """Of one row in FP32 in the forward pass: (on the way there, with its experts and their weights; on the way back)."""
+    hidden = CONFIG.hidden_size
+    there = hidden + 4 * -(-hidden // TILE) if fp8 else 4 * hidden
+    return there + 8 * CONFIG.num_experts_per_tok, 4 * hidden
 
 
 @pytest.mark.parametrize(("expert", "per_node"), LAYOUTS)
@@ -35,7 +42,7 @@ def test_wire_bytes_are_those_of_the_formula(eight_ranks, fp8):
     """Each token once to each of the nodes, and there once to each of the ranks, that have an expert of its."""
     nodes, per_node = 4, 2
     found = eight_ranks.run(check, ParallelSection(data=8, expert=8), per_node, "router", None, torch.float32, fp8)
-    there, back = wire_bytes(CONFIG.hidden_size, CONFIG.num_experts_per_tok, 4, fp8)
+    there, back = wire_bytes(fp8)
     between = within = 0
     for rank, (_, _, expert) in enumerate(found):
         node, place = divmod(rank, per_node)
@@ -63,7 +70,7 @@ def test_fp8_on_the_way_is_within_its_rounding(eight_ranks, per_node):
 def test_bounded_legs_give_what_exact_ones_do(eight_ranks, expert, per_node):
     """To the bit; every rank sends each other rank as many rows as there are tokens, which the formula knows."""
     section, nodes = ParallelSection(data=8, expert=expert), expert // per_node
-    there, back = wire_bytes(CONFIG.hidden_size, CONFIG.num_experts_per_tok, 4, False)
+    there, back = wire_bytes(False)
     settings = [(kind, torch.float32, False, 0) for kind in KINDS]
     for rank in eight_ranks.run(forms, section, per_node, settings):
         for made, sent, (exact, bounded) in rank:

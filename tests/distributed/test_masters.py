@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dsv3.weights.checkpoint import latest_checkpoint
-from dsv3.weights.tensor_directory import read_layout, read_tensors
+from dsv3.weights.tensor_directory import ChunkReader
 from tests.distributed.test_training import FP8
 from tests.distributed.training import train
 
@@ -17,9 +17,9 @@ RECOMPUTE = 'training.recompute=["norms","mla_up","swiglu"]'
 
 def content(directory):
     """Every tensor of a run's last checkpoint."""
-    found = latest_checkpoint(directory / "checkpoints")
-    tensors = {name: torch.empty(shape, dtype=dtype) for name, (dtype, shape) in read_layout(found).items()}
-    read_tensors(found, tensors)
+    reader = ChunkReader(latest_checkpoint(directory / "checkpoints"))
+    tensors = {name: torch.empty(shape, dtype=dtype) for name, (dtype, shape) in reader.layout.items()}
+    reader.fill(tensors)
     return tensors
 
 

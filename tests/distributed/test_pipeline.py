@@ -4,7 +4,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dsv3.errors import UserError
 from dsv3.model.config import ModelConfig
 from dsv3.model.micro_batch import MicroBatch
 from dsv3.model.transformer import DeepSeekV3
@@ -62,7 +61,7 @@ def pipelined(config, name, ranks, count, options, recompute, fp8=False):
     schedule = make_schedule(name, ranks, count, "one_f_one_b")
     blocks = [1.0] * config.num_hidden_layers
     layout = balanced_layout(blocks, schedule.stages, 0.2, 1.0, config.num_nextn_predict_layers)
-    parts = set().union(*map(layout.parts, schedule.held(dist.get_rank())))
+    parts = set().union(*map(layout.parts, schedule.placement[dist.get_rank()]))
     gradients, group = WeightGradients(), pipeline(ranks)
     model = hold(network(config, recompute, gradients if fp8 else None), parts)
     executor = Executor(model, layout, group, gradients)
@@ -122,29 +121,6 @@ def test_on_four_ranks(name):
     config = CONFIG.replace(num_hidden_layers=9)
     with Ranks(4) as ranks:
         check(ranks.run(pipelined, config, name, 4, 10, PLAIN, ()), serial(config, 10, PLAIN))
-
-
-def test_what_cannot_be_run_is_refused(two_ranks):
-    assert two_ranks.run(refusals) == [REFUSED, REFUSED]
-
-
-REFUSED = (
-    "dual_pipe_v has 4 stages on 2 ranks; the layout has 3 stages, and the group 2 ranks",
-    "a balance loss over the whole batch needs",
-)
-
-
-def refusals():
-    model, said = network(CONFIG), []
-    layout = balanced_layout([1.0] * 5, 3, 0.0, 0.0, 2)
-    with pytest.raises(UserError) as error:
-        Executor(model, layout, pipeline(2)).run(make_schedule("dual_pipe_v", 2, 4), [])
-    said.append(str(error.value))
-    executor = Executor(model, balanced_layout([1.0] * 5, 2, 0.0, 0.0, 2), pipeline(2))
-    schedule = make_schedule("one_f_one_b", 2, 4)
-    with pytest.raises(UserError) as error:
-        executor.run(schedule, micro_batches(CONFIG, 4, {"batch_wise": True, "balance_alpha": 0.1}))
-    return (*said, str(error.value)[: len(REFUSED[1])])
 
 
 def test_in_fp8_with_deferred_gradients(two_ranks):

@@ -8,7 +8,7 @@ from dsv3.errors import UserError
 from dsv3.evaluation.acceptance import acceptance, accepted_drafts
 from dsv3.model.block import Pass
 from dsv3.model.config import ModelConfig
-from dsv3.model.rope import Rope
+from dsv3.model.rope import rotations
 from dsv3.model.transformer import DeepSeekV3
 
 TEXTS = ["def f(x):\n    return x + 1\n", "for i in range(3):\n    print(i)\n", "a"]
@@ -33,7 +33,7 @@ def drafts(model, tokens, position):
     """What module after module says: of the token k + 1 behind `position`, from the tokens up to k behind it."""
     hidden, found = None, []
     for k, module in enumerate(model.mtp, 1):
-        rope = Rope.at(model.config, torch.arange(position + 1).unsqueeze(0))
+        rope = rotations(model.config, torch.arange(position + 1).unsqueeze(0))
         before = model(torch.tensor([tokens[: position + 1]])).hidden if hidden is None else hidden
         hidden, _ = module(before, model.embed(torch.tensor([tokens[k : position + 1 + k]])), Pass(rope))
         found.append(int(model.head(hidden)[0, -1].argmax()))

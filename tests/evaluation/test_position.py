@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from dsv3.errors import UserError
 from dsv3.evaluation.position import loss_by_position
@@ -21,31 +22,10 @@ class Bytes:
         return [3 + byte for byte in text.encode()]
 
 
-def test_losses_are_those_of_a_loop():
+def test_rows_overlap_and_count_the_same_tokens_in_every_share():
     model = DeepSeekV3(ModelConfig.preset("debug")).initialize("fan_in", 0).eval()
-    texts = ["hello world", "abc" * 20, "x"]
-    length, shares = 16, 4
-    ids = []
-    for text in texts:
-        ids += [0, *Bytes().encode(text), 1]
-    expected = [[] for _ in range(shares)]
-    rows = 0
-    for start in range(0, len(ids) - length, length):
-        row = torch.tensor([ids[start : start + length + 1]])
-        log = model(row[:, :-1]).logits[0].log_softmax(-1)
-        for at in range(length):
-            expected[at * shares // length].append(-log[at, row[0, at + 1]].item())
-        rows += 1
-    found = loss_by_position(model, Bytes(), texts, length=length, shares=shares)
-    assert found.rows == rows == 4
-    assert found.edges == (0, 4, 8, 12, 16)
-    assert found.nats == pytest.approx([sum(each) / len(each) for each in expected], rel=1e-5)
-
-
-def test_sliding_rows_count_the_same_tokens_in_every_share():
-    model = DeepSeekV3(ModelConfig.preset("debug")).initialize("fan_in", 0).eval()
-    length, shares, text = 16, 4, "hello world, " * 3
-    ids = [0, *Bytes().encode(text), 1]
+    length, shares, texts = 16, 4, ["hello world", "abc" * 9, "x"]
+    ids = [token for text in texts for token in (0, *Bytes().encode(text), 1)]
     expected = [[] for _ in range(shares)]
     rows = (len(ids) - 1 - length) // 4 + 1
     assert rows > shares
@@ -55,13 +35,14 @@ def test_sliding_rows_count_the_same_tokens_in_every_share():
             row = torch.tensor([ids[start : start + length + 1]])
             log = model(row[:, :-1]).logits[0].log_softmax(-1)
             expected[share].append(-log[target - 1 - start, ids[target]].item())
-    found = loss_by_position(model, Bytes(), [text], length=length, shares=shares, slide=True)
+    found = loss_by_position(model, Bytes(), texts, length=length, shares=shares)
     assert found.rows == rows
+    assert found.edges == (0, 4, 8, 12, 16)
     assert found.nats == pytest.approx([sum(each) / len(each) for each in expected], rel=1e-5)
 
 
-def test_a_model_that_sees_no_context_is_as_good_everywhere_when_rows_slide():
-    """Text that is harder at some places than at others makes no difference then; side by side it does."""
+def test_a_model_that_sees_no_context_is_as_good_everywhere():
+    """Text that is harder at some places than at others makes no difference; in rows side by side it would."""
 
     class Blind(torch.nn.Module):
         def forward(self, tokens):
@@ -73,12 +54,10 @@ def test_a_model_that_sees_no_context_is_as_good_everywhere_when_rows_slide():
             return hidden
 
     text = ("a" * 40 + "b" * 24) * 20
-    spread = {}
-    for slide in (False, True):
-        nats = loss_by_position(Blind(), Bytes(), [text], length=64, shares=8, slide=slide).nats
-        spread[slide] = max(nats) - min(nats)
-    assert spread[True] < 1e-6
-    assert spread[False] > 1
+    nats = loss_by_position(Blind(), Bytes(), [text], length=64, shares=8).nats
+    assert max(nats) - min(nats) < 1e-6
+    hard = [sum(text[at : at + 8].count("b") for at in range(8 * k, len(text), 64)) for k in range(8)]
+    assert (min(hard), max(hard)) == (0, 160)
 
 
 def test_a_model_that_fails_beyond_its_length_is_told():
@@ -101,10 +80,10 @@ def test_a_model_that_fails_beyond_its_length_is_told():
 
 def test_refusals():
     model = DeepSeekV3(ModelConfig.preset("debug")).initialize("fan_in", 0)
-    with pytest.raises(UserError, match="the held-out texts have 7 tokens in all; expected at least 17"):
+    with pytest.raises(UserError, match="the held-out texts have 7 tokens in all; expected at least 31"):
         loss_by_position(model, Bytes(), ["hello"], length=16)
-    with pytest.raises(UserError, match="have 18 tokens in all; expected at least 31"):
-        loss_by_position(model, Bytes(), ["a" * 16], length=16, slide=True)
+    with pytest.raises(UserError, match="have 30 tokens in all; expected at least 31"):
+        loss_by_position(model, Bytes(), ["a" * 28], length=16)
     with pytest.raises(UserError, match="over 20 tokens: expected a multiple of 8"):
         loss_by_position(model, Bytes(), ["hello" * 9], length=20)
 
@@ -146,6 +125,9 @@ def prefers_the_near(rope_scaling):
 def test_beyond_its_length_a_model_is_as_good_as_within_and_only_with_yarn(yarn):
     """Text that is `a` 31 times and `b` from then on: without YaRN, what is two lengths away turns as near again."""
     scaling = RopeScaling(factor=5.0, original_max_position_embeddings=64) if yarn else None
-    found = loss_by_position(prefers_the_near(scaling), Bytes(), ["a" * 31 + "b" * 300], length=256, shares=8)
-    within, beyond = max(found.nats[:2]), max(found.nats[2:])
+    row = torch.tensor([0] + [A] * 31 + [B] * 225)
+    with torch.no_grad():
+        logits = prefers_the_near(scaling)(row[None, :-1]).logits[0]
+    nats = F.cross_entropy(logits, row[1:], reduction="none").view(8, 32).mean(1).tolist()
+    within, beyond = max(nats[:2]), max(nats[2:])
     assert (beyond < within) if yarn else (beyond > 1.2 * within)

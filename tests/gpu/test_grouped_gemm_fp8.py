@@ -84,9 +84,12 @@ def test_gluon_computes_the_same(counts, inner, across):
 
 def test_close_to_bf16_at_an_experts_size():
     rows, weight = matrix(1024, 7168), matrix(4, 4096, 7168, seed=1)
-    counts = counts_of(256, 128, 384, 256)
+    counts = counts_of(256, 128, 256, 256)
     x, blocks = rows_reference(rows), quantize(weight)
     expected = torch.nn.functional.grouped_mm(rows, weight.mT, offs=counts.cumsum(0).int())
+    expected[896:] = 0
+    poison(x, 896, 1024)
+    torch.full_like(expected, torch.nan)  # freed at once: a result comes to lie there
     triton = kernel("grouped_gemm_fp8", "contiguous")
     assert difference(triton(x, *blocks, counts), expected) < 1e-3
     assert torch.equal(triton(x, *blocks, counts.int()), triton(x, *blocks, counts))

@@ -1,8 +1,8 @@
-import json
 from dataclasses import replace
 
 import pytest
 import torch
+from pydantic import TypeAdapter
 
 from dsv3.bench.peers import Setting, continuation, with_our_weights
 from dsv3.errors import UserError
@@ -79,8 +79,8 @@ def test_wrong_drafts_leave_nothing_in_the_first_modules_cache(drafting_model, d
         engine.add("0", tokens, replace(GREEDY, max_tokens=100))
         for _ in range(steps):
             engine.step()
-        [running] = engine.running.values()
-        return engine, running.request
+        [[request]] = engine.requests.values()
+        return engine, request
 
     engine, request = begun(PROMPTS[0], 20)
     stats = engine.stats()
@@ -95,14 +95,14 @@ def test_wrong_drafts_leave_nothing_in_the_first_modules_cache(drafting_model, d
 
 @pytest.mark.parametrize("drafts", [0, 1])
 def test_a_batch_that_others_join_and_leave(drafting_model, drafts):
-    """What lay side by side for the batch before is not read; 20 blocks are too few for some of these batches."""
+    """What was gathered for the batch before is not read; 20 blocks are too few for some of these batches."""
     params = [replace(GREEDY, max_tokens=5 + 7 * (k % 4)) for k in range(len(PROMPTS))]
     expected = [continued(drafting_model, [prompt], own)[0][0] for prompt, own in zip(PROMPTS, params, strict=True)]
     for blocks in (64, 20):
         sizes = {"num_speculative_tokens": drafts, "num_blocks": blocks, "max_num_seqs": 4}
         found, engine = continued(drafting_model, PROMPTS, params, **sizes)
         assert found == expected
-        assert engine.runner.cache.beside
+        assert engine.runner.cache.gathered
 
 
 def test_drafts_save_passes(drafting_model):
@@ -176,10 +176,10 @@ def test_plans_travel_as_json(drafting_model):
     params = replace(SAMPLED, logprobs=2, prompt_logprobs=1)
     expected, _ = continued(drafting_model, PROMPTS[:3], params)
     engine = Engine(drafting_model, None, EngineConfig(num_blocks=64, num_speculative_tokens=2))
-    run, seen = engine.runner.run, []
+    run, seen, adapter = engine.runner.run, [], TypeAdapter(Plan)
 
     def over_the_wire(plan):
-        received = Plan.from_dict(json.loads(json.dumps(plan.to_dict())))
+        received = adapter.validate_json(adapter.dump_json(plan))
         assert received == plan
         seen.append(received)
         return run(received)
@@ -192,6 +192,11 @@ def test_plans_travel_as_json(drafting_model):
 
 def test_the_continuations_of_one_prompt_differ_and_share_it(drafting_model):
     prompt, params = list(range(130)), replace(SAMPLED, n=3)
+    engine = Engine(drafting_model, None, EngineConfig(num_blocks=64))
+    engine.add("first", [1, 2], params)
+    loads = [engine.stats(), engine.step() and engine.stats()]
+    assert [(each.running, each.waiting) for each in loads] == [(0, 3), (1, 2)]
+    engine.abort("first")
     engine = Engine(drafting_model, None, EngineConfig(num_blocks=64))
     deltas = drive(engine, [prompt], params)
     found = [tokens_of(deltas[0, index]) for index in range(3)]

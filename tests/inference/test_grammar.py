@@ -82,10 +82,10 @@ def test_a_grammar_that_does_not_end_compiling_is_refused(tokenizer):
         Grammars(tokenizer, 320, seconds=0.5).json_schema({"allOf": patterns})
 
 
-def test_a_grammar_is_compiled_once_and_its_matchers_go_their_own_ways(grammars, tokenizer):
+def test_a_grammar_is_compiled_once_and_its_copies_go_their_own_ways(grammars, tokenizer):
     grammar = grammars.regex("ab")
     assert grammars.regex("ab") is grammar
-    first, second = grammar.matcher(), grammar.matcher()
+    first, second = grammar.copy(), grammar.copy()
     [a, b] = [tokenizer.encode(letter)[0] for letter in "ab"]
     first.accept(a)
     assert (first.right([b]), second.right([b]), second.right([a, b])) == ([b], [], [a, b])
@@ -97,7 +97,7 @@ def test_a_grammar_that_fails_ends_one_request_alone(grammars, tokenizer, drafti
     engine = Engine(drafting_model, tokenizer, EngineConfig(num_blocks=64, num_speculative_tokens=2))
     [alone] = drive(engine, [[9, 8, 7]], free).values()
     engine.add("bound", [5], bound)
-    engine.running[next(iter(engine.running))].request.matcher.accept(tokenizer.encode("z")[0])  # as beyond a limit
+    engine.requests["bound"][0].grammar.accept(tokenizer.encode("z")[0])  # as beyond a limit
     deltas = {"0": [], "bound": []}
     engine.add("0", [9, 8, 7], free)
     while engine.has_work:

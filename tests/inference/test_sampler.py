@@ -111,11 +111,11 @@ def test_masks_and_bans_end_where_they_should():
 
 def test_logprobs_and_ranks():
     row = torch.tensor([[1.0, 3.0, 2.0, 0.0]])
-    [found] = logprobs(row, [2], [2])
+    [found] = logprobs(row, [2], 2)
     log = row.log_softmax(-1)[0]
     assert (found.token_id, found.rank, list(found.top)) == (2, 2, [1, 2])
     assert [found.logprob, *found.top.values()] == pytest.approx([float(log[2]), float(log[1]), float(log[2])])
-    assert logprobs(row, [1], [0])[0].top == {}
+    assert logprobs(row, [1], 0)[0].top == {}
 
 
 @pytest.mark.parametrize("drafts", [0, 2])

@@ -3,8 +3,9 @@ import torch
 
 from dsv3.model.attention import MultiHeadLatentAttention
 from dsv3.model.config import ModelConfig, RopeScaling
-from dsv3.model.rope import Rope
+from dsv3.model.rope import rotations
 from dsv3.model.transformer import DeepSeekV3
+from dsv3.ops.rotary import rotated
 
 YARN = RopeScaling(factor=4.0, original_max_position_embeddings=16, beta_fast=2.0)
 CONFIGS = {
@@ -28,7 +29,7 @@ def run(module, x, chunks, cache):
     parts, start = [], 0
     for size in chunks:
         positions = cache.begin(torch.arange(start, start + size).unsqueeze(0))
-        parts.append(module(x[:, start : start + size], Rope.at(module.config, positions), cache=cache))
+        parts.append(module(x[:, start : start + size], rotations(module.config, positions), cache=cache))
         start += size
     return torch.cat(parts, dim=1)
 
@@ -41,14 +42,14 @@ def by_the_equations(module, x):
         return v / (v.square().mean() + c.rms_norm_eps).sqrt() * gain
 
     def rope(v, position):
-        return Rope.at(c, torch.tensor([[position]])).rotate(v.view(1, 1, 1, -1)).flatten()
+        return rotated(v.view(1, 1, 1, -1), rotations(c, torch.tensor([[position]]))).flatten()
 
     out = torch.zeros(len(x), c.hidden_size)
-    content, rotated = [], []
+    content, turned = [], []
     for t, h in enumerate(x):
         both = w["kv_a_proj_with_mqa.weight"] @ h
         content.append(norm(both[: c.kv_lora_rank], w["kv_a_layernorm.weight"]))
-        rotated.append(rope(both[c.kv_lora_rank :], t))
+        turned.append(rope(both[c.kv_lora_rank :], t))
         if c.q_lora_rank is None:
             q = w["q_proj.weight"] @ h
         else:
@@ -60,8 +61,7 @@ def by_the_equations(module, x):
             size = c.qk_nope_head_dim + c.v_head_dim
             w_head = w["kv_b_proj.weight"][head * size : (head + 1) * size]
             keys = [
-                torch.cat((w_head[: c.qk_nope_head_dim] @ latent, r))
-                for latent, r in zip(content, rotated, strict=True)
+                torch.cat((w_head[: c.qk_nope_head_dim] @ latent, r)) for latent, r in zip(content, turned, strict=True)
             ]
             scores = torch.stack([q_head @ key for key in keys]) * c.softmax_scale
             values = torch.stack([w_head[c.qk_nope_head_dim :] @ latent for latent in content])
@@ -72,7 +72,7 @@ def by_the_equations(module, x):
 
 def test_expanded_form_follows_the_equations(attention):
     x = torch.randn(1, 12, attention.config.hidden_size)
-    found = attention(x, Rope.at(attention.config, torch.arange(12).unsqueeze(0)))
+    found = attention(x, rotations(attention.config, torch.arange(12).unsqueeze(0)))
     torch.testing.assert_close(found[0].detach(), by_the_equations(attention, x[0]), atol=1e-5, rtol=1e-4)
 
 
@@ -80,14 +80,14 @@ def test_expanded_form_follows_the_equations(attention):
 @torch.no_grad()
 def test_absorbed_form_equals_expanded(attention, chunks, growing_cache):
     x = torch.randn(2, 30, attention.config.hidden_size)
-    expected = attention(x, Rope.at(attention.config, torch.arange(30).unsqueeze(0)))
+    expected = attention(x, rotations(attention.config, torch.arange(30).unsqueeze(0)))
     torch.testing.assert_close(run(attention, x, chunks, growing_cache()), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_absorbed_form_carries_the_same_gradients(attention, growing_cache):
     x = torch.randn(1, 6, attention.config.hidden_size)
     expected = torch.autograd.grad(
-        attention(x, Rope.at(attention.config, torch.arange(6).unsqueeze(0))).square().sum(),
+        attention(x, rotations(attention.config, torch.arange(6).unsqueeze(0))).square().sum(),
         list(attention.parameters()),
     )
     found = torch.autograd.grad(

@@ -8,7 +8,7 @@ import torch
 from dsv3.errors import UserError
 from dsv3.model.config import ModelConfig
 from dsv3.model.transformer import DeepSeekV3
-from dsv3.precision import products
+from dsv3.precision import feed_forward, products
 from dsv3.precision.deferred import WeightGradients
 from dsv3.precision.weights import BlockCache
 from dsv3.weights.names import is_block_scaled
@@ -121,8 +121,8 @@ def test_groups_that_were_not_padded_are_not_taken_for_padded_ones(monkeypatch):
 def test_experts_with_many_rows_get_their_weight_gradients_in_fp8(fp8_weight_gradients, monkeypatch):
     """From a mean of 32 here, which the main blocks have and the MTP module, one token shorter, has not. Their groups are
     padded; what the padding adds is nothing, so that gradients stay near those in BF16."""
-    called, inner = [], products.grouped_wgrad_fp8
-    monkeypatch.setattr(products, "grouped_wgrad_fp8", lambda *args: called.append(args[2]) or inner(*args))
+    called, inner = [], feed_forward.grouped_wgrad_fp8
+    monkeypatch.setattr(feed_forward, "grouped_wgrad_fp8", lambda *args: called.append(args[2]) or inner(*args))
     monkeypatch.setattr(products, "FP8_WEIGHT_GRADIENT_ROWS", 32 if fp8_weight_gradients else 33)
     plain = model()
     fp8 = copy.deepcopy(plain).compute_in_fp8()

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from dsv3.model.config import ModelConfig, RopeScaling
-from dsv3.model.rope import Rope, correction_range, frequencies
+from dsv3.model.rope import correction_range, frequencies, rotations
+from dsv3.ops.rotary import rotated
 
 V3 = ModelConfig.preset("deepseek-v3")
 V3_LONG = V3.replace(rope_scaling=RopeScaling(), max_position_embeddings=163840)
@@ -36,7 +37,7 @@ def test_plain_frequencies_are_powers_of_the_base():
 def test_rotation_is_that_of_complex_numbers_on_adjacent_pairs(config):
     positions = torch.tensor([[0, 1, 5, 4095], [7, 7, 100, 163839]])
     x = torch.randn(2, 4, 3, 64)
-    found = Rope.at(config, positions).rotate(x)
+    found = rotated(x, rotations(config, positions))
     for b in range(2):
         for t in range(4):
             for i in range(32):
@@ -53,7 +54,9 @@ def test_products_depend_on_the_distance_alone():
     q, k = torch.randn(1, 1, 1, 64), torch.randn(1, 1, 1, 64)
 
     def product(i, j):
-        return float((Rope.at(V3, torch.tensor([[i]])).rotate(q) * Rope.at(V3, torch.tensor([[j]])).rotate(k)).sum())
+        return float(
+            (rotated(q, rotations(V3, torch.tensor([[i]]))) * rotated(k, rotations(V3, torch.tensor([[j]])))).sum()
+        )
 
     assert product(10, 3) == pytest.approx(product(1010, 1003), abs=1e-3)
     assert product(10, 3) != pytest.approx(product(10, 4), abs=1e-2)
@@ -62,25 +65,25 @@ def test_products_depend_on_the_distance_alone():
 def test_lengths_are_kept_and_yarn_scales_by_the_ratio_of_its_mscales():
     x = torch.randn(1, 5, 2, 64)
     positions = torch.arange(5).unsqueeze(0)
-    torch.testing.assert_close(Rope.at(V3_LONG, positions).rotate(x).norm(dim=-1), x.norm(dim=-1))
+    torch.testing.assert_close(rotated(x, rotations(V3_LONG, positions)).norm(dim=-1), x.norm(dim=-1))
     uneven = V3.replace(rope_scaling=RopeScaling(mscale=1.0, mscale_all_dim=0.5))
     factor = (0.1 * math.log(40) + 1) / (0.05 * math.log(40) + 1)
-    torch.testing.assert_close(Rope.at(uneven, positions).rotate(x).norm(dim=-1), x.norm(dim=-1) * factor)
+    torch.testing.assert_close(rotated(x, rotations(uneven, positions)).norm(dim=-1), x.norm(dim=-1) * factor)
 
 
 def test_a_token_is_turned_alike_at_every_length_and_batch():
     x = torch.randn(1, 20, 2, 64)
-    whole = Rope.at(V3_LONG, torch.arange(20).unsqueeze(0))
+    whole = rotations(V3_LONG, torch.arange(20).unsqueeze(0))
     for t in (0, 7, 19):
-        alone = Rope.at(V3_LONG, torch.tensor([[t]]))
-        assert torch.equal(alone.rotate(x[:, t : t + 1]), whole.rotate(x)[:, t : t + 1])
-    assert torch.equal(whole[3:9].rotate(x[:, 3:9]), whole.rotate(x)[:, 3:9])
+        alone = rotations(V3_LONG, torch.tensor([[t]]))
+        assert torch.equal(rotated(x[:, t : t + 1], alone), rotated(x, whole)[:, t : t + 1])
+    assert torch.equal(rotated(x[:, 3:9], whole[:, 3:9]), rotated(x, whole)[:, 3:9])
 
 
 def test_bfloat16_is_turned_in_float32():
     x = torch.randn(1, 8, 2, 64).bfloat16()
-    rope = Rope.at(V3, torch.arange(4000, 4008).unsqueeze(0))
-    assert torch.equal(rope.rotate(x), rope.rotate(x.float()).bfloat16())
+    rope = rotations(V3, torch.arange(4000, 4008).unsqueeze(0))
+    assert torch.equal(rotated(x, rope), rotated(x.float(), rope).bfloat16())
 
 
 @pytest.mark.parametrize(

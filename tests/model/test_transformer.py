@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dsv3.model.block import Pass
 from dsv3.model.config import ModelConfig
-from dsv3.model.rope import Rope
+from dsv3.model.rope import rotations
 from dsv3.model.transformer import DeepSeekV3
 from dsv3.precision.deferred import WeightGradients
 
@@ -69,7 +69,7 @@ def test_blocks_are_those_of_the_model_and_of_its_mtp_modules():
 def test_a_block_is_its_five_phases():
     model = model_of()
     block, x = model.layers[1], torch.randn(2, 5, 32)
-    shared = Pass(Rope.at(DEBUG, torch.arange(5).unsqueeze(0)))
+    shared = Pass(rotations(DEBUG, torch.arange(5).unsqueeze(0)))
     expected, routing = block(x, shared)
     carry = block.attend(x, shared)
     for phase in (block.dispatch, block.experts, block.combine):
@@ -108,7 +108,7 @@ def mtp_losses_by_the_equations(model, tokens):
         for i in range(length - k):
             embedding = model.embed_tokens.weight[tokens[i + k]]
             joined.append(module.eh_proj(torch.cat((module.enorm(embedding), module.hnorm(hidden[i])))))
-        shared = Pass(Rope.at(model.config, torch.arange(length - k).unsqueeze(0)))
+        shared = Pass(rotations(model.config, torch.arange(length - k).unsqueeze(0)))
         states, _ = module.block(torch.stack(joined)[None], shared)
         hidden = list(module.shared_head.norm(states[0]))
         log_p = [F.log_softmax(model.lm_head.weight @ h, dim=0) for h in hidden]
@@ -160,7 +160,7 @@ def losses_by_hand(model, tokens, valid, segments, positions):
     hidden = model(tokens[:, :-1], positions=positions[:, :-1], segment_ids=segments[:, :-1]).hidden
     length = tokens.shape[1] - 1
     for k, module in enumerate(model.mtp, start=1):
-        shared = Pass(Rope.at(model.config, positions[:, : length - k]), segments[:, : length - k])
+        shared = Pass(rotations(model.config, positions[:, : length - k]), segments[:, : length - k])
         hidden, _ = module(hidden[:, : length - k], model.embed_tokens(tokens[:, k:length]), shared)
         logits.append(model.head(hidden))
     sums, count = [], 0

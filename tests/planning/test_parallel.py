@@ -37,7 +37,7 @@ def test_parameters_of_a_rank_are_those_of_its_modules():
         "parallel.data=4", "parallel.expert=1", "data.sequence_length=64", batch=64,
     )  # fmt: skip
     for rank in range(2):
-        parts = set().union(*map(plan.layout.parts, plan.schedule.held(rank)))
+        parts = set().union(*map(plan.layout.parts, plan.schedule.placement[rank]))
         held = sum(each.numel() for each in hold(DeepSeekV3(config), parts).parameters())
         assert plan.memory(rank).parameters == held
 

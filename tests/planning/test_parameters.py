@@ -34,7 +34,6 @@ def test_the_published_checkpoint_to_the_last_parameter() -> None:
 
 def test_the_cache() -> None:
     assert kv_bytes_per_token(V3) == 70_272
-    assert kv_bytes_per_token(V3, bytes_per_value=1) == 35_136
 
 
 VARIANTS = {

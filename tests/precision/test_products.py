@@ -3,8 +3,7 @@ import torch
 
 from dsv3.ops.gemm_fp8 import gemm_fp8_columns
 from dsv3.ops.tiles import quantize_columns
-from dsv3.precision.products import experts_gradient, weight_gradients
-from dsv3.precision.scaling import QUANTIZERS
+from dsv3.precision.products import weight_gradients
 
 
 def matrix(rows, columns, seed):
@@ -22,13 +21,3 @@ def test_gradients_of_layers_that_read_the_same_are_added_to_their_sums(sizes):
     found = weight_gradients(grad, x, sizes, sums)
     assert all(a is b for a, b in zip(found, sums, strict=True))
     torch.testing.assert_close(torch.cat(sums), before + whole)
-
-
-@pytest.mark.parametrize("aligned", [False, True])
-def test_experts_gradients_in_fp8_are_added_to_their_sum(aligned):
-    grad, x, counts = matrix(384, 16, 0), matrix(384, 24, 1), torch.tensor([128, 0, 256])
-    total = torch.ones(3, 16, 24)
-    alone = experts_gradient(grad, x, counts, QUANTIZERS["tiles"], aligned, None)
-    found = experts_gradient(grad, x, counts, QUANTIZERS["tiles"], aligned, total)
-    assert (found is total) == aligned
-    torch.testing.assert_close(found, alone + (1 if aligned else 0))

@@ -366,7 +366,7 @@ def test_leaving_aborts(stream, serve):
         with pytest.raises(Exception, match="timed out"):
             client.post("/v1/completions", json=request, timeout=0.3)
     wait_for(lambda: engine.aborted and not engine.open, seconds=1)
-    assert "num_requests_running" in client.get("/metrics").text
+    wait_for(lambda: figures(client)["num_requests_running"] == 0, seconds=1)
 
 
 def test_overload_is_refused_and_passes(serve):

@@ -15,7 +15,7 @@ from dsv3.stages.runner import run_stages
 from dsv3.training.trainer import Trainer
 from dsv3.weights.huggingface import save_pretrained
 from dsv3.weights.opening import load_model
-from dsv3.weights.tensor_directory import read_layout, read_tensors
+from dsv3.weights.tensor_directory import ChunkReader
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 START = [
@@ -86,10 +86,10 @@ def test_the_optimizer_is_fresh_or_kept(start, tmp_path):
         load_start(trainer, find_start(recipe))
         found[state] = trainer.optimizer.tensors()
     assert not any(tensor.any() for tensor in found["fresh"].values())
-    checkpoint = find_start(phase(start)).path
-    names = [name for name in read_layout(checkpoint) if name.startswith("optimizer.")]
+    reader = ChunkReader(find_start(phase(start)).path)
+    names = [name for name in reader.layout if name.startswith("optimizer.")]
     saved = {name: torch.empty_like(found["kept"][name.removeprefix("optimizer.")]) for name in names}
-    read_tensors(checkpoint, saved)
+    reader.fill(saved)
     assert {f"optimizer.{name}" for name in found["kept"]} == set(names)
     assert all(torch.equal(found["kept"][name.removeprefix("optimizer.")], saved[name]) for name in names)
     assert any(tensor.any() for tensor in saved.values())

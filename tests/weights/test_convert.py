@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from dsv3.errors import RunError, UserError
 from dsv3.model.block import Pass
 from dsv3.model.config import ModelConfig
-from dsv3.model.rope import Rope
+from dsv3.model.rope import rotations
 from dsv3.model.transformer import DeepSeekV3
 from dsv3.weights import convert, jobs
 from dsv3.weights.checkpoint import save_checkpoint
@@ -116,7 +116,7 @@ def test_weights_kept_in_fp8_compute_what_dequantised_ones_do(tmp_path):
     with torch.inference_mode():
         torch.testing.assert_close(kept(tokens).logits, wide(tokens).logits, atol=1e-5, rtol=1e-5)
     hidden, embeddings = torch.randn(2, 2, 30, 200, generator=torch.Generator().manual_seed(1))
-    shared = Pass(Rope.at(kept.config, torch.arange(30).unsqueeze(0)))
+    shared = Pass(rotations(kept.config, torch.arange(30).unsqueeze(0)))
     with torch.inference_mode():
         ours, theirs = (model.mtp[0](hidden, embeddings, shared)[0] for model in (kept, wide))
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)

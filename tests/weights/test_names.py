@@ -2,8 +2,8 @@ import torch
 
 from dsv3.model.config import ModelConfig
 from dsv3.model.transformer import DeepSeekV3
-from dsv3.weights.chunks import part_of
 from dsv3.weights.names import released
+from dsv3.weights.parts import part_of
 
 
 def every_part(config):

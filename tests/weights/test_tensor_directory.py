@@ -8,7 +8,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from dsv3.errors import UserError
 from dsv3.weights.checkpoint import save_checkpoint
-from dsv3.weights.tensor_directory import check_files, read_layout, read_tensors
+from dsv3.weights.tensor_directory import ChunkReader
 
 
 class RunsCommand:
@@ -36,31 +36,26 @@ def directory(tmp_path):
     return tmp_path / "saved"
 
 
-READERS = [read_layout, check_files, lambda directory: read_tensors(directory, {"a": torch.zeros(2, 3)})]
-
-
-@pytest.mark.parametrize("read", READERS)
 @pytest.mark.parametrize(
     "wrap", [lambda evil, metadata: evil, lambda evil, metadata: setattr(metadata, "planner_data", evil) or metadata]
 )
-def test_code_in_the_metadata_is_refused_and_never_runs(read, wrap, directory):  # fmt: skip
+def test_code_in_the_metadata_is_refused_and_never_runs(wrap, directory):  # fmt: skip
     mark = directory / "it-ran"
     replace_metadata(directory, wrap(RunsCommand(f"touch {mark}"), metadata_of(directory)))
     with pytest.raises(UserError, match=r"\.metadata is damaged, or .* it names \w+\.system"):
-        read(directory)
+        ChunkReader(directory)
     assert not mark.exists()
     pickle.loads((directory / ".metadata").read_bytes())
     assert mark.exists()  # it would have run
 
 
-@pytest.mark.parametrize("read", READERS)
-def test_an_entry_of_pickled_bytes_is_refused(read, directory):
+def test_an_entry_of_pickled_bytes_is_refused(directory):
     """DCP loads the content of such entries without any restriction."""
     metadata = metadata_of(directory)
     metadata.state_dict_metadata["a"] = BytesStorageMetadata()
     replace_metadata(directory, metadata)
     with pytest.raises(UserError, match=r"it names .*BytesStorageMetadata"):
-        read(directory)
+        ChunkReader(directory)
 
 
 @pytest.mark.parametrize("path", ["../outside", "/etc/hostname", "sub/file"])
@@ -70,14 +65,14 @@ def test_files_outside_the_directory_are_refused(path, directory):
         place.relative_path = path
     replace_metadata(directory, metadata)
     with pytest.raises(UserError, match="outside the checkpoint"):
-        read_layout(directory)
+        ChunkReader(directory)
 
 
 @pytest.mark.parametrize("content", [b"", b"\x80", b"garbage", pickle.dumps({"a": 1}), pickle.dumps(None)])
 def test_damaged_metadata_is_refused(content, directory):
     (directory / ".metadata").write_bytes(content)
     with pytest.raises(UserError, match=r"\.metadata is damaged"):
-        read_layout(directory)
+        ChunkReader(directory)
 
 
 def test_truncated_metadata_is_refused_at_every_length(directory):
@@ -85,13 +80,14 @@ def test_truncated_metadata_is_refused_at_every_length(directory):
     for length in range(0, len(content), 7):
         (directory / ".metadata").write_bytes(content[:length])
         with pytest.raises(UserError, match="is damaged"):
-            read_layout(directory)
+            ChunkReader(directory)
 
 
 def test_layout_and_tensors(directory):
-    assert read_layout(directory) == {"a": (torch.float32, (2, 3)), "b": (torch.bfloat16, (4,))}
+    reader = ChunkReader(directory)
+    assert reader.layout == {"a": (torch.float32, (2, 3)), "b": (torch.bfloat16, (4,))}
     into = torch.zeros(2, 3, dtype=torch.bfloat16)
-    read_tensors(directory, {"a": into})
+    reader.fill({"a": into})
     assert torch.equal(into, torch.arange(6.0).view(2, 3).bfloat16())
 
 

@@ -13,7 +13,7 @@ from dsv3.cli.ui import Progress
 from dsv3.data.tinypy import documents
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.model.block import Pass
-from dsv3.model.rope import Rope
+from dsv3.model.rope import rotations
 from dsv3.model.transformer import default_positions
 from dsv3.recipe.schema import Recipe
 from dsv3.stages.context import RunContext
@@ -82,7 +82,7 @@ def examine(model: DeepSeekV3, prompt: list[int], tokens: list[int]) -> Continua
     embeddings = model.embed(sequence[:, 1:])
     blanked = embeddings.clone()
     blanked[:, 0] = 0
-    shared = Pass(Rope.at(model.config, default_positions(sequence[:, 1:])))
+    shared = Pass(rotations(model.config, default_positions(sequence[:, 1:])))
     drafts = [
         # At position i the module has seen token i + 1 and drafts token i + 2; the last draft has nothing to compare with.
         model.head(model.mtp[0](hidden, each, shared)[0])[0, len(prompt) - 1 : -1].argmax(-1).tolist()

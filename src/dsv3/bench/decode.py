@@ -6,6 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from dsv3.bench.limits import experts_read
 from dsv3.bench.measure import Progress, Ratio, Result, Row, Spread, Work, ratio, take_turns
 from dsv3.bench.peers import Setting, continuation, with_our_weights
 from dsv3.errors import RunError
@@ -53,17 +54,16 @@ def bench_decode(
     peers = [peer.eval() for peer in with_our_weights(model, THEIRS)]
     engine = Engine(model, None, EngineConfig(prefix_caching=False))
     generator = torch.Generator().manual_seed(0)
-    rows: list[Row] = []
-    ratios: list[Ratio] = []
-    checks: dict[str, str] = {}
+    rows, ratios, checks = list[Row](), list[Ratio](), dict[str, str]()
     for group, (batch, before, new) in workloads.items():
         prompts = torch.randint(config.vocab_size, (batch, before), generator=generator)
         ours, theirs = continue_ours(engine, prompts, new), continuation(peers[0], prompts, new)
         same = agreement(model, prompts, ours, theirs)
         checks[f"{group}, tokens like transformers'"] = f"{same} of {batch * new}, up to the first unclear choice"
         sides: dict[str, Work] = {OURS: partial(continue_ours, engine, prompts, new)}
-        for setting, peer in zip(THEIRS, peers, strict=True):
-            sides[setting.name] = partial(continuation, peer, prompts, new)
+        sides |= {
+            each.name: partial(continuation, peer, prompts, new) for each, peer in zip(THEIRS, peers, strict=True)
+        }
         seconds = take_turns(sides, rounds, progress, f"bench decode, {group}")
         for name, each in seconds.items():
             speed = Spread.of([batch * new / turn for turn in each])
@@ -115,11 +115,7 @@ def agreement(model: DeepSeekV3, prompts: Tensor, ours: Tensor, theirs: Tensor) 
 
 
 def weights_read(config: ModelConfig, batch: int) -> float:
-    """Parameters that one step over `batch` sequences has to read once, if routing is even: the least that it moves.
-
-    Of E experts a block reads those that some token chose: E (1 - (1 - K / E)^batch) on average.
-    """
-    counted, experts, chosen = count_parameters(config), config.n_routed_experts, config.num_experts_per_tok
-    read = experts * (1 - (1 - chosen / experts) ** batch)
-    moe_layers = config.num_hidden_layers - config.num_dense_layers
-    return counted.active_with_head + moe_layers * (read - chosen) * counted.expert
+    """Parameters that one step over `batch` sequences has to read once, if routing is even: the least that it moves."""
+    counted, moe_layers = count_parameters(config), config.num_hidden_layers - config.num_dense_layers
+    more = experts_read(config, batch) - config.num_experts_per_tok
+    return counted.active_with_head + moe_layers * more * counted.expert

@@ -5,35 +5,30 @@ Layers are timed by differences between slices of other depths; what 3 dense and
 take together is extrapolated: no GPU holds them all, and communication between several is not in it.
 """
 
-import gc
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import torch
 
-from dsv3.bench.decode_limits import least
-from dsv3.bench.limits import Rates
-from dsv3.bench.measure import Progress, Work
+from dsv3.bench.limits import Rates, least
+from dsv3.bench.measure import Progress, Work, clear, synchronize, take_turns, track
 from dsv3.bench.peers import continuation, import_transformers
-from dsv3.bench.slices import layers_of, stored_network
+from dsv3.bench.slices import DEPTHS, Layers, layers_of, of_depth, stored_network
 from dsv3.errors import RunError, UserError
 from dsv3.inference.batch import lay_out
-from dsv3.inference.cache import PagedCache
 from dsv3.inference.engine import Engine, EngineConfig
 from dsv3.inference.params import SamplingParams
-from dsv3.inference.passes import STEADY, Passes
+from dsv3.inference.passes import STEADY
 from dsv3.inference.plan import Work as Reading
 from dsv3.model.config import ModelConfig
 from dsv3.model.transformer import DeepSeekV3
 from dsv3.ops.latent_pages import PAGE
 
-DEPTHS = ((1, 4), (1, 2), (2, 2))
-"""(dense, MoE) layers of the slices; the first is the one that is compared."""
 GOAL = 1.5
 """Times the limit that a pass over the largest batch may take."""
 PUBLISHED = {
@@ -59,7 +54,7 @@ class Settings:
     calls: int = 30
     """Of each pass; and steps of the engine."""
     peer_batches: Sequence[int] = (1, 32)
-    """Of `transformers`, with the shortest context."""
+    """Batches of `transformers`, with the shortest context."""
     peer_tokens: tuple[int, int] = (4, 20)
     """New tokens of its two runs: their difference is free of the prompt."""
 
@@ -86,7 +81,7 @@ class Point:
 
     @property
     def times_the_limit(self) -> float:
-        """1 is as fast as can be."""
+        """1 is the fastest possible."""
         return self.milliseconds / self.limit
 
 
@@ -103,15 +98,15 @@ class Whole:
     tokens_per_second: float
 
 
-@dataclass
+@dataclass(frozen=True)
 class SliceResult:
     """All of it."""
 
     shapes: Mapping[str, Any]
     rates: Rates
-    points: list[Point] = field(default_factory=list)
-    whole: list[Whole] = field(default_factory=list)
-    peak_memory: int = 0
+    points: list[Point]
+    whole: list[Whole]
+    peak_memory: int
     """Bytes of ours."""
 
 
@@ -127,48 +122,37 @@ def bench_slice(
     Raises `UserError` where a context is too short for the steps of the engine, or `transformers` is missing.
     """
     base = config or ModelConfig.preset("deepseek-v3")
-    dense, moe = (max(each) for each in zip(*DEPTHS, strict=True))
-    reach = max(*settings.contexts, settings.prompt)
-    cut = base.replace(
-        num_hidden_layers=dense + moe, first_k_dense_replace=dense, num_nextn_predict_layers=0,
-        max_position_embeddings=max(base.max_position_embeddings, reach),
-    )  # fmt: skip
+    reach = max(base.max_position_embeddings, *settings.contexts, settings.prompt)
+    dense, moe = map(max, zip(*DEPTHS, strict=True))
+    cut = of_depth(base, dense, moe).replace(max_position_embeddings=reach)
     progress(stage="weights in FP8", done=0, total=1)
     model = stored_network(cut, device)
-    synchronise(device)
+    synchronize(device)
     progress(stage="weights in FP8", done=1, total=1)
-    found = SliceResult(
-        {"layers of the slices": DEPTHS, "batches": settings.batches, "contexts": settings.contexts}, rates
-    )
-    times: list[dict[str, float]] = []
-    for number, (dense, moe) in enumerate(DEPTHS):
-        part = layers_of(model, dense, moe)
-        timed = Timed(part, settings, device)
+    shapes = {"layers of the slices": DEPTHS, "batches": settings.batches, "contexts": settings.contexts}
+    points, times = list[Point](), list[dict[str, float]]()
+    for depth in DEPTHS:
+        timed = Timed(layers_of(model, *depth), settings, device)
         times.append(timed.passes(progress))
-        if number == 0:
-            steps = timed.steps(progress)
+        if depth == DEPTHS[0]:
+            steps, config = timed.steps(progress), timed.model.config
             for name, (tokens, context) in timed.workloads.items():
-                limit = least(part.config, tokens, context, rates)
-                experts = timed.experts[name]
-                found.points.append(
-                    Point(
-                        name, tokens, context, times[0][name], limit.milliseconds, limit.bound, experts, steps.get(name)
-                    )
-                )
-        del timed, part
+                limit, experts = least(config, tokens, context, rates), timed.experts[name]
+                of_limit = times[0][name], limit.milliseconds, limit.bound
+                points.append(Point(name, tokens, context, *of_limit, experts, steps.get(name)))
+        del timed
         clear()
-    found.whole = [whole(point, [each[point.name] for each in times], base, rates) for point in found.points]
-    if device.type == "cuda":
-        found.peak_memory = torch.cuda.max_memory_allocated()
+    wholes = [whole(point, [each[point.name] for each in times], base, rates) for point in points]
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
     del model
     clear()
-    theirs = transformers_times(cut, settings, device, progress)
-    found.points = [replace(point, theirs=theirs.get(point.name)) for point in found.points]
-    return found
+    theirs = transformers_times(of_depth(cut, *DEPTHS[0]), settings, device, progress)
+    points = [replace(point, theirs=theirs.get(point.name)) for point in points]
+    return SliceResult(shapes, rates, points, wholes, peak)
 
 
 def name_of(batch: int, context: int) -> str:
-    """Of decoding, in tables."""
+    """A workload of decoding, in tables."""
     return f"batch {batch}, context {context:,}"
 
 
@@ -186,8 +170,7 @@ class Timed:
                 max_num_batched_tokens=settings.prompt, cuda_graphs=device.type == "cuda",
             ),
         )  # fmt: skip
-        cache: PagedCache = self.engine.runner.cache
-        for held in cache.held.values():
+        for held in self.engine.runner.cache.held.values():
             held.normal_()
         self.workloads = {name_of(b, context): (b, context) for context in settings.contexts for b in settings.batches}
         self.workloads[f"prefill of {settings.prompt:,}"] = settings.prompt, 0
@@ -196,23 +179,17 @@ class Timed:
     @torch.inference_mode()
     def passes(self, progress: Progress) -> dict[str, float]:
         """Milliseconds of the model's pass, by workload: replayed, as the engine decodes; prefill as it is."""
-        found = {}
-        passes: Passes = self.engine.runner.passes
-        config = self.model.config
+        found, passes, config = {}, self.engine.runner.passes, self.model.config
         stage = f"passes of {config.num_dense_layers} + {config.num_hidden_layers - config.num_dense_layers} layers"
-        progress(stage=stage, done=0, total=len(self.workloads))
-        for number, (name, (tokens, context)) in enumerate(self.workloads.items(), 1):
+        for name, (tokens, context) in track(self.workloads.items(), stage, progress):
             batch = lay_out(self.reads(tokens, context), config, self.device)
-            row_N = (
-                torch.arange(tokens, device=self.device) if context else torch.tensor([tokens - 1], device=self.device)
-            )
+            row_N = torch.arange(0 if context else tokens - 1, tokens, device=self.device)
             for _ in range(STEADY):
                 chosen = passes.main(batch, row_N)[2]
             touched = [float(len(expert.unique())) for expert in chosen]
             self.experts[name] = statistics.mean(touched) if touched else 0.0
             calls = self.settings.calls if context else max(3, self.settings.calls // 6)
             found[name] = milliseconds(partial(passes.main, batch, row_N), calls, self.device)
-            progress(stage=stage, done=number, total=len(self.workloads))
         passes.forget()
         return found
 
@@ -227,14 +204,13 @@ class Timed:
         ]
 
     def steps(self, progress: Progress) -> dict[str, float]:
-        """Milliseconds of a whole step of the engine, by workload: scheduling, pass, sampling and what is told."""
+        """Milliseconds of a whole step of the engine, by workload: scheduling, pass, sampling and output."""
         found = {}
         decoding = {name: sizes for name, sizes in self.workloads.items() if sizes[1]}
-        progress(stage="steps of the engine", done=0, total=len(decoding))
-        for number, (name, (batch, context)) in enumerate(decoding.items(), 1):
+        for name, (batch, context) in track(decoding.items(), "steps of the engine", progress):
             # Those read first go on while the others are read.
             reading = -(-batch * context // self.settings.prompt)
-            count = self.settings.calls + 2 * STEADY
+            count = self.settings.calls + 2 * STEADY + 1
             length = context - reading - count - 4
             if length < 1:
                 raise UserError(
@@ -249,31 +225,21 @@ class Timed:
                 begun |= {delta.request_id for delta in self.engine.step()}
             for _ in range(2 * STEADY):
                 self.engine.step()
-            seconds = []
-            for _ in range(self.settings.calls):
-                started = time.perf_counter()
-                self.engine.step()
-                seconds.append(time.perf_counter() - started)
+            seconds = take_turns({"step": self.engine.step}, self.settings.calls)["step"]
             if (still := self.engine.stats().running) != batch:
                 raise RunError(f"{still} of {batch} sequences went on to the end of what was timed")
             found[name] = 1000 * statistics.median(seconds)
             for k in range(batch):
                 self.engine.abort(str(k))
             self.engine.runner.passes.forget()
-            progress(stage="steps of the engine", done=number, total=len(decoding))
         return found
 
 
 def milliseconds(work: Work, calls: int, device: torch.device) -> float:
-    """Median of one call; a GPU's are queued one behind the other, so that the host is ahead."""
+    """Median of one call; on a GPU calls are queued, so that the host stays ahead."""
     work()
     if device.type != "cuda":
-        seconds = []
-        for _ in range(calls):
-            started = time.perf_counter()
-            work()
-            seconds.append(time.perf_counter() - started)
-        return 1000 * statistics.median(seconds)
+        return 1000 * statistics.median(take_turns({"": work}, calls)[""])
     torch.cuda.synchronize()
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(calls + 1)]
     marks[0].record()
@@ -286,52 +252,31 @@ def milliseconds(work: Work, calls: int, device: torch.device) -> float:
 
 def whole(point: Point, times: Sequence[float], config: ModelConfig, rates: Rates) -> Whole:
     """From the times of the slices of `DEPTHS`."""
-    moe = (times[0] - times[1]) / (DEPTHS[0][1] - DEPTHS[1][1])
-    dense = times[2] - times[1]
-    rest = times[1] - DEPTHS[1][0] * dense - DEPTHS[1][1] * moe
-    dense_layers = config.num_dense_layers
-    total = dense_layers * dense + (config.num_hidden_layers - dense_layers) * moe + rest
-    limit = least(config, point.tokens, point.context, rates).milliseconds
-    return Whole(point.name, dense, moe, rest, total, limit, 1000 * point.tokens / total)
+    layers, limit = Layers.of(times), least(config, point.tokens, point.context, rates).milliseconds
+    total = layers.whole(config)
+    return Whole(point.name, *layers, total, limit, 1000 * point.tokens / total)
 
 
 def transformers_times(
     config: ModelConfig, settings: Settings, device: torch.device, progress: Progress
 ) -> dict[str, float]:
-    """Milliseconds a token of `generate` on the first slice with random weights in BF16, its cache growing, by workload."""
+    """Milliseconds a token of `generate` with random weights in BF16, its cache growing, by workload."""
     library = import_transformers()
-    progress(stage="transformers", done=0, total=len(settings.peer_batches))
-    dense, moe = DEPTHS[0]
-    cut = config.replace(num_hidden_layers=dense + moe, first_k_dense_replace=dense)
-    content = library.DeepseekV3Config.from_dict(cut.to_hf())
+    content = library.DeepseekV3Config.from_dict(config.to_hf())
     with torch.device(device):
         peer = library.DeepseekV3ForCausalLM._from_config(
             content, dtype=torch.bfloat16, attn_implementation="sdpa", experts_implementation="grouped_mm"
         ).eval()
     context, found = min(settings.contexts), {}
     few, many = settings.peer_tokens
-    for number, batch in enumerate(settings.peer_batches, 1):
+    for batch in track(settings.peer_batches, "transformers", progress):
         prompts = torch.randint(config.vocab_size, (batch, context - many), device=device)
         spent = []
         for count in (few, few, many):  # the first does not count
-            synchronise(device)
+            synchronize(device)
             started = time.perf_counter()
             continuation(peer, prompts, count)
-            synchronise(device)
+            synchronize(device)
             spent.append(time.perf_counter() - started)
         found[name_of(batch, context)] = 1000 * (spent[2] - spent[1]) / (many - few)
-        progress(stage="transformers", done=number, total=len(settings.peer_batches))
     return found
-
-
-def synchronise(device: torch.device) -> None:
-    """Waits for a GPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def clear() -> None:
-    """Gives back what is left of a side."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

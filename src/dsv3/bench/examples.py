@@ -17,6 +17,7 @@ from dsv3.ops import (
     grouped_gemm_fp8,
     grouped_linear,
     latent_pages,
+    linear_fp32,
     paged_attention,
     permute,
     rms_norm,
@@ -62,6 +63,7 @@ def calls(device: torch.device) -> Iterator[Call]:
     yield cross_entropy.linear_cross_entropy, (x, weight, target, 1.0)
     yield cross_entropy.token_losses, (rows, weight, target)
 
+    yield linear_fp32.linear_fp32, (x, weight)
     affinity = random(ROWS, EXPERTS, dtype=torch.float32).sigmoid()
     expert = affinity.topk(CHOSEN).indices
     yield router.select_experts, (affinity, affinity[0], CHOSEN, 1, 1, True, 1.0)
@@ -75,7 +77,8 @@ def calls(device: torch.device) -> Iterator[Call]:
     yield rooms.quantize_to_rooms, (rows, row, EXPERTS * size)
     counts = torch.full((EXPERTS,), ROWS // EXPERTS, device=device)
     yield grouped_linear.grouped_linear, (x, random(EXPERTS, SIZE, SIZE, dtype=torch.float32), counts)
-    yield grouped_linear.grouped_weight_gradient, (rows, rows, counts)
+    total = random(EXPERTS, SIZE, SIZE, dtype=torch.float32)
+    yield grouped_linear.grouped_weight_gradient, (rows, rows, counts, total)
 
     moment = torch.zeros_like(weight, dtype=torch.bfloat16)
     one, setting = torch.ones((), device=device), (1e-6, (0.9, 0.95), 1e-8, 0.1)

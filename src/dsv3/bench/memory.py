@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -14,7 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dsv3.bench.measure import Progress
+from dsv3.bench.measure import Progress, synchronize, track
 from dsv3.model.config import ModelConfig
 from dsv3.model.transformer import DeepSeekV3, refuse_sizes
 from dsv3.recipe.schema import OptimizerSection
@@ -23,7 +23,7 @@ from dsv3.training.optimizer import Optimizer
 
 @dataclass(frozen=True)
 class Setting:
-    """How a step is made."""
+    """How a step is computed."""
 
     precision: Literal["bf16", "fp8"] = "fp8"
     recompute: tuple[str, ...] = ()
@@ -34,8 +34,7 @@ class Setting:
     twelve_bits: bool = True
     """Whether FP8 keeps the input of `o_proj` in E5M6; else attention's own copy serves."""
     held: Literal["nothing", "average", "second head"] = "nothing"
-    """What else is in the GPU's memory: the average of the weights; an embedding and a head that are MTP's alone, with
-    gradients and moments."""
+    """What else is in memory: the average of the weights; MTP's own embedding and head, with gradients and moments."""
 
 
 BF16, FP8 = Setting("bf16"), Setting()
@@ -64,15 +63,15 @@ class Memory:
     resting: int
     """Bytes of weights, their copies in FP8, gradients and moments, and of what else is held."""
     kept: int
-    """Bytes more that wait between the two passes."""
+    """Further bytes, kept between the two passes."""
     peak: int
     """Most bytes at any moment, all of them counted."""
     seconds: float
-    """Of both passes, without the counting: the median."""
+    """Median of both passes together, measured without counting bytes."""
 
 
 class Live(TorchDispatchMode):
-    """Counts the bytes that operations on the CPU have made and something still holds: `now`, and at `most` since `restart`."""
+    """Counts the bytes of tensors on the CPU that are still alive: `now`, and at `most` since `restart`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,16 +90,16 @@ class Live(TorchDispatchMode):
         return out
 
     def free(self, size: int) -> None:
-        """A storage is gone."""
+        """A storage was freed."""
         self.now -= size
 
     def restart(self) -> None:
-        """Forgets what there was at most."""
+        """Begins a new maximum."""
         self.most = self.now
 
 
 class Allocated(nullcontext[None]):
-    """The same figures of a GPU's allocator, without what it had given before."""
+    """The same figures from a GPU's allocator, without what was allocated before."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -132,11 +131,10 @@ def bench_memory(
     batch: int = 8,
     length: int = 1024,
     device: torch.device | str = "cpu",
-    techniques: Mapping[str, tuple[Setting, Setting]],
     rounds: int = 3,
     progress: Progress = lambda **_: None,
 ) -> dict[Setting, Memory]:
-    """Every setting of these techniques on one network and one micro-batch, MTP included.
+    """Every setting of `TECHNIQUES` on one network and one micro-batch, MTP included.
 
     `UserError` for sizes that no FP8 product takes.
     """
@@ -149,13 +147,12 @@ def bench_memory(
         tokens = tokens.to(device)
     for block in model.blocks():
         refuse_sizes(block)
-    settings = sorted({each for pair in techniques.values() for each in pair}, key=lambda each: each.precision)
+    settings = sorted({each for pair in TECHNIQUES.values() for each in pair}, key=lambda each: each.precision)
     found: dict[Setting, Memory] = {}
-    for number, setting in enumerate(settings):
+    for setting in track(settings, "bench memory", progress):
         if setting.precision == "fp8" and model.layers[0].self_attn.inputs_fp8 is None:
             model.compute_in_fp8()
         found[setting] = measured(model, tokens, setting, meter, rounds)
-        progress(stage="bench memory", done=number + 1, total=len(settings))
     return found
 
 
@@ -163,10 +160,10 @@ def measured(model: DeepSeekV3, tokens: Tensor, setting: Setting, meter: Live | 
     """One setting."""
     model.recompute(setting.recompute)
     with meter:
-        # Neither is ever used: they are there.
+        # Neither is used: they only take up memory.
         optimizer = Optimizer(model, OptimizerSection(moments=setting.moments))
         others = held(model, setting)
-        passes(model, tokens, setting, meter)  # gradients and copies of weights in FP8 are there from now on
+        passes(model, tokens, setting, meter)  # allocates gradients and the FP8 copies of weights
     seconds = []
     for _ in range(rounds):
         started = time.perf_counter()
@@ -197,19 +194,18 @@ def passes(model: DeepSeekV3, tokens: Tensor, setting: Setting, meter: Live | Al
         loss = model.loss(tokens, mtp_weight=0.3, balance_alpha=1e-4).total
     kept = meter.now
     loss.backward()
-    if tokens.is_cuda:
-        torch.cuda.synchronize()
+    synchronize(tokens.device)
     return kept
 
 
 def keep_wide(tensor: Tensor) -> tuple[Tensor, torch.dtype, torch.Size]:
-    """What a layer in FP8 would keep if it kept BF16: values in E4M3, which is what scales make of it, in two bytes."""
+    """What an FP8 layer would keep if it kept BF16: its E4M3 values in two bytes each."""
     wide = tensor.to(torch.bfloat16) if tensor.dtype == torch.float8_e4m3fn else tensor
     return wide, tensor.dtype, tensor.shape
 
 
 def leave_twelve_bits(tensor: Tensor) -> tuple[Tensor, torch.dtype, torch.Size]:
-    """Nothing in place of packed 12 bits, which alone are bytes."""
+    """Nothing in place of packed 12-bit values, the only tensors of bytes."""
     return tensor.new_empty(0) if tensor.dtype == torch.uint8 else tensor, tensor.dtype, tensor.shape
 
 

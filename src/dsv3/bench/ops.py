@@ -8,23 +8,20 @@ import torch
 
 from dsv3.bench.kernels import attention, decode, products, quantise, routing
 from dsv3.bench.kernels.case import Case, Work
-from dsv3.bench.measure import Progress
-from dsv3.errors import UserError
-from dsv3.ops.kernels.available import no_kernels
+from dsv3.bench.measure import Progress, gpu, track
 
 FAMILIES: dict[str, Callable[[torch.device], Iterator[Case]]] = {
-    "quantise": quantise.cases, "routing": routing.cases, "products": products.cases,
-    "attention": attention.cases,
+    "quantise": quantise.cases, "routing": routing.cases, "products": products.cases, "attention": attention.cases,
     "decode": decode.cases,
 }  # fmt: skip
 COPIED = 2**30
 """Bytes of the copy that gives the copy rate: each is read once and written once."""
 FLUSHED = 2**29
-"""Bytes written before each call: no cache holds its inputs then, and the host is ahead of the GPU when it begins."""
+"""Bytes written before each call: they evict its inputs from caches, and keep the GPU busy while the host launches it."""
 WARM_UP = 3
 ROUNDS = 3
 MILLISECONDS_A_TURN = 8.0
-"""How long one side is measured in a round, in calls; at least `FEWEST` of them."""
+"""How long one side is measured in a round; at least `FEWEST` calls."""
 FEWEST = 5
 
 
@@ -51,17 +48,12 @@ class Measured:
     @property
     def reached(self) -> float | None:
         """The figure that the target is about."""
-        figures = {
-            "of the peer": self.of_the_peer,
-            "TB/s": self.terabytes,
-            "TFLOP/s": self.teraflops,
-            "us": self.microseconds,
-        }
-        return figures[self.unit]
+        rates = {"of the peer": self.of_the_peer, "TB/s": self.terabytes, "TFLOP/s": self.teraflops}
+        return self.microseconds if self.unit == "us" else rates[self.unit]
 
     @property
     def met(self) -> bool | None:
-        """None where there is no target, or nothing to compare with."""
+        """Whether the target is; None without one, or with nothing to compare."""
         if self.target is None or self.reached is None:
             return None
         if self.or_of_the_peer is not None and self.of_the_peer is not None and self.of_the_peer >= self.or_of_the_peer:
@@ -69,49 +61,36 @@ class Measured:
         return self.reached <= self.target if self.unit == "us" else self.reached >= self.target
 
 
-def gpu() -> torch.device:
-    """The GPU to measure on; `UserError` where there is none that runs the kernels."""
-    if not torch.cuda.is_available():
-        raise UserError("dsv3 bench ops measures kernels and needs a GPU of compute capability 9.0; found none")
-    device = torch.device("cuda", torch.cuda.current_device())
-    if (reason := no_kernels(device)) is not None:
-        raise UserError(f"dsv3 bench ops cannot run on {torch.cuda.get_device_name(device)}: it {reason}")
-    return device
-
-
 def bench_ops(families: Sequence[str], progress: Progress = lambda **_: None) -> tuple[float, list[Measured]]:
     """(copy rate in TB/s, one row a case) of the named families of `FAMILIES`."""
-    device = gpu()
-    flush = torch.empty(FLUSHED, dtype=torch.uint8, device=device)
-    copy_rate, rows = measured_copy_rate(flush), list[Measured]()
-    for number, family in enumerate(families, 1):
-        rows += [measure(case, copy_rate, flush) for case in FAMILIES[family](device)]
-        progress(stage="bench ops", done=number, total=len(families))
+    device = gpu("dsv3 bench ops")
+    copy_rate, rows = measured_copy_rate(device), list[Measured]()
+    for family in track(families, "bench ops", progress):
+        rows += [measure(case, copy_rate) for case in FAMILIES[family](device)]
     return copy_rate, rows
 
 
-def measured_copy_rate(flush: torch.Tensor) -> float:
+def measured_copy_rate(device: torch.device) -> float:
     """TB/s."""
-    source = torch.empty(COPIED, dtype=torch.uint8, device=flush.device)
+    source = torch.empty(COPIED, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * COPIED / times([lambda: target.copy_(source)], flush)[0] / 1e6
+    return 2 * COPIED / times([lambda: target.copy_(source)])[0] / 1e6
 
 
 def warm(families: Sequence[str], progress: Progress = lambda **_: None) -> int:
     """Runs every case once, so that its kernels are compiled and in Triton's cache on the disk; how many there were."""
-    device, count = gpu(), 0
-    for number, family in enumerate(families, 1):
+    device, count = gpu("dsv3 bench ops"), 0
+    for family in track(families, "compiling", progress):
         for case in FAMILIES[family](device):
             case.ours()
             count += 1
-        progress(stage="compiling", done=number, total=len(families))
     torch.cuda.synchronize()
     return count
 
 
-def measure(case: Case, copy_rate: float, flush: torch.Tensor) -> Measured:
-    """Ours and the peer in turns."""
-    ours, *peers = times([case.ours] if case.peer is None else [case.ours, case.peer], flush)
+def measure(case: Case, copy_rate: float) -> Measured:
+    """One row: ours and the peer in turns."""
+    ours, *peers = times([case.ours] if case.peer is None else [case.ours, case.peer])
     terabytes = None if case.bytes is None else case.bytes / ours / 1e6
     share = peers[0] / ours if peers else None
     if share is not None and case.flops is not None and case.peer_flops is not None:
@@ -124,21 +103,22 @@ def measure(case: Case, copy_rate: float, flush: torch.Tensor) -> Measured:
     )  # fmt: skip
 
 
-def times(works: Sequence[Work], flush: torch.Tensor) -> list[float]:
-    """Median microseconds of each on the GPU, sides in turns; every call finds caches that hold nothing of its own."""
+def times(works: Sequence[Work]) -> list[float]:
+    """Median microseconds of each on the GPU, sides in turns, every call with cold caches."""
     for work in works:
         for _ in range(WARM_UP):
             work()
-    calls = [max(FEWEST, int(MILLISECONDS_A_TURN * 1000 / max(timed(work, 2, flush)[1], 1.0))) for work in works]
+    calls = [max(FEWEST, int(MILLISECONDS_A_TURN * 1000 / max(timed(work, 2)[1], 1.0))) for work in works]
     found: list[list[float]] = [[] for _ in works]
     for _ in range(ROUNDS):
         for number, work in enumerate(works):
-            found[number] += timed(work, min(calls[number], 50), flush)
+            found[number] += timed(work, min(calls[number], 50))
     return [statistics.median(each) for each in found]
 
 
-def timed(work: Work, calls: int, flush: torch.Tensor) -> list[float]:
+def timed(work: Work, calls: int) -> list[float]:
     """Microseconds of each call."""
+    flush = torch.empty(FLUSHED, dtype=torch.uint8, device="cuda")
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
     for begin, end in events:
         flush.zero_()

@@ -29,10 +29,10 @@ class Overhead:
     step: float
     """Of training: from the batch that is asked for to the figures that are read."""
     parts: Mapping[str, float]
-    """What the loop spends beside, or waits for, by name. On a CPU, where the threads beside the loop take its cores, their
+    """What the loop spends beside the step, or waits for, by name. On a CPU, where background threads take its cores, their
     processor time as well."""
     threads: Mapping[str, float]
-    """Processor time of these threads; on a GPU they run beside it, and what they delay is among the parts."""
+    """Processor time of background threads; on a GPU they run beside it, and what they delay is among the parts."""
     shapes: Mapping[str, Any]
     machine: Mapping[str, str]
 
@@ -85,9 +85,5 @@ def bench_overhead(recipe: Recipe, out: Path, steps: int = 60, progress: Progres
         "preset": recipe.model.preset, "batch": size, "length": recipe.data.sequence_length, "steps": steps,
         "steps between checkpoints": every, "device": device_name(device),
     }  # fmt: skip
-    return Overhead(1000 * step, in_milliseconds(parts), in_milliseconds(threads), shapes, machine(device))
-
-
-def in_milliseconds(seconds: Mapping[str, float]) -> dict[str, float]:
-    """The same, times 1,000."""
-    return {name: 1000 * each for name, each in seconds.items()}
+    parts, threads = ({name: 1000 * each for name, each in seconds.items()} for seconds in (parts, threads))
+    return Overhead(1000 * step, parts, threads, shapes, machine(device))

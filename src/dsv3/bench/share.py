@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from dsv3.bench.limits import Rates, limits
-from dsv3.bench.measure import Progress
+from dsv3.bench.measure import Progress, track
+from dsv3.bench.slices import DEPTHS, Layers, of_depth, randomize
 from dsv3.model.config import ModelConfig
 from dsv3.model.feed_forward import Dispatched, Dispatcher, Routing
 from dsv3.model.transformer import DeepSeekV3
@@ -30,10 +31,8 @@ EXPERT_RANKS = 64
 TOKENS = 4096
 MICRO_BATCHES = 8
 """A step, of one sequence each."""
-DEPTHS = ((1, 4), (1, 2), (2, 2))
-"""(dense, MoE) layers of the networks that are timed."""
 KINDS = {
-    "grouped products": r"deep_gemm|^(wgrad|contiguous|masked)_kernel|cutlass.*enable_3x",
+    "grouped products": r"deep_gemm|^(wgrad|add_wgrad|contiguous|masked)_kernel|cutlass.*enable_3x",
     "attention": r"sdpa",
     "other products": r"nvjet|gemm",
     "quantise, transpose, 12 bits": r"^(rows|transposing|dequantize|quantize|transpose|pack|unpack)_kernel",
@@ -41,31 +40,32 @@ KINDS = {
     "queries and keys": r"^(rotate|keys|keys_backward)_kernel",
     "router, sort, permute": r"^(select|gradient|count|prefix|place|copy|sum)_kernel",
     "cross-entropy": r"^loss_kernel",
-    "copies and concatenations": r"copy|Cat|[Mm]emcpy|[Mm]emset|[Ff]ill",
+    "copies and concatenations": r"copy|Cat|[Mm]emcpy|[Mm]emset|[Ff]ill|^clear_kernel",
 }
 """Kernels by the first pattern that their name matches; the rest is elementwise."""
 
 
 class BalancedExchange(Dispatcher):
-    """A dispatcher: a GPU's experts get as many rows as tokens are sent out, evenly, made from its own tokens."""
+    """In place of an all-to-all: a GPU's experts get as many rows as it sends, evenly, made from its own tokens."""
 
     def __init__(self, experts: int):
         self.experts = experts
 
     def held(self, experts: int) -> range:
-        """The first of them."""
+        """The first ones."""
         return range(self.experts)
 
-    def dispatch(self, x_TD: Tensor, routing: Routing, alignment: int = 0) -> Dispatched:
+    def send(self, parcel: tuple[Tensor, Routing, int]) -> Dispatched:
         """Choice k of every token goes to expert k modulo the number of experts."""
+        x_TD, routing, alignment = parcel
         tokens, chosen = routing.expert.shape
         expert = (torch.arange(chosen, device=x_TD.device) % self.experts).expand(tokens, chosen).contiguous()
         to = sort_by_expert(expert, self.experts, 0, alignment)
         return Dispatched(permute(x_TD, to), to.by_row(routing.weight), to.counts_E, to)
 
-    def combine(self, rows_RD: Tensor, handle: Permutation) -> Tensor:
+    def send_back(self, rows: Tensor, handle: Permutation) -> Tensor:
         """The sums, as after the second all-to-all."""
-        return unpermute(rows_RD, handle)
+        return unpermute(rows, handle)
 
 
 @dataclass(frozen=True)
@@ -89,50 +89,43 @@ class Share:
     budget: Mapping[str, float]
     """Milliseconds by kind of kernel of one micro-batch of the first network; "between kernels" is when none ran."""
     limits: Mapping[str, float]
-    """The least that these kinds need (`limits.py`); those that are not there need no time."""
+    """The least that these kinds need (`limits.py`); absent ones need no time."""
 
 
 def bench_share(
     precision: Literal["bf16", "fp8"], mtp: bool, rates: Rates, progress: Progress = lambda **_: None
 ) -> Share:
-    """Measures on the current GPU, whose `rates` were measured."""
-    times, optimizer, budget, peak = list[float](), 0.0, dict[str, float](), 0
-    for number, (dense, moe) in enumerate(DEPTHS):
+    """Measures on the current GPU, which has these `rates`."""
+    whole, times, updates, peak = ModelConfig.preset("deepseek-v3"), list[float](), list[float](), 0
+    budget: dict[str, float] = {}
+    for dense, moe in track(DEPTHS, f"{precision}{' with MTP' if mtp else ''}", progress):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        step = Step(dense, moe, mtp, precision)
+        step = Step(of_depth(whole, dense, moe, mtp), precision)
         passes, update = step.timed()
         times.append(passes / MICRO_BATCHES)
+        updates.append(update)
         peak = max(peak, torch.cuda.max_memory_allocated())
-        if number == 0:
-            optimizer, budget = update, step.budget()
+        budget = budget or step.budget()
         del step
-        progress(stage=f"{precision}{' with MTP' if mtp else ''}", done=number + 1, total=len(DEPTHS))
-    moe_layer, dense_layer = (times[0] - times[1]) / (DEPTHS[0][1] - DEPTHS[1][1]), times[2] - times[1]
-    head = times[0] - dense_layer - DEPTHS[0][1] * moe_layer
-    whole = ModelConfig.preset("deepseek-v3")
-    layers = whole.num_hidden_layers - whole.first_k_dense_replace
+    layers = Layers.of(times)
     # The update of the layers timed, as if spread over all that the whole model has.
-    update_share = optimizer / MICRO_BATCHES * (3 * dense_layer + layers * moe_layer + head) / times[0]
-    total = whole.first_k_dense_replace * dense_layer + layers * moe_layer + head + update_share
+    total = layers.whole(whole) * (1 + updates[0] / MICRO_BATCHES / times[0])
     speed = 1000 * TOKENS / total
-    flops = training_flops_per_token(whole, TOKENS, mtp=mtp)
-    least = limits(shape(*DEPTHS[0], mtp), TOKENS, precision, rates)
-    return Share(
-        precision, mtp, dense_layer, moe_layer, head, optimizer, speed, flops * speed / 1e12, peak, budget, least
-    )  # fmt: skip
+    teraflops = training_flops_per_token(whole, TOKENS, mtp=mtp) * speed / 1e12
+    least = limits(of_depth(whole, *DEPTHS[0], mtp), TOKENS, precision, rates)
+    return Share(precision, mtp, *layers, updates[0], speed, teraflops, peak, budget, least)
 
 
 class Step:
     """A network of some layers and its optimizer."""
 
-    def __init__(self, dense: int, moe: int, mtp: bool, precision: str):
-        self.model, self.mtp_weight = network(dense, moe, mtp), 0.3 if mtp else 0.0
+    def __init__(self, config: ModelConfig, precision: str):
+        self.model, self.mtp_weight = network(config), 0.3 if config.num_nextn_predict_layers else 0.0
         if precision == "fp8":
             self.model.compute_in_fp8()
         self.optimizer = Optimizer(self.model, OptimizerSection(moments="bf16"), muon_dtype=torch.bfloat16)
-        vocabulary = self.model.config.vocab_size
-        self.tokens = torch.randint(vocabulary, (MICRO_BATCHES, 1, TOKENS + 1), device="cuda")
+        self.tokens = torch.randint(config.vocab_size, (MICRO_BATCHES, 1, TOKENS + 1), device="cuda")
 
     def gradients(self, number: int) -> None:
         """Forward and backward pass of one micro-batch."""
@@ -140,11 +133,6 @@ class Step:
             self.tokens[number], mtp_weight=self.mtp_weight, balance_alpha=1e-4, scale=1 / MICRO_BATCHES, divisor=TOKENS
         )
         losses.total.backward()
-
-    def update(self) -> None:
-        """As the trainer does it."""
-        norms = self.optimizer.clip()
-        self.optimizer.step(1e-6, ~norms["all"].isfinite())
 
     def timed(self) -> tuple[float, float]:
         """Milliseconds of a step's passes, and of its update, after two steps that do not count."""
@@ -154,7 +142,8 @@ class Step:
             for micro in range(MICRO_BATCHES):
                 self.gradients(micro)
             marks[1].record()
-            self.update()
+            norms = self.optimizer.clip()
+            self.optimizer.step(1e-6, ~norms["all"].isfinite())
             marks[2].record()
             torch.cuda.synchronize()
         return marks[0].elapsed_time(marks[1]), marks[1].elapsed_time(marks[2])
@@ -180,22 +169,11 @@ def kind_of(kernel: str) -> str:
     return next((kind for kind, pattern in KINDS.items() if re.search(pattern, kernel)), "elementwise")
 
 
-def shape(dense: int, moe: int, mtp: bool) -> ModelConfig:
-    """DeepSeek-V3 with so many layers."""
-    layers = {"num_hidden_layers": dense + moe, "first_k_dense_replace": dense, "num_nextn_predict_layers": int(mtp)}
-    return ModelConfig.preset("deepseek-v3").replace(**layers)
-
-
-def network(dense: int, moe: int, mtp: bool) -> DeepSeekV3:
+def network(config: ModelConfig) -> DeepSeekV3:
     """On the current GPU, with random weights; the router chooses among all 256 experts, four of which are here."""
-    config = shape(dense, moe, mtp)
     here = config.n_routed_experts // EXPERT_RANKS
     with torch.device("meta"):
         model = DeepSeekV3(config, torch.bfloat16, BalancedExchange(here))
     model = model.to_empty(device="cuda")
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.006) if parameter.dim() > 1 else torch.nn.init.ones_(parameter)
-    for block in model.blocks():
-        if block.moe is not None:
-            block.moe.gate.e_score_correction_bias.zero_()
+    randomize(model, 0.006)
     return model

@@ -1,6 +1,7 @@
 """Slices of a network for measuring: a few full-width layers with random weights, stored in FP8 as the released ones are."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +13,47 @@ from dsv3.model.linear import Linear
 from dsv3.model.transformer import DeepSeekV3
 
 DEVIATION = 120
-"""Of the E4M3 values that `values` makes."""
+"""Standard deviation of the E4M3 values that `values` makes."""
+DEPTHS = ((1, 4), (1, 2), (2, 2))
+"""(dense, MoE) layers of the networks whose differences give the time of a layer; the first is the one that is shown."""
+
+
+class Layers(NamedTuple):
+    """Milliseconds of one dense layer, of one MoE layer, and of all that is in neither."""
+
+    dense: float
+    moe: float
+    rest: float
+
+    @classmethod
+    def of(cls, times: Sequence[float]) -> "Layers":
+        """From what the networks of `DEPTHS` take."""
+        moe = (times[0] - times[1]) / (DEPTHS[0][1] - DEPTHS[1][1])
+        dense = times[2] - times[1]
+        return cls(dense, moe, times[0] - DEPTHS[0][0] * dense - DEPTHS[0][1] * moe)
+
+    def whole(self, config: ModelConfig) -> float:
+        """Of a network with all its layers."""
+        dense = config.num_dense_layers
+        return dense * self.dense + (config.num_hidden_layers - dense) * self.moe + self.rest
+
+
+def of_depth(config: ModelConfig, dense: int, moe: int, mtp: bool = False) -> ModelConfig:
+    """The network with so many layers."""
+    return config.replace(num_hidden_layers=dense + moe, first_k_dense_replace=dense, num_nextn_predict_layers=int(mtp))
+
+
+def randomize(model: DeepSeekV3, std: float) -> None:
+    """Normal weights, made on the model's device; gains become 1 and routing biases 0."""
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=std) if parameter.dim() > 1 else nn.init.ones_(parameter)
+    for block in model.blocks():
+        if block.moe is not None:
+            block.moe.gate.e_score_correction_bias.zero_()
 
 
 def stored_network(config: ModelConfig, device: torch.device) -> DeepSeekV3:
-    """Linear layers of attention, feed-forward and experts in FP8, the rest in BF16; weights have a deviation of 1 / sqrt(inputs).
+    """Linear layers of attention, feed-forward and experts in FP8, the rest in BF16; weights have a standard deviation of 1 / sqrt(inputs).
 
     Values are made in FP8 expert by expert: memory never holds more than one of them in BF16.
     """
@@ -35,7 +72,7 @@ def stored_network(config: ModelConfig, device: torch.device) -> DeepSeekV3:
 
 
 def fill(name: str, tensor: Tensor) -> None:
-    """Random values, in place; scales are those that give a weight of that many inputs its deviation."""
+    """Random values, in place; scales give a weight the standard deviation 1 / sqrt(inputs)."""
     if tensor.dtype == torch.float8_e4m3fn:
         for matrix in tensor if tensor.dim() == 3 else [tensor]:
             matrix.copy_(values(matrix.device, *matrix.shape))
@@ -55,9 +92,7 @@ def layers_of(model: DeepSeekV3, dense: int, moe: int) -> DeepSeekV3:
     first = model.config.num_dense_layers
     chosen: Sequence[nn.Module] = [*model.layers[:dense], *model.layers[first : first + moe]]
     with torch.device("meta"):
-        part = DeepSeekV3(
-            model.config.replace(num_hidden_layers=dense + moe, first_k_dense_replace=dense, num_nextn_predict_layers=0)
-        )
+        part = DeepSeekV3(of_depth(model.config, dense, moe))
     part.embed_tokens, part.norm, part.lm_head = model.embed_tokens, model.norm, model.lm_head
     part.layers = nn.ModuleList(chosen)  # type: ignore[assignment]
     return part.eval()

@@ -2,9 +2,9 @@
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -21,16 +21,15 @@ from dsv3.stages.scores import held_out
 from dsv3.weights.opening import load_model
 
 TARGET, LIKELY = 1.6, 0.85
-"""Times faster that the best number of drafts is to be, where so many of the first drafts are accepted."""
+"""How many times faster the best number of drafts should be, where at least this share of first drafts is accepted."""
 PROMPTS = 4
 """A source's."""
 TEXT_BYTES = 20_000
 """Held-out text of a source."""
 
 
-@dataclass(frozen=True)
-class Drafted:
-    """What an engine's answers to some prompts took."""
+class Drafted(NamedTuple):
+    """An engine's answers to some prompts, and the passes they took."""
 
     tokens: list[list[int]]
     passes: int
@@ -78,11 +77,9 @@ def bench_speculation(
         seconds = take_turns(turns, rounds, progress, source)
         for name, each in found.items():
             made = sum(map(len, each.tokens))
-            speed = Spread.of([made / turn for turn in seconds[name]])
-            each_pass = made / each.passes
-            rows.append(
-                Row(name, source, speed, {"ms a pass": 1000 * each_pass / speed.median, "tokens a pass": each_pass})
-            )
+            speed, each_pass = Spread.of([made / turn for turn in seconds[name]]), made / each.passes
+            figures = {"ms a pass": 1000 * each_pass / speed.median, "tokens a pass": each_pass}
+            rows.append(Row(name, source, speed, figures))
             same = sum(a == b for a, b in zip(each.tokens, found[name_of(0)].tokens, strict=True))
             shares = ", ".join(f"{share:.1%}" for share in each.accepted)
             if shares:

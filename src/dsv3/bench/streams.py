@@ -10,14 +10,13 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from urllib.error import URLError
 
 import torch
 
-from dsv3.bench.measure import Progress, Ratio, Result, Row, Spread
+from dsv3.bench.measure import Progress, Ratio, Result, Row, Spread, take_turns
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.errors import RunError
 from dsv3.inference.batch import lay_out
@@ -34,7 +33,7 @@ TARGET = 1 / 1.05
 PROMPT = 32
 """Random tokens of each prompt."""
 SETTLED = 16
-"""Tokens of every stream before time counts, and those left when it no longer does."""
+"""Tokens of every stream that are not timed, at its beginning and at its end."""
 PASSES = 50
 START_SECONDS = 300.0
 STEPS = re.compile(rb"^vllm:iteration_tokens_total_count\{.*\} (\S+)$", re.MULTILINE)
@@ -61,15 +60,10 @@ def bench_streams(
     progress(stage="streams", done=2, total=2)
     milliseconds = {name: 1000 * each for name, each in seconds.items()}
     alone = milliseconds["passes alone"]
-    rows = [
-        Row(
-            name,
-            f"{streams} streams",
-            Spread.of([1000 * streams / each]),
-            {"ms a step": each, "beside passes": each - alone},
-        )
-        for name, each in milliseconds.items()
-    ]
+    rows = []
+    for name, each in milliseconds.items():
+        figures = {"ms a step": each, "beside passes": each - alone}
+        rows.append(Row(name, f"{streams} streams", Spread.of([1000 * streams / each]), figures))
     ratios = [Ratio("a step", "server", "passes alone", Spread.of([alone / milliseconds["server"]]), TARGET)]
     shapes = {"checkpoint": str(path), "streams": streams, "prompt": PROMPT, "new tokens": tokens, "dtype": dtype}
     return Result("streams", shapes, rows, ratios, {}, machine(where))
@@ -78,14 +72,14 @@ def bench_streams(
 def without_server(
     model: DeepSeekV3, tokenizer: Tokenizer, prompts: Sequence[list[int]], tokens: int
 ) -> dict[str, float]:
-    """Seconds of the model's pass over the batch, chosen tokens included, halfway through the answers; and of the engine's steps
-    around it, on the average."""
+    """Seconds of the model's pass over the batch halfway through the answers, argmax included; and of the engine's steps before
+    it, on average."""
     blocks = len(prompts) * -(-(PROMPT + tokens) // PAGE)
     engine = Engine(model, tokenizer, EngineConfig(blocks, max_num_seqs=len(prompts), prefix_caching=False))
     params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
     for number, prompt in enumerate(prompts):
         engine.add(str(number), prompt, params)
-    while min(each.request.generated for each in engine.running.values()) < SETTLED:
+    while min(request.generated for [request] in engine.requests.values()) < SETTLED:
         engine.step()
     started, count = time.perf_counter(), (tokens - 2 * SETTLED) // 2
     for _ in range(count):
@@ -100,17 +94,7 @@ def without_server(
     def once() -> None:
         engine.runner.passes.main(batch, row_N)[1].argmax(-1).tolist()
 
-    return {"passes alone": median_of(once), "engine": steps}
-
-
-def median_of(work: Callable[[], None]) -> float:
-    """Seconds of a call that waits for the device."""
-    times = []
-    for _ in range(PASSES):
-        started = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times)
+    return {"passes alone": statistics.median(take_turns({"pass": once}, PASSES)["pass"]), "engine": steps}
 
 
 @contextmanager
@@ -123,7 +107,9 @@ def serving(path: Path, streams: int, dtype: str, device: str) -> Iterator[int]:
     process = subprocess.Popen(command)
     try:
         end = time.monotonic() + START_SECONDS
-        while not healthy(port):
+        while True:
+            with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+                break
             if process.poll() is not None or time.monotonic() > end:
                 raise RunError(f"the server did not start: {' '.join(command)}")
             time.sleep(0.2)
@@ -133,17 +119,8 @@ def serving(path: Path, streams: int, dtype: str, device: str) -> Iterator[int]:
         process.wait()
 
 
-def healthy(port: int) -> bool:
-    """Whether it answers."""
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
-            return bool(answer.status == 200)
-    except (URLError, OSError):
-        return False
-
-
 async def with_server(port: int, prompts: Sequence[list[int]], tokens: int) -> float:
-    """Seconds of the server's steps on the average, from when every stream has `SETTLED` tokens until one lacks as many."""
+    """Mean seconds of the server's steps, from when every stream has `SETTLED` tokens until one lacks as many."""
     pieces = [0] * len(prompts)
     clients = [asyncio.create_task(stream(port, prompt, tokens, pieces, i)) for i, prompt in enumerate(prompts)]
     marks: list[tuple[float, float]] = []

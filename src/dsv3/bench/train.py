@@ -1,15 +1,14 @@
 """Training tokens a second on the CPU, the main model without MTP: forward, backward and AdamW, against `transformers`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import cycle
 
 import torch
 from torch import Tensor
 
-from dsv3.bench.measure import Progress, Result, Row, Spread, Work, ratio, take_turns
+from dsv3.bench.measure import Progress, Result, Row, Spread, Work, agree, ratio, take_turns
 from dsv3.bench.peers import Setting, training_loss, with_our_weights
-from dsv3.errors import RunError
 from dsv3.model.config import ModelConfig
 from dsv3.model.transformer import DeepSeekV3
 from dsv3.planning.flops import training_flops_per_token
@@ -23,6 +22,8 @@ THEIRS = [
     Setting(torch.bfloat16, "eager", "grouped_mm"),
 ]
 """`batched_mm` is left out: it copies an expert's weights for every row, gigabytes at this size."""
+RATE = 1e-4
+"""Small, so that no router leaves its balance."""
 
 
 def bench_train(
@@ -43,14 +44,15 @@ def bench_train(
     peers = with_our_weights(models["dsv3 fp32"], THEIRS, torch.float32)
     generator = torch.Generator().manual_seed(0)
     batches = [torch.randint(config.vocab_size, (batch, length + 1), generator=generator) for _ in range(4)]
-    losses: dict[str, Callable[[Tensor], Tensor]] = {}
-    sides: dict[str, Work] = {}
-    for name, model in models.items():
-        losses[name] = partial(our_loss, model)
-        sides[name] = stepper(losses[name], model, batches, steps)
-    for setting, peer in zip(THEIRS, peers, strict=True):
-        losses[setting.name] = partial(training_loss, peer, setting)
-        sides[setting.name] = stepper(losses[setting.name], peer.train(), batches, steps)
+    losses = {name: partial(our_loss, model) for name, model in models.items()}
+    losses |= {each.name: partial(training_loss, peer, each) for each, peer in zip(THEIRS, peers, strict=True)}
+    networks = [*models.values(), *(peer.train() for peer in peers)]
+    sides: dict[str, Work] = {
+        name: partial(
+            turn, losses[name], torch.optim.AdamW(network.parameters(), lr=RATE, fused=True), cycle(batches), steps
+        )
+        for name, network in zip(losses, networks, strict=True)
+    }
     first = {name: float(loss(batches[0]).detach()) for name, loss in losses.items()}
     check(first)
     seconds = take_turns(sides, rounds, progress, "bench train")
@@ -77,26 +79,17 @@ def our_loss(model: DeepSeekV3, tokens: Tensor) -> Tensor:
     return model.loss(tokens).total
 
 
-def stepper(
-    loss: Callable[[Tensor], Tensor], model: torch.nn.Module, batches: list[Tensor], steps: int
-) -> Callable[[], None]:
-    """A turn: so many optimizer steps on the next batches. The rate is small, so that no router leaves its balance."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    coming = cycle(batches)
-
-    def turn() -> None:
-        for _ in range(steps):
-            loss(next(coming)).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-    return turn
+def turn(
+    loss: Callable[[Tensor], Tensor], optimizer: torch.optim.Optimizer, coming: Iterator[Tensor], steps: int
+) -> None:
+    """So many optimizer steps on the next batches."""
+    for _ in range(steps):
+        loss(next(coming)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def check(first: dict[str, float]) -> None:
-    """Refuses to compare sides that do not compute the same loss."""
-    expected = first["dsv3 fp32"]
-    for name, loss in first.items():
-        tolerance = 1e-4 if "fp32" in name else 2e-2
-        if abs(loss - expected) > tolerance * max(1.0, expected):
-            raise RunError(f"the sides do not compute the same: the loss of {name} is {loss}, of dsv3 fp32 {expected}")
+    """Refuses to compare sides whose losses differ from the first one's, in FP32."""
+    agree("loss", {name: loss for name, loss in first.items() if "fp32" in name}, 1e-4)
+    agree("loss", first, 2e-2)

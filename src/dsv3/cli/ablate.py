@@ -1,18 +1,25 @@
 """`dsv3 ablate`: recipes with several seeds each, some runs at once, then side by side."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import click
 
 from dsv3.cli.compare import show_comparison
-from dsv3.cli.options import PATH, WholeNumbers
+from dsv3.cli.options import PATH, Parsed, whole_numbers
+from dsv3.cli.ui import Progress
 from dsv3.errors import UserError
 
 
 @click.command()
 @click.argument("recipes", nargs=-1, required=True, metavar="RECIPE... [KEY=VALUE]...")
-@click.option("--seeds", type=WholeNumbers(0), default="0,1,2", help="Values of training.seed, with commas between.")
+@click.option(
+    "--seeds",
+    type=Parsed("N,N", partial(whole_numbers, least=0)),
+    default="0,1,2",
+    help="Values of training.seed, with commas between.",
+)
 @click.option("--jobs", type=click.IntRange(1), default=1, help="Runs at once.")
 @click.option("--out", type=PATH, default="runs/ablations", help="Where all go.")
 def ablate(recipes: tuple[str, ...], seeds: list[int], jobs: int, out: Path) -> None:
@@ -24,7 +31,6 @@ def ablate(recipes: tuple[str, ...], seeds: list[int], jobs: int, out: Path) -> 
     if len(set(seeds)) < len(seeds):
         raise UserError(f"--seeds {','.join(map(str, seeds))}: expected different ones, such as 0,1,2")
 
-    from dsv3.cli.ui import Progress
     from dsv3.stages.ablate import ablate as run_ablations
     from dsv3.stages.ablate import find_recipes
     from dsv3.stages.compare import compare

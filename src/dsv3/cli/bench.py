@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from itertools import groupby
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import click
 
 from dsv3.cli.bench_ops import ops
-from dsv3.cli.options import PATH, WholeNumbers, device_option, json_file_option, write_json
+from dsv3.cli.options import PATH, WHOLE_NUMBERS, device_option, json_file_option, write_json
+from dsv3.cli.ui import Progress, print_table, verdict
 from dsv3.errors import UserError
 
 if TYPE_CHECKING:
-    from dsv3.bench.measure import Result, Spread
+    from dsv3.bench.measure import Result
 
 threads_option = click.option(
     "--threads", type=click.IntRange(1), help="CPU threads of both sides; what torch takes when not given."
@@ -52,36 +56,30 @@ def train(
     full-width layers in BF16 and FP8, as 64-way expert parallelism leaves them to one GPU. With --gpus: experts, pipeline, optimizer
     state and batch over several GPUs of this machine.
     """
-    from dsv3.bench.train import bench_train
-    from dsv3.cli.ui import Progress
-
     use_threads(threads)
     if overhead:
         show_overhead(recipe, steps, json_path)
-        return
-    if gpus is not None:
+    elif gpus is not None:
         from dsv3.cli.bench_gpus import show_gpus
 
         show_gpus(gpus, only, json_path)
-        return
-    if share:
+    elif share:
         from dsv3.cli.bench_share import show_share
 
         show_share(mtp, json_path)
-        return
-    with Progress() as progress:
-        if lite:
-            from dsv3.bench.lite import bench_lite
+    elif lite:
+        from dsv3.bench.lite import bench_lite
 
-            result = bench_lite(rounds, progress)
-        else:
-            result = bench_train(preset, rounds, progress=progress)
-    print_result(result, json_path)
+        show_result(partial(bench_lite, rounds), json_path)
+    else:
+        from dsv3.bench.train import bench_train
+
+        show_result(partial(bench_train, preset, rounds), json_path)
 
 
 @bench.command()
 @click.option("--preset", default="tiny", help="The network, without its MTP modules.")
-@click.option("--batch", type=WholeNumbers(), default="1,8", help="Sequences decoded together; several by commas.")
+@click.option("--batch", type=WHOLE_NUMBERS, default="1,8", help="Sequences decoded together; several by commas.")
 @click.option("--tokens", type=click.IntRange(1), help="New tokens a sequence.  [default: 512; of a checkpoint 256]")
 @click.option("--rounds", type=click.IntRange(1), default=3)
 @click.option("--checkpoint", type=PATH, help="Instead: drafts of this run's MTP modules on its held-out text.")
@@ -100,8 +98,6 @@ def decode(
     beside the model. With --slice, on a GPU: 5 layers with all their experts, beside what memory and arithmetic allow and
     transformers in BF16.
     """
-    from dsv3.cli.ui import Progress
-
     use_threads(threads)
     if streams is not None and checkpoint is None:
         raise UserError("--streams serves a model: name it with --checkpoint")
@@ -109,45 +105,18 @@ def decode(
         from dsv3.cli.bench_slice import show_slice
 
         show_slice(json_path)
-        return
-    with Progress() as progress:
-        if checkpoint is None:
-            from dsv3.bench.decode import bench_decode
+    elif checkpoint is None:
+        from dsv3.bench.decode import bench_decode
 
-            result = bench_decode(preset, rounds, batches=batch, tokens=tokens or 512, progress=progress)
-        elif streams is None:
-            from dsv3.bench.speculation import bench_speculation
+        show_result(partial(bench_decode, preset, rounds, batches=batch, tokens=tokens or 512), json_path)
+    elif streams is None:
+        from dsv3.bench.speculation import bench_speculation
 
-            result = bench_speculation(checkpoint, rounds, tokens=tokens or 256, device=device, progress=progress)
-        else:
-            from dsv3.bench.streams import bench_streams
+        show_result(partial(bench_speculation, checkpoint, rounds, tokens=tokens or 256, device=device), json_path)
+    else:
+        from dsv3.bench.streams import bench_streams
 
-            result = bench_streams(checkpoint, streams, tokens or 256, device=device, progress=progress)
-    print_result(result, json_path)
-
-
-def show_overhead(recipe: Path | None, steps: int, json_path: Path | None) -> None:
-    """Measures and prints `dsv3 bench train --overhead`."""
-    import tempfile
-
-    from dsv3.bench.overhead import TARGET, bench_overhead
-    from dsv3.cli.run import recipe_beside
-    from dsv3.cli.ui import Progress
-    from dsv3.recipe.schema import Recipe
-
-    loaded = Recipe.load(recipe or recipe_beside("quickstart/pretrain.toml"))
-    with Progress() as progress, tempfile.TemporaryDirectory() as directory:
-        found = bench_overhead(loaded, Path(directory), steps, progress)
-    click.echo(", ".join(f"{name} {value}" for name, value in found.shapes.items()))
-    for name, milliseconds in {"step": found.step, **found.parts}.items():
-        click.echo(f"{name:24} {milliseconds:9.3f} ms  {milliseconds / found.step:7.2%}")
-    for name, milliseconds in found.threads.items():
-        if name not in found.parts:
-            click.echo(f"{name:24} {milliseconds:9.3f} ms  beside the GPU, not counted")
-    aim = "met" if found.share < TARGET else "missed"
-    click.echo(f"{'beside the step':24} {'':12}  {found.share:7.2%}  below {TARGET:.0%}: {aim}")
-    if json_path is not None:
-        write_json(json_path, {**asdict(found), "share": found.share})
+        show_result(partial(bench_streams, checkpoint, streams, tokens or 256, device=device), json_path)
 
 
 @bench.command()
@@ -158,61 +127,77 @@ def show_overhead(recipe: Path | None, steps: int, json_path: Path | None) -> No
 @json_file_option
 def memory(preset: str, batch: int, length: int, device: str, json_path: Path | None) -> None:
     """Memory of a training step in BF16 and FP8, and what each of the report's ways to save some of it saves."""
+    from dsv3.bench.measure import about
     from dsv3.bench.memory import BF16, TECHNIQUES, bench_memory
-    from dsv3.cli.ui import Progress, print_table
     from dsv3.model.device import pick_device
-    from dsv3.stages.machine import command, machine, versions
     from dsv3.training.device import device_name
 
     where = pick_device(device)
     with Progress() as progress:
-        found = bench_memory(preset, batch=batch, length=length, device=where, techniques=TECHNIQUES, progress=progress)
+        found = bench_memory(preset, batch=batch, length=length, device=where, progress=progress)
     click.echo(f"{preset}, {batch} x {length} tokens, {device_name(where)}")
-    most, lines = found[BF16].peak, []
+    lines = []
     for name, pair in TECHNIQUES.items():
         without, used = (found[each] for each in pair)
-        megabytes = (
-            each / 1e6 for each in (without.peak, used.peak, without.peak - used.peak, used.resting, used.kept)
-        )
-        share, times = (without.peak - used.peak) / most, used.seconds / without.seconds
-        lines.append([name, *(f"{each:,.0f}" for each in megabytes), f"{share:.1%}", f"{times:.2f}"])
-    head = ["peak, MB", "without", "with", "saved", "resting", "kept", "saved, of BF16", "time"]
-    print_table(head, [lines])
-    if json_path is not None:
-        about = {"machine": machine(where), "versions": versions(), "command": command()}
-        rows = [{"setting": asdict(setting), **asdict(row)} for setting, row in found.items()]
-        write_json(json_path, {**about, "preset": preset, "batch": batch, "length": length, "steps": rows})
+        saved = without.peak - used.peak
+        megabytes = (f"{each / 1e6:,.0f}" for each in (without.peak, used.peak, saved, used.resting, used.kept))
+        lines.append([name, *megabytes, f"{saved / found[BF16].peak:.1%}", f"{used.seconds / without.seconds:.2f}"])
+    print_table(["peak, MB", "without", "with", "saved", "resting", "kept", "saved, of BF16", "time"], [lines])
+    rows = [{"setting": asdict(setting), **asdict(row)} for setting, row in found.items()]
+    write_json(json_path, {**about(where), "preset": preset, "batch": batch, "length": length, "steps": rows})
 
 
 @bench.command()
-@click.option("--vocabularies", type=WholeNumbers(), default="2048,32768", help="Entries; several by commas.")
+@click.option("--vocabularies", type=WHOLE_NUMBERS, default="2048,32768", help="Entries; several by commas.")
 @click.option("--megabytes", type=click.FloatRange(0.1), default=8.0, help="Text a turn.")
 @click.option("--rounds", type=click.IntRange(1), default=5)
 @json_file_option
 def data(vocabularies: list[int], megabytes: float, rounds: int, json_path: Path | None) -> None:
     """Documents to shards on one core, against tokenizers alone."""
     from dsv3.bench.data import bench_data
-    from dsv3.cli.ui import Progress
 
-    with Progress() as progress:
-        result = bench_data(vocabularies, rounds, megabytes=megabytes, progress=progress)
-    print_result(result, json_path)
+    show_result(partial(bench_data, vocabularies, rounds, megabytes=megabytes), json_path)
 
 
 def use_threads(count: int | None) -> None:
-    """Has torch compute with so many threads."""
+    """Sets the number of torch's CPU threads."""
     if count is not None:
         import torch
 
         torch.set_num_threads(count)
 
 
+def show_overhead(recipe: Path | None, steps: int, json_path: Path | None) -> None:
+    """Measures and prints `dsv3 bench train --overhead`."""
+    from dsv3.bench.overhead import TARGET, bench_overhead
+    from dsv3.cli.run import recipe_beside
+    from dsv3.recipe.schema import Recipe
+
+    loaded = Recipe.load(recipe or recipe_beside("quickstart/pretrain.toml"))
+    with Progress() as progress, TemporaryDirectory() as directory:
+        found = bench_overhead(loaded, Path(directory), steps, progress)
+    click.echo(listed(found.shapes))
+    for name, milliseconds in {"step": found.step, **found.parts}.items():
+        click.echo(f"{name:24} {milliseconds:9.3f} ms  {milliseconds / found.step:7.2%}")
+    for name, milliseconds in found.threads.items():
+        if name not in found.parts:
+            click.echo(f"{name:24} {milliseconds:9.3f} ms  beside the GPU, not counted")
+    aim = verdict(f"below {TARGET:.0%}", found.share < TARGET)
+    click.echo(f"{'beside the step':24} {'':12}  {found.share:7.2%}  {aim}")
+    write_json(json_path, {**asdict(found), "share": found.share})
+
+
+def show_result(measure: Callable[..., Result], json_path: Path | None) -> None:
+    """Measures with a progress bar, prints, and writes the file that was asked for."""
+    with Progress() as progress:
+        result = measure(progress=progress)
+    print_result(result, json_path)
+
+
 def print_result(result: Result, json_path: Path | None) -> None:
     """Prints the tables, and writes the file that was asked for."""
-    from dsv3.cli.ui import print_table
-
     click.echo(f"{result.machine['processor']}, {result.machine['threads']} threads")
-    click.echo(", ".join(f"{name} {value}" for name, value in result.shapes.items()))
+    click.echo(listed(result.shapes))
     sections: list[list[list[str]]] = []
     for group, rows in groupby(result.rows, lambda row: row.group):
         sections.append([[group]])
@@ -221,15 +206,18 @@ def print_result(result: Result, json_path: Path | None) -> None:
             figures = (f"{value:,.3g}" for value in row.figures.values())
             sections[-1].append([row.name, f"{speed.median:,.0f}", f"{speed.low:,.0f} - {speed.high:,.0f}", *figures])
     print_table(["", "tokens/s", "least - most", *result.rows[0].figures], sections)
-    ratios = [[each.title, each.ours, each.theirs, *verdict(each.value, each.target)] for each in result.ratios]
+    ratios = []
+    for each in result.ratios:
+        value, target = each.value, each.target
+        aim = "" if target is None else verdict(f"{target:g}", value.median >= target)
+        times = f"{value.median:.2f}", f"{value.low:.2f} - {value.high:.2f}"
+        ratios.append([each.title, each.ours, each.theirs, *times, aim])
     print_table(["times faster", "ours", "theirs", "median", "least - most", "target"], [ratios], left=range(3))
     for name, found in result.checks.items():
         click.echo(f"{name}: {found}")
-    if json_path is not None:
-        write_json(json_path, asdict(result))
+    write_json(json_path, asdict(result))
 
 
-def verdict(value: Spread, target: float | None) -> tuple[str, str, str]:
-    """(median, range, target and whether the median reaches it)."""
-    aim = "" if target is None else f"{target:g}: {'met' if value.median >= target else 'missed'}"
-    return f"{value.median:.2f}", f"{value.low:.2f} - {value.high:.2f}", aim
+def listed(shapes: Mapping[str, object]) -> str:
+    """Shapes in one line."""
+    return ", ".join(f"{name} {value}" for name, value in shapes.items())

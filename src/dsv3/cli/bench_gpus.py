@@ -1,29 +1,19 @@
 """`dsv3 bench train --gpus N`: what several GPUs do together."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
-from dsv3.errors import UserError, nearest
-
-if TYPE_CHECKING:
-    from dsv3.bench.gpus.findings import Figure, Findings, Part
+from dsv3.bench.gpus.findings import Figure, Findings, Part
+from dsv3.bench.gpus.ranks import PARTS, bench_gpus
+from dsv3.cli.options import chosen_of, write_json
+from dsv3.cli.ui import Progress, print_table, verdict
 
 
 def show_gpus(gpus: int, only: str | None, json_path: Path | None) -> None:
     """Measures all parts, or those that are named; prints them, and writes the JSON file that was asked for."""
-    from dsv3.bench.gpus.ranks import PARTS, bench_gpus
-    from dsv3.cli.options import write_json
-    from dsv3.cli.ui import Progress
-
-    parts = [each.strip() for each in only.split(",")] if only is not None else list(PARTS)
-    for part in parts:
-        if part not in PARTS:
-            raise UserError(f"--only {part!r}: {nearest(part, PARTS)}")
+    parts = list(PARTS) if only is None else chosen_of("--only", only, PARTS)
     with Progress() as progress:
 
         def tell(part: Part) -> None:
@@ -32,22 +22,19 @@ def show_gpus(gpus: int, only: str | None, json_path: Path | None) -> None:
 
         found = bench_gpus(gpus, parts, progress=progress, tell=tell)
     print_findings(found)
-    if json_path is not None:
-        write_json(json_path, asdict(found))
+    write_json(json_path, asdict(found))
 
 
 def print_findings(found: Findings) -> None:
     """One table, a section a part."""
-    from dsv3.cli.ui import print_table
-
     click.echo(f"{found.gpus} x {found.machine['device']}, {found.seconds:.0f} s")
     sections = []
     for part in found.parts:
         times = [
-            [f"  {name}", f"{each.median:.2f} ms", f"{each.low:.2f} - {each.high:.2f}", ""]
+            [f"  {name}", f"{each.median:.2f} ms", f"{each.low:.2f} - {each.high:.2f}"]
             for name, each in part.times.items()
         ]
-        sections.append([[part.title, "", "", ""], *times, *(figure_row(each) for each in part.figures)])
+        sections.append([[part.title], *times, *(figure_row(each) for each in part.figures)])
     print_table(["", "median", "least - most", "target"], sections)
     for part in found.parts:
         for name, each in part.checks.items():
@@ -56,12 +43,9 @@ def print_findings(found: Findings) -> None:
 
 def figure_row(figure: Figure) -> list[str]:
     """Its name, median, range, and target with the verdict."""
-    value, low, high = (
-        written(each, figure.unit) for each in (figure.value.median, figure.value.low, figure.value.high)
-    )
-    spread = "" if figure.value.low == figure.value.high else f"{low} - {high}"
-    aim = "" if figure.target is None else f"{written(figure.target, figure.unit)}: {'met' if figure.met else 'missed'}"
-    return [f"  {figure.name}", value, spread, aim]
+    value, low, high = (written(each, figure.unit) for each in asdict(figure.value).values())
+    aim = "" if figure.target is None else verdict(written(figure.target, figure.unit), figure.met)
+    return [f"  {figure.name}", value, "" if low == high else f"{low} - {high}", aim]
 
 
 def written(value: float, unit: str) -> str:

@@ -1,50 +1,33 @@
 """`dsv3 bench decode --slice`: what one GPU makes of inference over DeepSeek-V3's layers."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
-from dsv3.errors import UserError
-
-if TYPE_CHECKING:
-    from dsv3.bench.decode_slice import SliceResult
+from dsv3.bench.decode_slice import GOAL, PUBLISHED, SliceResult, bench_slice
+from dsv3.bench.limits import measured_rates
+from dsv3.bench.measure import about, gpu
+from dsv3.bench.slices import DEPTHS
+from dsv3.cli.options import write_json
+from dsv3.cli.ui import Progress, print_table, verdict
 
 
 def show_slice(json_path: Path | None) -> None:
     """Measures, writes the JSON file that was asked for, and prints the tables."""
-    import torch
-
-    from dsv3.bench.decode_slice import PUBLISHED, bench_slice
-    from dsv3.bench.limits import measured_rates
-    from dsv3.bench.ops import gpu
-    from dsv3.cli.options import write_json
-    from dsv3.cli.ui import Progress
-    from dsv3.stages.machine import command, machine, versions
-
-    if not torch.cuda.is_available():
-        raise UserError("dsv3 bench decode --slice measures a GPU, and found none")
-    device = gpu()
+    device = gpu("dsv3 bench decode --slice")
     with Progress() as progress:
         progress(stage="rates", done=0, total=1)
         rates = measured_rates()
         progress(stage="rates", done=1, total=1)
         found = bench_slice(rates, device, progress)
-    if json_path is not None:
-        about = {"machine": machine(device), "versions": versions(), "command": command(), "published": PUBLISHED}
-        points = [{**asdict(each), "times_the_limit": each.times_the_limit} for each in found.points]
-        write_json(json_path, {**about, **asdict(found), "points": points})
+    points = [{**asdict(each), "times_the_limit": each.times_the_limit} for each in found.points]
+    write_json(json_path, {**about(device), "published": PUBLISHED, **asdict(found), "points": points})
     print_slice(found)
 
 
 def print_slice(found: SliceResult) -> None:
     """The tables."""
-    from dsv3.bench.decode_slice import DEPTHS, GOAL, PUBLISHED
-    from dsv3.cli.ui import print_table
-
     lines = [
         [
             each.name, f"{each.milliseconds:.2f}", f"{each.limit:.2f}", each.bound, f"{each.times_the_limit:.2f}",
@@ -62,16 +45,8 @@ def print_slice(found: SliceResult) -> None:
          f"{each.limit:.1f}", f"{each.tokens_per_second:,.0f}"]
         for each in found.whole
     ]  # fmt: skip
-    head = [
-        "extrapolated, one GPU, no communication, ms",
-        "dense layer",
-        "MoE layer",
-        "rest",
-        "61 layers",
-        "limit",
-        "tokens/s",
-    ]
-    print_table(head, [lines])
+    columns = ["dense layer", "MoE layer", "rest", "61 layers", "limit", "tokens/s"]
+    print_table(["extrapolated, one GPU, no communication, ms", *columns], [lines])
     published = [[name, f"{value:,.0f}"] for name, value in PUBLISHED.items()]
     print_table(["published, whole systems with experts spread over GPUs", "tokens/s and GPU"], [published])
     rates = found.rates
@@ -80,8 +55,8 @@ def print_slice(found: SliceResult) -> None:
         f"{rates.bf16 / 1e12:,.0f} in BF16. Most memory of ours: {found.peak_memory / 1e9:.0f} GB."
     )
     largest = max((each for each in found.points if each.context), key=lambda each: (each.tokens, each.times_the_limit))
-    verdict = "met" if largest.times_the_limit <= GOAL else "missed"
-    click.echo(f"{largest.name}: {largest.times_the_limit:.2f} times the limit, at most {GOAL:g} wanted: {verdict}")
+    times = largest.times_the_limit
+    click.echo(f"{largest.name}: {times:.2f} times the limit, {verdict(f'at most {GOAL:g} wanted', times <= GOAL)}")
 
 
 def shown(value: float | None) -> str:

@@ -15,13 +15,11 @@ LISTED = 20
 
 def print_description(found: Description) -> None:
     """A line about the network, a table of what is stored, and a line for whatever is wrong."""
-    config, say = found.config, click.echo
-    experts = f"{config.n_shared_experts} + {config.n_routed_experts} experts, {config.num_experts_per_tok} a token"
+    config, say, files = found.config, click.echo, len(found.files)
+    say(f"{found.path}: {found.layout}, {files} file{'s' * (files != 1)}, {found.file_bytes:,} bytes")
     say(
-        f"{found.path}: {found.layout}, {len(found.files)} file{'s'[: len(found.files) != 1]}, {found.file_bytes:,} bytes"
-    )
-    say(
-        f"{config.num_hidden_layers} layers ({config.num_dense_layers} dense), {experts}, "
+        f"{config.num_hidden_layers} layers ({config.num_dense_layers} dense), {config.n_shared_experts} + "
+        f"{config.n_routed_experts} experts, {config.num_experts_per_tok} a token, "
         f"MTP depth {config.num_nextn_predict_layers}, vocabulary {config.vocab_size:,}, "
         f"context {config.max_position_embeddings:,}"
     )
@@ -62,9 +60,8 @@ def quantization_line(found: Description) -> str:
     if how is None:
         return "no"
     block = f"blocks of {' x '.join(map(str, how['block']))}" if isinstance(how["block"], list) else "blocks not stated"
-    scales = (
-        "scales are powers of two (ue8m0)" if how["scale_format"] == "ue8m0" else f"scales in {how['scale_format']}"
-    )
+    powers = how["scale_format"] == "ue8m0"
+    scales = "scales are powers of two (ue8m0)" if powers else f"scales in {how['scale_format']}"
     return f"{how['tensors']:,} tensors, {how['method'] or 'method not stated'} {how['format']}, {block}, {scales}"
 
 
@@ -85,17 +82,15 @@ def values(found: Description) -> dict[str, Any]:
             "hidden_size": config.hidden_size,
             "context": config.max_position_embeddings,
         },
-        "total": found.total._asdict(),
-        "main": found.main._asdict(),
-        "mtp": found.mtp._asdict(),
-        "dtypes": {name: each._asdict() for name, each in found.dtypes.items()},
-        "beside": {name: each._asdict() for name, each in found.beside.items()},
+        **{name: getattr(found, name)._asdict() for name in ("total", "main", "mtp")},
+        **{
+            part: {name: each._asdict() for name, each in getattr(found, part).items()} for part in ("dtypes", "beside")
+        },
         "quantization": found.quantization,
         "files": {"count": len(found.files), "bytes": found.file_bytes},
         "tokenizer": found.tokenizer,
         **{
             title.replace("of another kind", "misfits"): {"count": len(names), "first": names[:LISTED]}
-            for title, names in listed(found).items()
+            for title, names in {**listed(found), "problems": found.problems}.items()
         },
-        "problems": {"count": len(found.problems), "first": found.problems[:LISTED]},
     }

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from dsv3.cli.options import PATH, json_option
+from dsv3.cli.ui import print_table
 
 if TYPE_CHECKING:
     from dsv3.stages.compare import Comparison
@@ -43,7 +44,6 @@ def compare(runs: tuple[Path, ...], plot: Path | None, as_markdown: bool, as_jso
 
 def show_comparison(comparison: "Comparison") -> None:
     """The table and its notes, on stdout."""
-    from dsv3.cli.ui import print_table
     from dsv3.stages.comparison_view import EXPLANATION, summary, table
 
     head, *rows = table(comparison)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from dsv3.cli.options import PATH, ema_option
+from dsv3.cli.ui import Progress
 from dsv3.errors import UserError
 
 if TYPE_CHECKING:
@@ -38,10 +39,8 @@ def import_command(
     describe(plan)
     if dry_run:
         return
-    from dsv3.cli.ui import Progress
-
     with Progress() as progress:
-        import_weights(plan, checkpoint, workers, partial(progress.count, "import", gigabytes=True))
+        import_weights(plan, checkpoint, workers, partial(progress, "import", gigabytes=True))
     click.echo(f"checkpoint: {checkpoint}")
 
 
@@ -65,26 +64,25 @@ def export_command(
         raise UserError(f"--fp8 and --dtype {dtype}: choose one of them")
     import torch
 
-    from dsv3.cli.ui import Progress
     from dsv3.weights.convert import export_weights
     from dsv3.weights.opening import named_dtype
 
     wanted = torch.float8_e4m3fn if fp8 else named_dtype(dtype or "auto")
     with Progress() as progress:
-        advance = partial(progress.count, "export", gigabytes=True)
+        advance = partial(progress, "export", gigabytes=True)
         export_weights(checkpoint, directory, wanted, int(shard_size * GB), workers, advance, ema)
     click.echo(f"weights: {directory}")
 
 
 def describe(plan: "ImportPlan") -> None:
     """What an import reads and writes."""
-    written = [plan.source.layout[part.name] for part in plan.parts.values()]
+    written = [plan.source.layout[name] for name in plan.names.values()]
     dtypes = sorted({each.dtype for each in written})
     gigabytes = {dtype: sum(each.bytes for each in written if each.dtype == dtype) / GB for dtype in dtypes}
     read = sum(each.bytes for each in plan.stored.values())
     click.echo(f"reads   {plan.source.where}: {len(plan.stored):,} tensors, {read:,} bytes")
     click.echo(
-        f"writes  {len(written):,} of them as {len(plan.layout):,}, {plan.bytes_of(plan.parts):,} bytes in "
+        f"writes  {len(written):,} of them as {len(plan.layout):,}, {plan.bytes_of(plan.names):,} bytes in "
         f"{len(plan.files):,} files: {', '.join(f'{dtype} {size:.2f} GB' for dtype, size in gigabytes.items())}"
     )
     click.echo(f"MTP     {plan.config.num_nextn_predict_layers} modules, without their copies of embedding and head")

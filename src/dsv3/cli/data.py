@@ -8,8 +8,7 @@ import click
 
 from dsv3.cli.options import PATH, json_option
 from dsv3.cli.run import overrides_argument
-
-COLUMNS = ("documents", "tokens", "megabytes", "bytes_per_token", "tokens_per_second", "skipped", "empty", "duplicates")
+from dsv3.cli.ui import Progress, print_table
 
 
 @click.group()
@@ -31,7 +30,6 @@ def build(recipe: Path, overrides: tuple[str, ...], workers: int | None, as_json
     What is built already is checked and kept; a build that was stopped or killed continues. `dsv3 pretrain` with the same
     OUT trains on the result.
     """
-    from dsv3.cli.ui import Progress, print_table
     from dsv3.recipe.schema import Recipe
     from dsv3.stages.context import RunContext
     from dsv3.stages.data import SPLITS, data_stages, open_sets
@@ -49,18 +47,19 @@ def build(recipe: Path, overrides: tuple[str, ...], workers: int | None, as_json
     if as_json:
         click.echo(json.dumps(rows, indent=1))
     else:
-        head = ["", *(name.replace("_per_", "/").replace("_", " ") for name in COLUMNS)]
-        print_table(head, [[[name, *map(cell, row.values())] for name, row in rows.items()]])
+        head = (name.replace("_per_", "/") for name in next(iter(rows.values())))
+        print_table(["", *head], [[[name, *map(cell, row.values())] for name, row in rows.items()]])
         click.echo(f"The shards are in {out / 'shards'}.")
 
 
 def figures_of_source(manifest: Any, speed: float | None) -> dict[str, float | None]:
     """A row of the table: what a set holds, and the tokens a second of its building, None where it was there already."""
-    values = (
-        manifest.documents, manifest.tokens, manifest.bytes / 1e6, manifest.bytes / manifest.tokens, speed,
-        manifest.skipped["count"], manifest.skipped["empty"], manifest.skipped["duplicates"],
-    )  # fmt: skip
-    return dict(zip(COLUMNS, values, strict=True))
+    skipped = manifest.skipped
+    return {
+        "documents": manifest.documents, "tokens": manifest.tokens, "megabytes": manifest.bytes / 1e6,
+        "bytes_per_token": manifest.bytes / manifest.tokens, "tokens_per_second": speed,
+        "skipped": skipped["count"], "empty": skipped["empty"], "duplicates": skipped["duplicates"],
+    }  # fmt: skip
 
 
 def cell(value: float | None) -> str:

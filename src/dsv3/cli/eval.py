@@ -6,8 +6,9 @@ from typing import Any, get_args
 
 import click
 
-from dsv3.cli.options import PATH, Quantity, WholeNumbers, device_option, ema_option, json_option
-from dsv3.errors import UserError, nearest
+from dsv3.cli.options import PATH, QUANTITY, WHOLE_NUMBERS, chosen_of, device_option, ema_option, json_option
+from dsv3.cli.ui import Progress, print_table
+from dsv3.errors import UserError
 
 
 @click.command("eval")
@@ -19,13 +20,13 @@ from dsv3.errors import UserError, nearest
     metavar="PATH",
     help="Text for bpb, position and mtp; the recipe's held-out text by default.",
 )
-@click.option("--bytes", "size", type=Quantity(), default="200K", help="Of text, a source.")
+@click.option("--bytes", "size", type=QUANTITY, default="200K", help="Of text, a source.")
 @click.option(
     "--length", type=click.IntRange(8), help="Tokens of bpb's windows and position's rows; as trained by default."
 )
 @click.option("--problems", type=click.IntRange(1), default=300, help="Tasks that tinypy asks.")
 @click.option(
-    "--needle-lengths", type=WholeNumbers(), help="Tokens of the haystacks; quarters of the length by default."
+    "--needle-lengths", type=WHOLE_NUMBERS, help="Tokens of the haystacks; quarters of the length by default."
 )
 @click.option("--needle-depths", type=click.IntRange(2), default=5, help="Places of the needle.")
 @click.option("--needle-samples", type=click.IntRange(1), default=4, help="Haystacks a length and place.")
@@ -42,20 +43,12 @@ def evaluate(
     from dsv3.recipe.schema import EvaluationSection, Task
     from dsv3.stages.drawing import check_drawable
 
-    chosen = [task.strip() for task in tasks.split(",") if task.strip()]
-    if not chosen:
-        raise UserError(
-            f"--tasks {tasks!r} names none: expected some of bpb, tinypy, needle, position and mtp, by commas"
-        )
-    for task in chosen:
-        if task not in get_args(Task):
-            raise UserError(f"unknown task {task!r}: {nearest(task, get_args(Task))}")
+    chosen = chosen_of("--tasks", tasks, get_args(Task))
     if plot is not None:
         if "needle" not in chosen:
             raise UserError(f"--plot {plot} draws the needle's heat map: add needle to --tasks")
         check_drawable(plot)
 
-    from dsv3.cli.ui import Progress
     from dsv3.stages.evaluate import evaluate_path
 
     wanted = EvaluationSection.model_validate(dict(
@@ -63,7 +56,7 @@ def evaluate(
         needle_depths=needle_depths, needle_samples=needle_samples,
     ))  # fmt: skip
     with Progress() as progress:
-        found = evaluate_path(checkpoint, wanted, data, length, ema=ema, device=device, progress=progress.count)
+        found = evaluate_path(checkpoint, wanted, data, length, ema=ema, device=device, progress=progress)
     if plot is not None:
         from dsv3.stages.charts import needles
         from dsv3.stages.drawing import save
@@ -79,8 +72,6 @@ def evaluate(
 
 def print_scores(found: dict[str, Any]) -> None:
     """Tables for people."""
-    from dsv3.cli.ui import print_table
-
     for name, bits in found.get("bits_per_byte", {}).items():
         click.echo(f"{name}: {bits:.4f} bits per byte")
     for name, score in found.get("pass_at_1", {}).items():

@@ -3,23 +3,18 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
 
 import click
 
 from dsv3.cli.options import PATH, device_option, json_option
+from dsv3.cli.ui import print_table
 from dsv3.errors import UserError, nearest
 from dsv3.model.config import PRESETS, ModelConfig
 from dsv3.planning.flops import training_flops_per_token
 from dsv3.planning.parameters import count_parameters, kv_bytes_per_token
 
-
-class Figure(NamedTuple):
-    """One row of the table; `published` is what DeepSeek prints for DeepSeek-V3, and where."""
-
-    name: str
-    value: str
-    published: str = ""
+Row = tuple[str, ...]
+"""A name, our figure, and what DeepSeek prints for DeepSeek-V3, with where."""
 
 
 @click.group()
@@ -36,8 +31,6 @@ def model(model: str, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(model_figures(config), indent=2))
         return
-    from dsv3.cli.ui import print_table
-
     known = count_parameters(config) == count_parameters(ModelConfig.preset("deepseek-v3"))
     click.echo(
         f"{model}: {config.num_hidden_layers} layers, {config.n_shared_experts} + {config.n_routed_experts} experts, "
@@ -86,8 +79,6 @@ def ops(device: str, as_json: bool) -> None:
             json.dumps({"device": device_name(where), "operations": {k: dict(v) for k, v in found.items()}}, indent=2)
         )
         return
-    from dsv3.cli.ui import print_table
-
     lines = []
     for name, implementations in found.items():
         number, serving = next((i, each) for i, (each, reason) in enumerate(implementations) if reason is None)
@@ -137,7 +128,7 @@ def training_length(config: ModelConfig) -> int:
     return min(4096, config.max_position_embeddings)
 
 
-def rows(config: ModelConfig) -> list[list[Figure]]:
+def rows(config: ModelConfig) -> list[list[Row]]:
     """The table, section by section."""
     counted, length = count_parameters(config), training_length(config)
     dense, depth = config.num_dense_layers, config.num_nextn_predict_layers
@@ -145,30 +136,30 @@ def rows(config: ModelConfig) -> list[list[Figure]]:
     causal, full = (
         f"{training_flops_per_token(config, length, causal=causal) / 1e9:,.4g} GFLOP" for causal in (True, False)
     )
-    network = [
-        Figure("main model", f"{counted.main:,}", "671B (report, section 4.2)"),
-        Figure("  active for one token", f"{counted.active:,}", "37B (report, section 4.2)"),
-        Figure("    without the embedding", f"{counted.active_with_head:,}", "36.7B (README_WEIGHTS)"),
-        Figure("    nor the head", f"{counted.active_in_blocks:,}"),
+    network: list[Row] = [
+        ("main model", f"{counted.main:,}", "671B (report, section 4.2)"),
+        ("  active for one token", f"{counted.active:,}", "37B (report, section 4.2)"),
+        ("    without the embedding", f"{counted.active_with_head:,}", "36.7B (README_WEIGHTS)"),
+        ("    nor the head", f"{counted.active_in_blocks:,}"),
     ]
     beside = 2 * counted.embedding
-    modules = [
-        Figure(f"MTP modules ({depth})", f"{counted.mtp:,}", "11.5B less eh_proj (same)"),
-        Figure("  active with those two", f"{counted.mtp_active + beside:,}", "2.4B less eh_proj (same)"),
-        Figure("all in the files", f"{counted.trained + depth * beside:,}", "685B with scales (README)"),
+    modules: list[Row] = [
+        (f"MTP modules ({depth})", f"{counted.mtp:,}", "11.5B less eh_proj (same)"),
+        ("  active with those two", f"{counted.mtp_active + beside:,}", "2.4B less eh_proj (same)"),
+        ("all in the files", f"{counted.trained + depth * beside:,}", "685B with scales (README)"),
     ]
     blocks = [
-        Figure(f"dense block (x {dense})", f"{counted.dense_block:,}"),
-        Figure(f"MoE block (x {moe})", f"{counted.moe_block:,}"),
-        Figure(f"  active ({config.num_experts_per_tok} experts)", f"{counted.moe_block_active:,}"),
-        Figure("  one expert", f"{counted.expert:,}"),
-        Figure("  router and biases", f"{counted.gate:,}"),
-        Figure("attention of a block", f"{counted.attention:,}"),
-        Figure("embedding, and head", f"{counted.embedding:,}", "0.9B (README_WEIGHTS)"),
+        (f"dense block (x {dense})", f"{counted.dense_block:,}"),
+        (f"MoE block (x {moe})", f"{counted.moe_block:,}"),
+        (f"  active ({config.num_experts_per_tok} experts)", f"{counted.moe_block_active:,}"),
+        ("  one expert", f"{counted.expert:,}"),
+        ("  router and biases", f"{counted.gate:,}"),
+        ("attention of a block", f"{counted.attention:,}"),
+        ("embedding, and head", f"{counted.embedding:,}", "0.9B (README_WEIGHTS)"),
     ]
     costs = [
-        Figure("cache a token, BF16", f"{kv_bytes_per_token(config):,} B", "70.272 KB (arXiv 2505.09343)"),
-        Figure("training a token", causal, "250 GFLOP (arXiv 2505.09343)"),
-        Figure("  all pairs counted", full),
+        ("cache a token, BF16", f"{kv_bytes_per_token(config):,} B", "70.272 KB (arXiv 2505.09343)"),
+        ("training a token", causal, "250 GFLOP (arXiv 2505.09343)"),
+        ("  all pairs counted", full),
     ]
     return [network, *([modules] if depth else []), blocks, costs]

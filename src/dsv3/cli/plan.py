@@ -3,46 +3,35 @@
 import json
 from dataclasses import astuple
 from pathlib import Path
-from typing import Any
 
 import click
 
-from dsv3.cli.options import PATH, Quantity, json_option
+from dsv3.cli.options import PATH, Parsed, at_option, json_option
+from dsv3.cli.run import overrides_argument
 from dsv3.errors import UserError
 from dsv3.parallel.pipeline.schedule import Schedule
 from dsv3.parallel.pipeline.schedules import make_schedule
 from dsv3.parallel.pipeline.simulator import Costs, Timeline, peak_activations, simulate
 
 
-class CostsOption(click.ParamType):
-    """`1,2,1,3` -> `Costs(1, 2, 1, 3)`."""
-
-    name = "F,B,W,F&B[,MESSAGE]"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Costs:
-        """Raises `UserError` for what is no such list."""
-        try:
-            numbers = [float(each) for each in value.split(",")]
-        except ValueError:
-            numbers = []
-        if len(numbers) not in (4, 5) or min(numbers) < 0 or not 0 < numbers[2] < numbers[1]:
-            raise UserError(
-                f"--costs {value!r}: expected the times of a forward pass, a backward pass, its part for weights (shorter), and "
-                "an overlapped pair, with commas between, such as 1,2,1,3; a fifth is a message's"
-            )
-        return Costs(*numbers)
+def parse_costs(text: str) -> Costs:
+    """`1,2,1,3` -> `Costs(1, 2, 1, 3)`; `ValueError` for anything else."""
+    try:
+        numbers = [float(each) for each in text.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) not in (4, 5) or min(numbers) < 0 or not 0 < numbers[2] < numbers[1]:
+        raise ValueError(
+            "expected the times of a forward pass, a backward pass, its part for weights (shorter), and an overlapped pair, with "
+            "commas between, such as 1,2,1,3; a fifth is a message's"
+        )
+    return Costs(*numbers)
 
 
 @click.command()
 @click.argument("recipe", type=PATH, required=False)
-@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option(
-    "--at",
-    type=Quantity(),
-    multiple=True,
-    metavar="TOKENS",
-    help="With a recipe: also the step at 100B; several times.",
-)
+@overrides_argument
+@at_option("With a recipe: also the step at 100B; several times.")
 @click.option("--tflops", type=float, help="With a recipe: what a GPU sustains, 400 by default.")
 @click.option(
     "--share", type=PATH, help="Instead of --tflops: layers' times, as `dsv3 bench train --share --json` wrote them."
@@ -54,7 +43,9 @@ class CostsOption(click.ParamType):
 @click.option("--pipeline", "ranks", type=int, help="Without a recipe: ranks of the pipeline.")
 @click.option("--microbatches", "micro_batches", type=int, help="Without a recipe: micro-batches a step.")
 @click.option(
-    "--costs", type=CostsOption(), help="Without a recipe: times of a chunk's passes, in any unit; by default 1,2,1,3."
+    "--costs",
+    type=Parsed("F,B,W,F&B[,MESSAGE]", parse_costs),
+    help="Without a recipe: times of a chunk's passes, in any unit; by default 1,2,1,3.",
 )
 @click.option("--out", "path", type=PATH, help="Draw the schedule (a recipe's last): a name that ends in .svg or .png.")
 @json_option
@@ -76,6 +67,8 @@ def plan(
         rates = {"flops": (tflops or 400.0) * 1e12, "between": bandwidth * 1e9, "within": nvlink * 1e9}
         if node < 1 or min(rates.values()) <= 0:
             raise UserError("--tflops, --bandwidth, --nvlink, --node: expected numbers above 0")
+        from dsv3.cli.plan_recipe import plan_recipe
+
         schedule, timeline = plan_recipe(recipe, overrides, at, rates, node, share, as_json)
     else:
         raise UserError(
@@ -97,43 +90,14 @@ def plan_schedule(name: str, ranks: int, micro_batches: int, costs: Costs, as_js
     peaks = [peak_activations(program) for program in schedule.programs]
     total, bubble = timeline.total, timeline.bubble
     if as_json:
-        asked = {
-            "schedule": name,
-            "ranks": ranks,
-            "stages": schedule.stages,
-            "micro_batches": micro_batches,
-            "costs": astuple(costs),
-        }
-        measured = {"time": total, "bubble": bubble, "bubble_share": bubble / total, "peak_activations": peaks}
-        click.echo(json.dumps(asked | measured, indent=2))
+        found = dict(
+            schedule=name, ranks=ranks, stages=schedule.stages, micro_batches=micro_batches, costs=astuple(costs),
+            time=total, bubble=bubble, bubble_share=bubble / total, peak_activations=peaks,
+        )  # fmt: skip
+        click.echo(json.dumps(found, indent=2))
     else:
         click.echo(
             f"{name}: {schedule.stages} stages on {ranks} ranks, {micro_batches} micro-batches: time {total:.4g}, bubble "
             f"{bubble:.4g} ({bubble / total:.1%}), activations of at most {max(peaks)} chunks a rank"
         )
     return schedule, timeline
-
-
-def plan_recipe(
-    path: Path, overrides: tuple[str, ...], at: tuple[int, ...], rates: dict[str, float], node: int, share: Path | None,
-    as_json: bool,
-) -> tuple[Schedule, Timeline]:  # fmt: skip
-    """Prints the plan of a recipe; the schedule of its last step."""
-    from dsv3.cli.plan_recipe import figures, make_plans, measured_layers, show
-    from dsv3.planning.parallel import Machine
-    from dsv3.recipe.schema import Recipe
-
-    recipe = Recipe.load(path, overrides)
-    layers = None if share is None else measured_layers(share, recipe)
-    plans = make_plans(recipe, at, Machine(**rates, node=node, layers=layers))
-    found = figures(recipe, plans)
-    if as_json:
-        click.echo(json.dumps(found, indent=2))
-    else:
-        parallel = recipe.parallel
-        click.echo(
-            f"{path}: {parallel.ranks:,} GPUs, {parallel.pipeline} stages x {parallel.data}, experts over {parallel.expert}"
-        )
-        show(found)
-    last = list(plans.values())[-1]
-    return last.schedule, last.timeline

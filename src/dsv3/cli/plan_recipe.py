@@ -4,31 +4,46 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
+from dsv3.cli.ui import print_table
 from dsv3.errors import UserError
+from dsv3.model.config import ModelConfig
+from dsv3.parallel.pipeline.schedule import Schedule
+from dsv3.parallel.pipeline.simulator import Timeline
+from dsv3.planning.parallel import Machine, Plan
+from dsv3.recipe.points import points_of
+from dsv3.recipe.quantity import format_quantity
+from dsv3.recipe.schedule import Schedules
+from dsv3.recipe.schema import Recipe
 
-if TYPE_CHECKING:
-    from dsv3.planning.parallel import Machine, Plan
-    from dsv3.recipe.schema import Recipe
 
+def plan_recipe(
+    path: Path, overrides: Sequence[str], at: Sequence[int], rates: dict[str, float], node: int, share: Path | None,
+    as_json: bool,
+) -> tuple[Schedule, Timeline]:  # fmt: skip
+    """Prints the plan of a recipe; returns the schedule of its last step.
 
-def make_plans(recipe: "Recipe", at: Sequence[int], machine: "Machine") -> dict[int, "Plan"]:
-    """By tokens before the step: those where a schedule changes its course, and those asked for, each batch size once."""
-    from dsv3.planning.parallel import Plan
-    from dsv3.recipe.points import points_of
-    from dsv3.recipe.schedule import Schedules
-
+    Steps are those where a schedule changes its course, and those asked for, each batch size once.
+    """
+    recipe = Recipe.load(path, overrides)
+    machine = Machine(**rates, node=node, layers=None if share is None else measured_layers(share, recipe))
     sizes: dict[int, int] = {}
     for point in points_of(Schedules.resolve(recipe), recipe.training.tokens, at):
         sizes.setdefault(point.batch_size, point.tokens)
-    return {tokens: Plan(recipe, size, machine) for size, tokens in sizes.items()}
+    plans = {tokens: Plan(recipe, size, machine) for size, tokens in sizes.items()}
+    last, found = list(plans.values())[-1], figures(recipe, plans)
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+    else:
+        show(path, found)
+    return last.schedule, last.timeline
 
 
-def figures(recipe: "Recipe", plans: "dict[int, Plan]") -> dict[str, Any]:
-    """All of it, JSON-able. Memory and traffic are those of the last plan."""
+def figures(recipe: Recipe, plans: dict[int, Plan]) -> dict[str, Any]:
+    """All of it, JSON-able, by tokens before the step. Memory and traffic are those of the last plan."""
     last, parallel = list(plans.values())[-1], recipe.parallel
     memory = [last.memory(rank) for rank in range(parallel.pipeline)]
     return {
@@ -47,47 +62,38 @@ def figures(recipe: "Recipe", plans: "dict[int, Plan]") -> dict[str, Any]:
     }  # fmt: skip
 
 
-def show(found: dict[str, Any]) -> None:
+def show(path: Path, found: dict[str, Any]) -> None:
     """The same as tables."""
-    from dsv3.cli.ui import print_table
-    from dsv3.recipe.quantity import format_quantity
-
+    parallel = found["parallel"]
+    click.echo(
+        f"{path}: {found['gpus']:,} GPUs, {parallel['pipeline']} stages x {parallel['data']}, experts over {parallel['expert']}"
+    )
     sizes = ("weights", "gradients", "moments", "activations", "total")
-    print_table(
-        ["rank", "layers", "parameters", *(f"{name}, GB" for name in sizes)],
-        [
-            [
-                (str(n), each["layers"], f"{each['parameters'] / 1e9:.2f}B", *(f"{each[name] / 1e9:.1f}" for name in sizes))
-                for n, each in enumerate(found["memory"])
-            ]
-        ],
-        left=(1,),
-    )  # fmt: skip
+    ranks = [
+        [str(n), each["layers"], f"{each['parameters'] / 1e9:.2f}B", *(f"{each[name] / 1e9:.1f}" for name in sizes)]
+        for n, each in enumerate(found["memory"])
+    ]
+    print_table(["rank", "layers", "parameters", *(f"{name}, GB" for name in sizes)], [ranks], left=(1,))
     times = ("total", "forward", "backward", "weight_gradient", "pair", "bubble", "update", "exposed")
-    print_table(
-        ["from token", "batch", "schedule", "micro-batches", *(name.replace("_", " ") for name in times), "tokens/s/GPU"],
+    steps = [
         [
-            [
-                (
-                    format_quantity(each["tokens"]), f"{each['batch']:,}", each["schedule"], str(each["micro_batches"]),
-                    *(f"{each[name]:.2f}" for name in times), f"{each['tokens_per_second_and_gpu']:,.0f}",
-                )
-                for each in found["steps"]
-            ]
-        ],
-        left=(2,),
-    )  # fmt: skip
+            format_quantity(each["tokens"]), f"{each['batch']:,}", each["schedule"], str(each["micro_batches"]),
+            *(f"{each[name]:.2f}" for name in times), f"{each['tokens_per_second_and_gpu']:,.0f}",
+        ]
+        for each in found["steps"]
+    ]  # fmt: skip
+    columns = ["from token", "batch", "schedule", "micro-batches", *(name.replace("_", " ") for name in times)]
+    print_table([*columns, "tokens/s/GPU"], [steps], left=(2,))
     for what, size in found["wire_bytes"].items():
         click.echo(f"  {what}: {size / 1e6:,.1f} MB from each GPU")
 
 
-def measured_layers(path: Path, recipe: "Recipe") -> dict[str, float]:
+def measured_layers(path: Path, recipe: Recipe) -> dict[str, float]:
     """Seconds a token of DeepSeek-V3's layers in the recipe's precision, from a file of `dsv3 bench train --share --json`.
 
     Raises `UserError` for a file that has them not, and for a recipe of other layers or lengths.
     """
-    from dsv3.bench.share import TOKENS
-    from dsv3.model.config import ModelConfig
+    from dsv3.bench.share import TOKENS  # imports torch
 
     depth = ("num_hidden_layers", "first_k_dense_replace", "num_nextn_predict_layers")
     config, whole = recipe.model.config(), ModelConfig.preset("deepseek-v3")

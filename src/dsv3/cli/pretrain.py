@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from dsv3.cli.eval import print_scores
-from dsv3.cli.options import PATH, Quantity, several
+from dsv3.cli.options import PATH, at_option, several
 from dsv3.cli.run import Stages, is_first_rank, overrides_argument, run_recipe
 from dsv3.cli.schedule import show_schedules
 from dsv3.errors import UserError
@@ -28,13 +28,7 @@ training_options = several(
         "--out", type=PATH, help="Where everything goes; below runs/, named after the recipe, when not given."
     ),
     click.option("--dry-run", is_flag=True, help="Print and draw the schedules, and train nothing."),
-    click.option(
-        "--at",
-        type=Quantity(),
-        multiple=True,
-        metavar="TOKENS",
-        help="With --dry-run: also the values at 10T; several times.",
-    ),
+    at_option("With --dry-run: also the values at 10T; several times."),
     click.option("--plot", type=PATH, help="With --dry-run: draw the schedules, .svg or .png."),
 )
 

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import click
+from rich.console import Console
 
+from dsv3.cli.ui import Progress, panel, print_table
 from dsv3.errors import UserError
 
 if TYPE_CHECKING:
@@ -45,9 +47,6 @@ def run_recipe(
     if is_first_rank():
         click.echo(f"dsv3: {recipe_path} -> {out}", err=True)
 
-    from rich.console import Console
-
-    from dsv3.cli.ui import Progress, panel
     from dsv3.parallel.launch import launched
     from dsv3.stages.context import RunContext
     from dsv3.stages.extend import extension_stages
@@ -72,7 +71,6 @@ def few(ranks: Sequence[int]) -> str:
 
 def print_layout(recipe: "Recipe") -> None:
     """Who holds what, at the start of a job of many ranks."""
-    from dsv3.cli.ui import print_table
     from dsv3.planning.layout import holdings
     from dsv3.recipe.figures import human
 

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import click
 
+from dsv3.cli.ui import print_table
+
 
 def show_schedules(recipe_path: Path, overrides: Sequence[str], at: Sequence[int], plot: Path | None) -> None:
     """Prints every schedule's value where one of them changes its course and at the points asked for; draws them."""
-    from dsv3.cli.ui import print_table
     from dsv3.recipe.points import points_of
     from dsv3.recipe.schedule import Schedules
     from dsv3.recipe.schema import Recipe

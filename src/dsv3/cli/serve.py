@@ -1,6 +1,7 @@
 """`dsv3 serve`: a model behind an OpenAI-compatible server."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -43,9 +44,8 @@ headers {limits.MAX_HEADER_BYTES >> 10} KiB, {Settings.prepare_seconds:g} s to t
 @ema_option
 @device_option
 def serve(
-    checkpoint: Path, host: str, port: int, api_keys: tuple[str, ...], name: str | None, dtype: str, max_model_len: int | None,
-    max_num_seqs: int, max_num_batched_tokens: int, max_waiting: int, cache_gib: float | None, fp8_cache: bool,
-    num_speculative_tokens: int, prefix_caching: bool, max_body_mib: float, drain_seconds: int, ema: bool, device: str,
+    checkpoint: Path, host: str, port: int, api_keys: tuple[str, ...], name: str | None, dtype: str, max_waiting: int,
+    cache_gib: float | None, max_body_mib: float, drain_seconds: int, ema: bool, device: str, **engine_options: Any,
 ) -> None:  # fmt: skip
     """Serves the model in CHECKPOINT (a run, a checkpoint or a Hugging Face directory) as OpenAI's API, with a chat page at /.
 
@@ -64,14 +64,10 @@ def serve(
         raise UserError("an --api-key is empty: leave it out, or give one")
     model, directory = load_model(checkpoint, dtype=dtype, device=device, ema=ema)
     tokenizer = Tokenizer.load(directory)
-    config = EngineConfig(
-        cache_bytes=None if cache_gib is None else int(cache_gib * 2**30), max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens, num_speculative_tokens=num_speculative_tokens,
-        prefix_caching=prefix_caching, max_model_len=max_model_len, fp8_cache=fp8_cache,
-    )  # fmt: skip
+    config = EngineConfig(cache_bytes=None if cache_gib is None else int(cache_gib * 2**30), **engine_options)
     engine = Engine(model, tokenizer, config)
     settings = Settings(
-        name=name or checkpoint.resolve().name, max_model_len=engine.max_model_len, capacity=max_num_seqs + max_waiting,
+        name=name or checkpoint.resolve().name, max_model_len=engine.max_model_len, capacity=config.max_num_seqs + max_waiting,
         api_keys=api_keys, hosts=local_hosts(host), max_body_bytes=int(max_body_mib * 2**20),
     )  # fmt: skip
     app = make_app(engine, tokenizer, directory, model.config.vocab_size, settings)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from dsv3.cli.options import PATH, Quantity
+from dsv3.cli.options import PATH, QUANTITY
 from dsv3.errors import UserError
 
 
@@ -18,7 +18,7 @@ def tokenizer() -> None:
 @click.option("--out", type=PATH, required=True, help="The directory to write.")
 @click.option("--vocab-size", type=click.IntRange(1), default=32_768, help="Ids, special tokens included.")
 @click.option("--digits", type=click.IntRange(1, 3), default=3, help="Most digits that one token joins.")
-@click.option("--training-bytes", type=Quantity(), default="100M", help="Text to learn from, the same of each corpus.")
+@click.option("--training-bytes", type=QUANTITY, default="100M", help="Text to learn from, the same of each corpus.")
 def train(corpora: tuple[str, ...], out: Path, vocab_size: int, digits: int, training_bytes: int) -> None:
     """Trains a tokenizer on an even sample of each CORPUS: a file, a directory, a glob, a URL, hf:NAME or a builtin.
 
@@ -34,7 +34,5 @@ def train(corpora: tuple[str, ...], out: Path, vocab_size: int, digits: int, tra
     made = train_tokenizer(texts, vocab_size, digits)
     made.save(out)
     size, tokens = sum(len(text.encode()) for text in texts), sum(map(len, made.encode_batch(texts)))
-    click.echo(
-        f"{made.vocab_size:,} entries from {size / 1e6:.1f} MB, which they write with {size / tokens:.2f} bytes a token"
-    )
+    click.echo(f"{made.vocab_size:,} entries from {size / 1e6:.1f} MB of text, {size / tokens:.2f} bytes a token")
     click.echo(f"The tokenizer is in {out}; a recipe uses it with tokenizer.path={out}")

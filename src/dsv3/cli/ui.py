@@ -1,4 +1,4 @@
-"""How long commands look: a panel of what was decided before the first step, then progress.
+"""What long commands show: a panel of what was decided before the first step, then progress.
 
 Code below `cli/` shows progress by calling what it was handed:
 `progress(stage="pretrain", done=12, total=930, loss=5.1, tokens_per_second=7100.0)`. Any callable will do there; `Progress` is
@@ -24,7 +24,7 @@ WIDTH = 200
 
 
 def print_table(head: Sequence[str], sections: Iterable[Iterable[Sequence[str]]], left: Container[int] = (0,)) -> None:
-    """Prints a table on stdout with room between its sections: figures to the right, but for the columns of these numbers."""
+    """Prints a table on stdout with room between its sections: figures to the right, except for the columns with the numbers in `left`."""
     table = Table(box=box.SIMPLE_HEAD)
     for number, name in enumerate(head):
         table.add_column(name, justify="left" if number in left else "right")
@@ -36,6 +36,11 @@ def print_table(head: Sequence[str], sections: Iterable[Iterable[Sequence[str]]]
     if not console.is_terminal:
         console.width = WIDTH
     console.print(table)
+
+
+def verdict(aim: str, met: bool | None) -> str:
+    """A target, and whether it was met; None: there is none, or nobody knows."""
+    return aim if met is None else f"{aim}: {'met' if met else 'missed'}"
 
 
 def panel(console: Console, title: str, rows: Mapping[str, object]) -> None:
@@ -75,7 +80,7 @@ class Progress:
         if self._live:
             self._bars.stop()
 
-    def __call__(self, *, stage: str, done: int, total: int, gigabytes: bool = False, **figures: float | str) -> None:
+    def __call__(self, stage: str, done: int, total: int, gigabytes: bool = False, **figures: float | str) -> None:
         """`done` of `total` steps of `stage`, or bytes shown as gigabytes, and any figures by name; `..._per_second` is
         shown as `.../s`."""
         now = self._clock()
@@ -94,10 +99,6 @@ class Progress:
         elif done >= total or now - self._printed.get(stage, -SECONDS_BETWEEN_LINES) >= SECONDS_BETWEEN_LINES:
             self._printed[stage] = now
             self.note(f"{stage}: {', '.join(parts)}")
-
-    def count(self, stage: str, done: int, total: int, gigabytes: bool = False) -> None:
-        """The same for callers that have nothing else to tell."""
-        self(stage=stage, done=done, total=total, gigabytes=gigabytes)
 
     def note(self, text: str) -> None:
         """One line above the bars."""

@@ -7,7 +7,7 @@ predicted after a document's last token.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -21,12 +21,7 @@ from dsv3.ops.cross_entropy import IGNORE
 
 @torch.inference_mode()
 def bits_per_byte(
-    model: nn.Module,
-    tokenizer: Tokenizer,
-    texts: Sequence[str],
-    *,
-    sequence_length: int,
-    batch_rows: int,
+    model: nn.Module, tokenizer: Tokenizer, texts: Sequence[str], *, sequence_length: int, batch_rows: int
 ) -> float:
     """The negative log2-likelihood of all `texts` together over their length in UTF-8; each is a document.
 
@@ -43,12 +38,9 @@ def bits_per_byte(
     windows = windows_of(texts, tokenizer, sequence_length)
     nats = 0.0
     with evaluating(model) as device:
-        for first in range(0, len(windows), batch_rows):
-            inputs, targets = pad(windows[first : first + batch_rows])
-            logits = model(inputs.to(device)).logits
-            losses = F.cross_entropy(
-                logits.flatten(0, 1).float(), targets.to(device).flatten(), ignore_index=IGNORE, reduction="none"
-            )
+        for inputs, targets in batches(windows, batch_rows, device):
+            logits = model(inputs).logits.flatten(0, 1).float()
+            losses = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE, reduction="none")
             nats += losses.double().sum().item()
     return nats / math.log(2) / bytes_
 
@@ -62,6 +54,15 @@ def windows_of(texts: Sequence[str], tokenizer: Tokenizer, sequence_length: int)
 def cut(tokens: Sequence[int], sequence_length: int) -> list[Sequence[int]]:
     """Windows of up to `sequence_length + 1` tokens; each starts with the last token of the one before."""
     return [tokens[first : first + sequence_length + 1] for first in range(0, len(tokens) - 1, sequence_length)]
+
+
+def batches(
+    windows: Sequence[Sequence[int]], rows: int, device: torch.device
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The windows in order, so many at a time, as `pad` makes them."""
+    for first in range(0, len(windows), rows):
+        inputs, targets = pad(windows[first : first + rows])
+        yield inputs.to(device), targets.to(device)
 
 
 def pad(windows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:

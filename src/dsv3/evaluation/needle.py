@@ -66,12 +66,7 @@ def needle(
                 for depth in depths
                 for k in range(samples)
             ]
-            together = max(TOKENS_A_PASS // length, 1)
-            passed = [
-                each
-                for first in range(0, len(trials), together)
-                for each in known(model, trials[first : first + together], device)
-            ]
+            passed = known(model, trials, device)
             rows.append(tuple(sum(passed[k : k + samples]) for k in range(0, len(passed), samples)))
     progress(len(lengths), len(lengths))
     return Haystack(tuple(lengths), tuple(depths), samples, tuple(rows))
@@ -113,11 +108,11 @@ def trial(tokenizer: Tokenizer, length: int, depth: float, seed: str) -> Trial:
 
 def known(model: DeepSeekV3, trials: Sequence[Trial], device: torch.device) -> list[bool]:
     """Whether the model would answer each of the trials, which are equally long."""
-    ids = torch.tensor([trial.ids for trial in trials], device=device)
-    hidden = model(ids).hidden
-    found = []
-    for row, trial in enumerate(trials):
-        right = ids[row, -trial.answer :]
-        chosen = model.head(hidden[row, -trial.answer - 1 : -1]).argmax(-1)
-        found.append(bool((chosen == right).all()))
+    found: list[bool] = []
+    together = max(TOKENS_A_PASS // len(trials[0].ids), 1)
+    for ids in torch.tensor([trial.ids for trial in trials]).to(device).split(together):
+        hidden = model(ids).hidden
+        for row, trial in enumerate(trials[len(found) : len(found) + len(ids)]):
+            chosen = model.head(hidden[row, -trial.answer - 1 : -1]).argmax(-1)
+            found.append(bool((chosen == ids[row, -trial.answer :]).all()))
     return found

@@ -1,11 +1,11 @@
 """Loss by position: does a model predict better, or worse, the further it is from the beginning of its context?
 
-Texts are laid out as pre-training has them: each between `bos` and `eos`, one after the other, cut into rows of
-`length + 1` tokens without regard to where documents end. At a length the model was made for, loss falls with the
-position; beyond that it rises at once.
+Texts are laid out as in pre-training: each between `bos` and `eos`, one after the other, cut into rows of `length + 1`
+tokens without regard to where documents end. At a length the model was made for, loss falls with the position; beyond that
+it rises at once.
 
-Some text is harder than other, by more than what context is worth to a small model. So rows may slide: each starts a share of
-the length behind the one before, and the tokens that come to lie in every share are counted, once in each.
+Some text is harder than other text, by more than what context is worth to a small model. So rows overlap: each starts one
+share of the length after the one before, and only tokens that lie in every share of some row are counted, once in each.
 """
 
 from collections.abc import Sequence
@@ -20,8 +20,9 @@ from dsv3.evaluation.mode import evaluating
 from dsv3.model.transformer import DeepSeekV3
 
 TOKENS_A_PASS = 1 << 13
-"""Rows are read together up to so many tokens, and logits made for as many rows of the head at a time."""
+"""Rows are read together up to so many tokens."""
 LOGITS_A_PASS = 1 << 11
+"""Positions whose logits are in memory at a time."""
 
 
 @dataclass(frozen=True)
@@ -35,31 +36,23 @@ class LossByPosition:
 
 @torch.inference_mode()
 def loss_by_position(
-    model: DeepSeekV3,
-    tokenizer: Tokenizer,
-    texts: Sequence[str],
-    *,
-    length: int,
-    shares: int = 8,
-    slide: bool = False,
+    model: DeepSeekV3, tokenizer: Tokenizer, texts: Sequence[str], *, length: int, shares: int = 8
 ) -> LossByPosition:
-    """Scores as many rows as the texts fill side by side; with `slide` as many that slide, and at least two a share.
+    """Scores as many overlapping rows as the texts would fill side by side, and at least two a share if there are so many.
 
-    Raises `UserError` where the texts are too short for that, or `length` is no multiple of `shares`.
+    Raises `UserError` where the texts do not hold one row a share, or `length` is no multiple of `shares`.
     """
     if length % shares:
         raise UserError(f"loss by position over {length} tokens: expected a multiple of {shares}")
     ids = [token for text in texts for token in (tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id)]
-    step = length // shares if slide else length
-    possible = max(0, (len(ids) - 1 - length) // step + 1)
-    count = min(possible, max((len(ids) - 1) // length, 2 * shares)) if slide else possible
-    needed = length + (shares - 1) * step + 1 if slide else length + 1
+    step = length // shares
+    needed = length + (shares - 1) * step + 1
     if len(ids) < needed:
         raise UserError(
             f"loss by position over {length} tokens: the held-out texts have {len(ids)} tokens in all; expected at least "
             f"{needed}: take a shorter length or more text"
         )
-    # As in training, every token is a target once: rows share their last and first token.
+    count = min((len(ids) - 1 - length) // step + 1, max((len(ids) - 1) // length, 2 * shares))
     rows = torch.tensor([ids[k * step : k * step + length + 1] for k in range(count)])
     losses_RS = torch.empty(count, shares, dtype=torch.float64)
     with evaluating(model) as device:
@@ -75,8 +68,5 @@ def loss_by_position(
             into.copy_(torch.cat(losses).view(len(part), shares, -1).double().mean(2))
     # Share k of row r holds the tokens that lie r + k steps into the text.
     everywhere = count - shares + 1
-    nats = [
-        float((losses_RS[shares - 1 - k : shares - 1 - k + everywhere] if slide else losses_RS)[:, k].mean())
-        for k in range(shares)
-    ]
-    return LossByPosition(tuple(range(0, length + 1, length // shares)), tuple(nats), count)
+    nats = [float(losses_RS[shares - 1 - k :][:everywhere, k].mean()) for k in range(shares)]
+    return LossByPosition(tuple(range(0, length + 1, step)), tuple(nats), count)

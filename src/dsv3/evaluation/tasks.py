@@ -74,7 +74,7 @@ def run_tasks(
         found["needle"] = asdict(haystack)
     if "position" in wanted.tasks:
         found["loss_by_position"] = of_each(
-            "position", lambda texts: asdict(loss_by_position(model, tokenizer, texts, length=length, slide=True))
+            "position", lambda texts: asdict(loss_by_position(model, tokenizer, texts, length=length))
         )
     if "mtp" in wanted.tasks:
         found["mtp_acceptance"] = of_each("mtp", lambda texts: acceptance(model, tokenizer, texts, **windows))

@@ -21,7 +21,7 @@ class Example:
     verdict: Verdict
 
 
-def pass_at_1(generate: Callable[[list[str]], list[str]], n_tasks: int = 300, seed: int = 0) -> list[Example]:
+def pass_at_1(generate: Callable[[list[str]], list[str]], n_tasks: int, seed: int = 0) -> list[Example]:
     """Asks for one completion a task of the held-out combinations, and runs it.
 
     `generate` turns prompts into completions (the text after the prompt, end-of-document token removed), in order. Any

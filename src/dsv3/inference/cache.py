@@ -24,67 +24,67 @@ def token_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
 
 
 class PagedCache:
-    """What `dsv3.model.attention.Cache` asks for.
+    """Implements `dsv3.model.attention.Cache`.
 
-    Of a batch that decodes, and goes on as it is, the pages also lie side by side in a second place, so that a pass on the CPU
-    has nothing to gather: it stores its tokens in both. The last page of each is nobody's: padding is kept in its last slot.
+    On a CPU, the pages of a batch that decodes are also kept in a gathered copy: while the batch stays the same, its passes
+    store their tokens in both and have nothing to gather. The last page of either belongs to no sequence: its last slot takes
+    padding.
     """
 
     def __init__(
         self, config: ModelConfig, layers: Sequence[str], num_blocks: int, dtype: torch.dtype, device: torch.device
     ):
         shape = num_blocks + 1, PAGE, token_bytes(config, dtype) // dtype.itemsize
-        self.heads = config.num_attention_heads
+        self.heads, self.dtype = config.num_attention_heads, dtype
         self.held = {layer: torch.empty(shape, dtype=dtype, device=device) for layer in layers}
-        self.beside: dict[str, Tensor] = {}
-        self.beside_of: dict[str, tuple[int, list[int]]] = {}
-        """By layer: pages of each sequence, and the sequences."""
+        self.gathered: dict[str, Tensor] = {}
+        self.gathered_of: dict[str, tuple[int, list[int]]] = {}
+        """By layer, what was gathered: pages of each sequence, and the sequences."""
         self.parts: Sequence[Expanded | Absorbed] = []
         self.slots_F = torch.empty(0, dtype=torch.int64)
         self.places: tuple[Tensor, Tensor] | None = None
-        """(sequence [F], position [F]) of this pass's tokens in `beside`, if it reads from there."""
+        """(sequence [F], position [F]) of this pass's tokens in the gathered copy, if it reads that."""
 
-    def lay_side_by_side(self, layers: Sequence[str], batch: Batch) -> bool:
-        """Whether some layers' pages of a uniform batch lie side by side: they are gathered if the last pass was over others."""
-        [part] = batch.parts
-        assert isinstance(part, Absorbed)
-        (count, width), held = part.table.shape, self.held[layers[0]]
+    def gather(self, layers: Sequence[str], batch: Batch) -> bool:
+        """Whether some layers have a gathered copy for a uniform batch; makes one where the last was of another batch."""
+        part, held = batch.only, self.held[layers[0]]
+        count, width = part.table.shape
         if held.is_cuda or not held.is_floating_point() or (count + 1) * width > len(held):
-            for layer in layers:  # the pass stores in pages alone, and replayed it would not tell
-                self.beside_of.pop(layer, None)
+            for layer in layers:  # a replayed pass stores in pages alone, without calling `store`
+                self.gathered_of.pop(layer, None)
             return False
         sequences = width, [work.sequence for work in batch.works]
         for layer in layers:
-            if self.beside_of.get(layer) != sequences:
-                self.beside.setdefault(layer, torch.empty_like(held))
+            if self.gathered_of.get(layer) != sequences:
+                self.gathered.setdefault(layer, torch.empty_like(held))
                 self.entries(layer, width)[:count] = side_by_side(self.held[layer], part.table, part.lengths).mT
-                self.beside_of[layer] = sequences
+                self.gathered_of[layer] = sequences
         return True
 
     def entries(self, layer: str, width: int) -> Tensor:
-        """[sequences, L, S] of `beside`, for so many pages each: the product with queries reads the slots of an element."""
-        pages = self.beside[layer]
+        """[sequences, L, S] of the gathered copy, for so many pages each: slots are contiguous, as the product with queries reads them."""
+        pages = self.gathered[layer]
         count = len(pages) // width
         return pages[: count * width].view(count, pages.shape[2], width * PAGE)
 
     def begin(self, batch: Batch) -> None:
-        """Announces a pass. A slot is block * 64 + place; negative: nowhere."""
+        """Prepares for a pass. A slot is block * 64 + offset; tokens with a negative one are not stored."""
         self.parts, self.slots_F, self.places = batch.parts, batch.slot_F, None
-        if batch.beside:
-            [part] = batch.parts
-            assert isinstance(part, Absorbed)
-            dtype = next(iter(self.held.values())).dtype
+        if batch.gathered:
+            part = batch.only
             count, width = part.table.shape
-            # Rows of padding stand behind all sequences.
+            # Padding belongs to the page behind all sequences.
             sequence_F = (torch.arange(len(batch.slot_F)) // batch.uniform).clamp_(max=count)
             self.places = sequence_F, batch.position_F
-            self.parts = [replace(part, bias=causal_bias(part.lengths, batch.uniform, self.heads, width * PAGE, dtype))]
+            self.parts = [
+                replace(part, bias=causal_bias(part.lengths, batch.uniform, self.heads, width * PAGE, self.dtype))
+            ]
 
     def store(self, block: str, latent_FC: Tensor, key_FR: Tensor) -> None:
         """See `dsv3.model.attention.Cache`."""
         if self.places is None:
             store_latents(self.held[block], self.slots_F, latent_FC, key_FR)
-            self.beside_of.pop(block, None)
+            self.gathered_of.pop(block, None)
         else:
             tokens = torch.cat((latent_FC, key_FR), dim=1)
             self.held[block].flatten(0, 1)[self.slots_F] = tokens
@@ -104,6 +104,6 @@ class PagedCache:
 
     def write(self, layer: str, blocks: Sequence[int], content: Tensor) -> None:
         """The inverse of `read`, also from another cache of the same layout."""
-        self.beside_of.pop(layer, None)
+        self.gathered_of.pop(layer, None)
         held = self.held[layer]
         held[torch.tensor(blocks, device=held.device)] = content.to(held.device)

@@ -1,8 +1,8 @@
-"""The engine: requests in, pieces of continuations out, one pass of the model a step."""
+"""The engine: requests in, pieces of continuations out, one forward pass a step."""
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Literal
 
@@ -23,7 +23,7 @@ from dsv3.ops.latent_pages import PAGE
 from dsv3.ops.tiles import TILE
 
 SHARE_OF_FREE = 0.85
-"""Of a GPU's free memory, what the cache takes unless told otherwise; the rest is for activations."""
+"""What the cache takes of a GPU's free memory by default; the rest is for activations."""
 CPU_CACHE_BYTES = 1 << 28
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -39,14 +39,14 @@ class EngineConfig:
     max_num_batched_tokens: int = 8192
     """Tokens in one pass."""
     num_speculative_tokens: int = 0
-    """Tokens that the MTP modules guess for each pass; beyond their number the last is taken again."""
+    """Drafts a pass; beyond the number of MTP modules the last one drafts again."""
     prefix_caching: bool = True
     max_model_len: int | None = None
     """Tokens of a prompt and its continuation."""
     cuda_graphs: bool = True
-    """Whether decoding on a GPU is recorded, where the host has nothing to count."""
+    """Whether decoding on a GPU is recorded, where no pass waits for the host."""
     fp8_cache: bool = False
-    """Keeps latents in E4M3: 656 bytes a token and layer instead of 1152. For GPUs."""
+    """Keeps latents in E4M3: 656 bytes a token and layer instead of 1152. Meant for GPUs."""
 
 
 @dataclass
@@ -60,56 +60,49 @@ class Delta:
     token_ids: list[int]
     logprobs: list[TokenLogprobs] | None = None
     finish_reason: FinishReason | None = None
-    """`stop`: an end token, a stop text or the end of the grammar; `length`: max_tokens; `abort`: the logits were not finite, or the grammar failed."""
+    """`stop`: an end token, a stop text or the end of the grammar; `length`: max_tokens; `abort`: logits not finite, or a failed grammar."""
     stop_reason: int | str | None = None
-    """The token of stop_token_ids, the stop text, or what was wrong."""
+    """The token of `stop_token_ids`, the stop text, or the reason of an abort."""
     num_cached_tokens: int = 0
-    """The prompt's that were found in the cache."""
+    """Prompt tokens found in the cache."""
     prompt_logprobs: list[TokenLogprobs | None] | None = None
-    """In the first delta of a continuation alone; of the first token there is none."""
+    """Only in the first delta of a continuation; None for the first token."""
     routing: list[list[list[int]]] | None = None
     """For each token, by MoE block, the experts that the token before it chose."""
     admitted: float = 0.0
-    """When the continuation got its place in the batch, by `time.perf_counter`."""
+    """When the continuation joined the batch, by `time.perf_counter`."""
 
 
 @dataclass
 class EngineStats:
-    """Counts since the start, and what is there now."""
+    """Totals since the start, and the present load."""
 
     running: int = 0
     waiting: int = 0
     kv_cache_usage: float = 0.0
     """0 to 1."""
     prompt_tokens: int = 0
-    """Of all continuations' prompts, computed or found."""
+    """Of all continuations' prompts, computed or cached."""
     generation_tokens: int = 0
     tokens_read: int = 0
-    """By passes: of prompts, continuations and drafts."""
+    """Tokens of all passes: prompts', continuations' and drafts."""
     prefix_cache_queries: int = 0
-    """Prompts' tokens looked for in the cache."""
+    """Prompt tokens looked up in the cache."""
     prefix_cache_hits: int = 0
     preemptions: int = 0
     drafts: int = 0
-    """Times that drafts were checked."""
+    """How often drafts were verified."""
     draft_tokens: int = 0
-    accepted_tokens: int = 0
     accepted_per_position: tuple[int, ...] = ()
 
-
-@dataclass(eq=False)
-class Running:
-    """A continuation with its text."""
-
-    request: Request
-    text: TextSoFar
-    started: bool = False
-    siblings: list["Running"] = field(default_factory=list)
-    """Continuations of the same prompt, which wait for it to be in the cache."""
+    @property
+    def accepted_tokens(self) -> int:
+        """Of all positions."""
+        return sum(self.accepted_per_position)
 
 
 class Engine:
-    """Everything is one thread's: `add`, `abort` and `step` are called by turns. Without a tokenizer there is no text."""
+    """For a single thread: `add`, `abort` and `step` must not overlap. Without a tokenizer, deltas have no text."""
 
     def __init__(self, model: DeepSeekV3, tokenizer: Tokenizer | None, config: EngineConfig = EngineConfig()):
         self.model, self.tokenizer, self.config = model.eval(), tokenizer, config
@@ -131,47 +124,38 @@ class Engine:
             config.prefix_caching,
         )  # fmt: skip
         self.numbers = count()
-        self.running: dict[int, Running] = {}
-        self.by_id: dict[str, list[Running]] = {}
+        self.requests: dict[str, list[Request]] = {}
+        """By id, the continuations that have not ended."""
         self.counts = EngineStats(accepted_per_position=(0,) * drafts)
 
     def add(
         self, request_id: str, prompt_token_ids: list[int], params: SamplingParams, *, salt: str = "",
         return_routing: bool = False,
     ) -> None:  # fmt: skip
-        """Queues the continuations of one prompt. Prompts with different salts share nothing of the cache.
+        """Queues the continuations of one prompt. Prompts with different salts share no cached prefix.
 
         Raises `UserError` for an id in use, tokens outside the vocabulary, an empty prompt, and one too long together with
         `max_tokens`.
         """
-        if request_id in self.by_id:
+        if request_id in self.requests:
             raise UserError(f"there is a request {request_id!r} already: give each its own id")
         self.check_prompt(prompt_token_ids, params)
         eos = {self.model.config.eos_token_id} | ({self.tokenizer.eos_id} if self.tokenizer else set())
         ends = frozenset(params.stop_token_ids) if params.ignore_eos else frozenset(params.stop_token_ids) | eos
         seed = secrets.randbits(63) if params.seed is None else params.seed
-        each = [
-            Running(
-                Request(
-                    next(self.numbers), request_id, index, list(prompt_token_ids), params,
-                    (seed + 0x9E3779B97F4A7C15 * 0x5851F42D * index) % 2**64, salt, ends, return_routing,
-                    None if params.grammar is None else params.grammar.matcher(),
-                ),
-                TextSoFar(self.tokenizer, params),
+        first, *others = self.requests[request_id] = [
+            Request(
+                next(self.numbers), request_id, index, list(prompt_token_ids), params,
+                (seed + 0x9E3779B97F4A7C15 * 0x5851F42D * index) % 2**64, salt, ends, TextSoFar(self.tokenizer, params),
+                return_routing, None if params.grammar is None else params.grammar.copy(),
             )
             for index in range(params.n)
         ]  # fmt: skip
-        self.by_id[request_id] = each
-        each[0].siblings = each[1:]
-        self.start(each[0])
-
-    def start(self, running: Running) -> None:
-        """Hands a continuation to the scheduler."""
-        self.running[running.request.number] = running
-        self.scheduler.waiting.append(running.request)
+        first.siblings = others
+        self.scheduler.waiting.append(first)
 
     def check_prompt(self, tokens: Sequence[int], params: SamplingParams) -> None:
-        """`UserError` for what cannot be continued."""
+        """Raises `UserError` for a prompt that cannot be continued."""
         vocab_size = self.model.config.vocab_size
         if not tokens:
             raise UserError("the prompt is empty: give it at least one token, such as the beginning-of-sentence token")
@@ -187,15 +171,14 @@ class Engine:
             )
 
     def abort(self, request_id: str) -> None:
-        """Forgets a request, whatever became of it; nothing more is heard of it."""
-        for running in self.by_id.pop(request_id, []):
-            self.running.pop(running.request.number, None)
-            self.scheduler.remove(running.request)
+        """Drops a request in any state, also one that has ended; there are no more deltas of it."""
+        for request in self.requests.pop(request_id, []):
+            self.scheduler.remove(request)
 
     def weights_changed(self) -> None:
-        """To be called when the model's weights were changed in place: nothing computed with the old ones is used any more.
+        """To be called after the model's weights were changed in place: drops recordings and cached prefixes.
 
-        Requests that are running keep what they have read.
+        Running requests keep their cache.
         """
         self.runner.passes.forget()
         for number in list(self.scheduler.pool.known.values()):
@@ -204,124 +187,102 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether `step` has something to do."""
-        return bool(self.by_id)
+        return bool(self.requests)
 
     def step(self) -> list[Delta]:
-        """Schedule, run, publish: one pass of the model. Empty when there is nothing to say yet."""
+        """Schedules, runs and publishes one pass. Empty when it gives no tokens."""
         plan = self.scheduler.plan()
         if plan is None:
             return []
         works = {work.sequence: work for work in plan.works}
         self.counts.tokens_read += sum(len(work.tokens) for work in plan.works)
+        running = self.scheduler.running
         deltas = [
-            self.publish(self.running[found.sequence], works[found.sequence], found) for found in self.runner.run(plan)
+            self.publish(running[found.sequence], works[found.sequence], found) for found in self.runner.run(plan)
         ]
         return [delta for delta in deltas if delta is not None]
 
-    def publish(self, running: Running, work: Work, found: Found) -> Delta | None:
-        """Takes over what a pass found for one continuation."""
-        request = running.request
-        # After a preemption, what was scored before is scored again.
+    def publish(self, request: Request, work: Work, found: Found) -> Delta | None:
+        """Applies a pass's results to one continuation."""
+        # After a preemption, the prompt is scored again.
         request.scores += found.scores[max(len(request.scores) - work.start, 0) :]
-        self.count_drafts(work, found)
         if work.choice is None:
             self.scheduler.advance(request, work, found)
             return None
+        self.count_drafts(work.choice.drafts, max(len(found.tokens) - 1, 0))
         delta = Delta(
             request.request_id, request.index, "", [], num_cached_tokens=request.cached or 0, admitted=request.admitted
         )
-        fault = "the logits are not finite" if found.failed else request.matcher.failed if request.matcher else ""
-        for token in [] if fault else found.tokens:
-            request.tokens.append(token)
-            delta.token_ids.append(token)
-            self.read(running, token, delta)
+        if not request.generated and request.params.prompt_logprobs is not None:
+            delta.prompt_logprobs = [None, *request.scores]
+        fault = "the logits are not finite" if found.failed else request.grammar.failed if request.grammar else ""
+        if fault:
+            delta.finish_reason, delta.stop_reason = "abort", fault
+        for token in found.tokens:
             if delta.finish_reason is not None:
                 break
+            request.tokens.append(token)
+            delta.token_ids.append(token)
+            self.read(request, token, delta)
         told = len(delta.token_ids)
         self.counts.generation_tokens += told
         delta.logprobs = None if request.params.logprobs is None else found.logprobs[:told]
         delta.routing = found.routing[:told] if request.routing else None
-        if fault:
-            delta.finish_reason, delta.stop_reason = "abort", fault
         self.scheduler.advance(request, work, found)
-        if request.matcher is not None and delta.finish_reason is None:
-            request.drafts = request.matcher.right(request.drafts)
-        if not running.started:
-            running.started = True
-            if request.params.prompt_logprobs is not None:
-                delta.prompt_logprobs = [None, *request.scores]
-            for sibling in running.siblings:
-                self.start(sibling)
+        if request.grammar is not None and delta.finish_reason is None:
+            request.drafts = request.grammar.right(request.drafts)
+        self.scheduler.waiting += request.siblings
+        request.siblings = []
         if delta.finish_reason is not None:
-            self.finish(running, found.failed)
+            self.scheduler.remove(request, found.failed)
+            self.requests[request.request_id].remove(request)
+            if not self.requests[request.request_id]:
+                del self.requests[request.request_id]
         return delta
 
-    def read(self, running: Running, token: int, delta: Delta) -> None:
-        """One more token of a continuation: its text, and whether it ends."""
-        request, params = running.request, running.request.params
+    def read(self, request: Request, token: int, delta: Delta) -> None:
+        """Adds one token's text to a delta, and whether the continuation ends."""
+        params, text = request.params, request.text
         search = request.generated >= params.min_tokens
         if search and token in request.ends:
             delta.finish_reason = "stop"
             delta.stop_reason = token if token in params.stop_token_ids else None
-            delta.text += running.text.flush()
+            delta.text += text.flush()
             return
-        delta.text += running.text.push(token, search)
-        if request.matcher is not None:
-            request.matcher.accept(token)
-        if running.text.stopped is not None:
-            delta.finish_reason, delta.stop_reason = "stop", running.text.stopped
-        elif request.matcher is not None and request.matcher.ended:
+        delta.text += text.push(token, search)
+        if request.grammar is not None:
+            request.grammar.accept(token)
+        if text.stopped is not None:
+            delta.finish_reason, delta.stop_reason = "stop", text.stopped
+        elif request.grammar is not None and request.grammar.ended:
             delta.finish_reason = "stop"
-            delta.text += running.text.flush()
+            delta.text += text.flush()
         elif request.generated == params.max_tokens:
-            delta.text += running.text.flush()
-            stopped = running.text.stopped
-            delta.finish_reason, delta.stop_reason = ("length" if stopped is None else "stop"), stopped
+            delta.text += text.flush()
+            delta.finish_reason, delta.stop_reason = ("length" if text.stopped is None else "stop"), text.stopped
 
-    def finish(self, running: Running, spoilt: bool) -> None:
-        """A continuation has ended; what it read stays in the cache until its blocks are needed."""
-        request = running.request
-        self.scheduler.remove(request, spoilt)
-        del self.running[request.number]
-        self.by_id[request.request_id].remove(running)
-        if not self.by_id[request.request_id]:
-            del self.by_id[request.request_id]
-
-    def count_drafts(self, work: Work, found: Found) -> None:
-        """For the statistics."""
-        if work.choice is None or not work.choice.drafts:
-            return
-        accepted = max(len(found.tokens) - 1, 0)
-        counts = self.counts
-        counts.drafts += 1
-        counts.draft_tokens += work.choice.drafts
-        counts.accepted_tokens += accepted
-        counts.accepted_per_position = tuple(
-            number + (k < accepted) for k, number in enumerate(counts.accepted_per_position)
+    def count_drafts(self, drafts: int, accepted: int) -> None:
+        """Updates the statistics."""
+        self.counts.drafts += drafts > 0
+        self.counts.draft_tokens += drafts
+        self.counts.accepted_per_position = tuple(
+            number + (k < accepted) for k, number in enumerate(self.counts.accepted_per_position)
         )
 
     def stats(self) -> EngineStats:
         """A snapshot."""
         scheduler = self.scheduler
-        waiting = len(scheduler.waiting) + sum(
-            not each.started and bool(each.siblings) for each in self.running.values()
-        )
-        return EngineStats(
-            **{
-                **vars(self.counts),
-                "running": len(scheduler.running),
-                "waiting": waiting,
-                "kv_cache_usage": scheduler.pool.usage,
-                "prompt_tokens": scheduler.queries,
-                "prefix_cache_queries": scheduler.queries if self.config.prefix_caching else 0,
-                "prefix_cache_hits": scheduler.hits,
-                "preemptions": scheduler.preemptions,
-            }
-        )
+        return replace(
+            self.counts, running=len(scheduler.running),
+            waiting=sum(map(len, self.requests.values())) - len(scheduler.running),
+            kv_cache_usage=scheduler.pool.usage, prompt_tokens=scheduler.queries,
+            prefix_cache_queries=scheduler.queries if self.config.prefix_caching else 0,
+            prefix_cache_hits=scheduler.hits, preemptions=scheduler.preemptions,
+        )  # fmt: skip
 
 
 def continuations(engine: Engine, prompts: Sequence[list[int]], params: SamplingParams) -> list[list[int]]:
-    """The tokens behind each prompt."""
+    """The tokens that continue each prompt."""
     tokens: list[list[int]] = [[] for _ in prompts]
     for number, prompt in enumerate(prompts):
         engine.add(str(number), prompt, params)
@@ -332,25 +293,27 @@ def continuations(engine: Engine, prompts: Sequence[list[int]], params: Sampling
 
 
 def check(model: DeepSeekV3, config: EngineConfig) -> None:
-    """`UserError` for sizes that do not go together."""
+    """Raises `UserError` for sizes that are out of range, or that this model does not allow."""
     if config.num_speculative_tokens and not model.mtp:
         raise UserError(
             "the model has no MTP modules (num_nextn_predict_layers = 0), so nothing drafts: num_speculative_tokens = 0"
         )
-    for name in ("max_num_seqs", "max_num_batched_tokens"):
-        if getattr(config, name) < 1:
-            raise UserError(f"{name} = {getattr(config, name)}: expected 1 or more")
+    for name, right, expected in (
+        ("max_num_seqs", config.max_num_seqs >= 1, "1 or more"),
+        ("max_num_batched_tokens", config.max_num_batched_tokens >= 1, "1 or more"),
+        ("num_speculative_tokens", 0 <= config.num_speculative_tokens <= 16, "0 to 16"),
+    ):
+        if not right:
+            raise UserError(f"{name} = {getattr(config, name)}: expected {expected}")
     if config.fp8_cache and model.config.kv_lora_rank % TILE:
         raise UserError(
             f"an FP8 cache has a scale for every {TILE} elements of a latent, and kv_lora_rank = {model.config.kv_lora_rank} is no "
             "multiple of that: leave fp8_cache (--fp8-cache) out"
         )
-    if not 0 <= config.num_speculative_tokens <= 16:
-        raise UserError(f"num_speculative_tokens = {config.num_speculative_tokens}: expected 0 to 16")
 
 
 def affordable(model: DeepSeekV3, config: EngineConfig, layers: int, dtype: torch.dtype) -> int:
-    """Blocks that the cache's memory holds."""
+    """The number of blocks that fit in the cache's memory."""
     device = model.lm_head.weight.device
     size = config.cache_bytes
     if size is None:

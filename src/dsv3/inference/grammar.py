@@ -1,4 +1,4 @@
-"""Grammars that a continuation has to follow, through llguidance (the extra `grammar`)."""
+"""Grammars that constrain a continuation, through llguidance (the extra `grammar`)."""
 
 import json
 import struct
@@ -13,15 +13,15 @@ from dsv3.data.tokenizer import Tokenizer
 from dsv3.errors import UserError
 
 KEPT = 64
-"""Grammars that are not compiled again when they are asked for again."""
+"""Compiled grammars kept for reuse."""
 TRIAL = "import sys, llguidance as g; g.LLMatcher(g.LLTokenizer('byte'), sys.stdin.read(), log_level=0)"
 
 
 class Grammars:
     """Compiles grammars for one tokenizer; `vocab_size` is the model's, which may be larger than the tokenizer's.
 
-    A grammar that a process of its own does not compile within `seconds` is refused: llguidance has no limit to the time that
-    patterns which have to match together take, and a thread could not be ended. Raises `UserError` without llguidance.
+    A grammar is first compiled in a process of its own, and refused if that takes longer than `seconds`: llguidance does not
+    bound the time that combined patterns take, and a thread could not be stopped. Raises `UserError` without llguidance.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, seconds: float = 5.0):
@@ -34,11 +34,11 @@ class Grammars:
 
     @cached_property
     def vocabulary(self) -> Any:
-        """The tokenizer as llguidance has it."""
+        """The tokenizer in llguidance's form."""
         return self.library.LLTokenizer(self.tokenizer.json, n_vocab=self.vocab_size, eos_token=self.tokenizer.eos_id)
 
     def json_schema(self, schema: Mapping[str, Any] | str) -> "Grammar":
-        """JSON that a schema accepts; white space as compact as usual. Raises `UserError` for a schema that is wrong or too large."""
+        """JSON that matches a schema, without free white space. Raises `UserError` for a schema that is wrong or too large."""
         text = schema if isinstance(schema, str) else json.dumps(schema)
         try:
             source = self.library.LLMatcher.grammar_from_json_schema(
@@ -49,11 +49,11 @@ class Grammars:
         return self.compiled(source)
 
     def regex(self, pattern: str) -> "Grammar":
-        """Text that a regular expression matches as a whole."""
+        """Text that a regular expression matches in full."""
         return self.compiled(self.library.LLMatcher.grammar_from_regex(pattern))
 
     def compile(self, source: str) -> "Grammar":
-        """From llguidance's own form of a grammar."""
+        """From a grammar in llguidance's own form."""
         try:
             subprocess.run(
                 [sys.executable, "-P", "-c", TRIAL], input=source.encode(), timeout=self.seconds, capture_output=True
@@ -69,24 +69,17 @@ class Grammars:
 
 
 class Grammar:
-    """One grammar, as llguidance's state at the beginning of a text; `words` are those of a mask."""
+    """One grammar and where a text stands in it, as llguidance's state; `words` are those of a mask."""
 
     def __init__(self, state: Any, words: int):
         self.state, self.words = state, words
 
-    def matcher(self) -> "Matcher":
-        """For one continuation: copied, which takes microseconds where compiling may take seconds."""
-        return Matcher(self.state.deep_copy(), self.words)
-
-
-class Matcher:
-    """Where a continuation stands in its grammar."""
-
-    def __init__(self, state: Any, words: int):
-        self.state, self.words = state, words
+    def copy(self) -> "Grammar":
+        """For another continuation: takes microseconds, where compiling may take seconds."""
+        return Grammar(self.state.deep_copy(), self.words)
 
     def masks(self, drafts: Sequence[int]) -> list[list[int]]:
-        """Which tokens may come next, and after each of these drafts, which `right` has let through: see `plan.Choice`."""
+        """Masks of the tokens allowed next, and after each of these drafts, which `right` has accepted: see `plan.Choice`."""
         masks = [self.mask()]
         for draft in drafts:
             self.state.consume_token(draft)
@@ -96,7 +89,7 @@ class Matcher:
         return masks
 
     def mask(self) -> list[int]:
-        """Which tokens may come next, 32 a word."""
+        """A bit for each token allowed next, 32 a word."""
         size = 4 * self.words
         return list(struct.unpack(f"<{self.words}I", self.state.compute_bitmask()[:size].ljust(size, b"\0")))
 
@@ -105,7 +98,7 @@ class Matcher:
         return drafts[: self.state.validate_tokens(drafts)]
 
     def accept(self, token: int) -> None:
-        """Goes on behind a token."""
+        """Advances by a token."""
         self.state.consume_token(token)
 
     @property
@@ -115,5 +108,5 @@ class Matcher:
 
     @property
     def failed(self) -> str:
-        """Why llguidance has given up, such as for a state beyond its limits; "" when it has not."""
+        """Why llguidance gave up, such as a state beyond its limits; "" if it did not."""
         return str(self.state.get_error()).partition("\n")[0]

@@ -16,7 +16,7 @@ from dsv3.model.transformer import DeepSeekV3
 from dsv3.weights.opening import load_model
 
 Prompt = str | Sequence[int]
-"""A text, in front of which a beginning-of-sentence token is put, or token ids as they are."""
+"""A text, which gets a beginning-of-sentence token in front, or token ids as they are."""
 
 
 @dataclass
@@ -26,18 +26,18 @@ class CompletionOutput:
     index: int
     text: str = ""
     token_ids: list[int] = field(default_factory=list, repr=False)
-    """The token that ended it included."""
+    """Including the token that ended it."""
     logprobs: list[TokenLogprobs] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
 
     @property
     def cumulative_logprob(self) -> float | None:
-        """The sum over the tokens, where asked for."""
+        """The sum over the tokens, if logprobs were asked for."""
         return None if self.logprobs is None else sum(each.logprob for each in self.logprobs)
 
     def take(self, delta: Delta) -> None:
-        """Adds what one step gave."""
+        """Adds the result of one step."""
         self.text += delta.text
         self.token_ids += delta.token_ids
         if delta.logprobs is not None:
@@ -66,8 +66,8 @@ class RequestOutput:
 class LLM:
     """`LLM(path).generate(prompts, SamplingParams(...))`, as vLLM's users know it.
 
-    `path` is a training checkpoint, the directory of a run, or a Hugging Face directory. `ema`: the average of the weights that
-    a run kept, instead of its weights. `config`: the engine's sizes.
+    `path`: a training checkpoint, the directory of a run, or a Hugging Face directory. `ema`: load a run's averaged weights
+    instead. `config`: the engine's sizes.
     """
 
     def __init__(
@@ -75,24 +75,19 @@ class LLM:
         config: EngineConfig = EngineConfig(),
     ):  # fmt: skip
         model, directory = load_model(path, dtype=dtype, device=device, ema=ema)
-        self.attach(model, Tokenizer.load(directory), config, directory)
+        self.model, self.tokenizer, self.config = model.eval(), Tokenizer.load(directory), config
+        self.directory: Path | None = directory
 
     @classmethod
     def of(cls, model: DeepSeekV3, tokenizer: Tokenizer, config: EngineConfig = EngineConfig()) -> "LLM":
-        """From a model and a tokenizer at hand."""
+        """From a model and a tokenizer in memory."""
         llm = cls.__new__(cls)
-        llm.attach(model, tokenizer, config)
+        llm.model, llm.tokenizer, llm.config, llm.directory = model.eval(), tokenizer, config, None
         return llm
-
-    def attach(
-        self, model: DeepSeekV3, tokenizer: Tokenizer, config: EngineConfig, directory: Path | None = None
-    ) -> None:
-        """Takes a model and its tokenizer, and where a chat template may lie."""
-        self.model, self.tokenizer, self.config, self.directory = model.eval(), tokenizer, config, directory
 
     @cached_property
     def engine(self) -> Engine:
-        """Made at the first use, with its cache."""
+        """Created at the first use, with its cache."""
         return Engine(self.model, self.tokenizer, self.config)
 
     @cached_property
@@ -106,7 +101,7 @@ class LLM:
         self, prompts: str | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] = SamplingParams(),
     ) -> list[RequestOutput]:  # fmt: skip
-        """Continues all prompts together, each with its own params where several are given."""
+        """Continues all prompts together, with params for all or one for each."""
         prompts = [prompts] if isinstance(prompts, str) else prompts
         each = (
             [sampling_params] * len(prompts) if isinstance(sampling_params, SamplingParams) else list(sampling_params)
@@ -136,7 +131,7 @@ class LLM:
         """Answers one conversation, or several together.
 
         `tools`: functions in OpenAI's form that all of them may call. `chat_template`: jinja2, instead of the checkpoint's own.
-        The text is as the model wrote it, with the markup of thoughts and calls.
+        The text is as the model wrote it, including the markup of reasoning and calls.
         """
         template = self.template if chat_template is None else ChatTemplate(chat_template, self.tokenizer)
         several: Any = [messages] if messages and isinstance(messages[0], Mapping) else messages
@@ -144,15 +139,15 @@ class LLM:
         return self.generate(prompts, sampling_params)
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams = SamplingParams()) -> Iterator[Delta]:
-        """Yields what each step adds to a continuation of one prompt; texts are of whole characters.
+        """Yields what each step adds to the continuations of one prompt; texts end with whole characters.
 
-        Whoever stops reading before the end closes the iterator, or lets go of it.
+        To stop before the end, close the iterator or drop it.
         """
         yield from self.deltas([self.ids(prompt)], [sampling_params])
 
     def deltas(self, prompts: Sequence[list[int]], params: Sequence[SamplingParams]) -> Iterator[Delta]:
-        """What each step adds to the continuations of all prompts, whose numbers are the requests' names."""
-        if self.engine.by_id:
+        """What each step adds to the continuations of all prompts; a request's id is its prompt's index."""
+        if self.engine.requests:
             raise UserError("another stream of this LLM is not at its end: read on, or close it")
         try:
             for number, (ids, own) in enumerate(zip(prompts, params, strict=True)):
@@ -164,7 +159,7 @@ class LLM:
                 self.engine.abort(str(number))
 
     def ids(self, prompt: Prompt) -> list[int]:
-        """Its tokens."""
+        """The prompt's tokens."""
         if isinstance(prompt, str):
             return [self.tokenizer.bos_id, *self.tokenizer.encode(prompt)]
         return list(prompt)

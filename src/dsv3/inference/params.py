@@ -17,30 +17,30 @@ class SamplingParams:
     temperature: float = 1.0
     """0 takes the most likely token."""
     top_p: float = 1.0
-    """Sampling is among the fewest most likely tokens whose probabilities reach this sum."""
+    """Samples from the smallest set of most likely tokens whose probabilities sum up to this."""
     top_k: int = 0
-    """Sampling is among so many most likely tokens; 0 or -1 is all."""
+    """Samples from so many most likely tokens; 0 or -1: from all."""
     min_p: float = 0.0
-    """Tokens whose probability is below this share of the largest are left out."""
+    """Leaves out tokens whose probability is below this share of the largest."""
     max_tokens: int = 128
     min_tokens: int = 0
-    """Neither a token nor a stop text ends a continuation before it has so many tokens."""
+    """No token or stop text ends a continuation before it has so many tokens."""
     stop: Sequence[str] = ()
     """Texts (or one text) that end the continuation; they are not part of it."""
     stop_token_ids: Sequence[int] = ()
-    """Tokens that end the continuation, beside the end-of-sentence token."""
+    """Tokens that end the continuation, besides the end-of-sentence token."""
     seed: int | None = None
-    """Repeats a continuation, whatever else is computed beside it; None draws a new one each time."""
+    """Makes a continuation reproducible, whatever else is in the batch; None: drawn at random."""
     logprobs: int | None = None
-    """Of each token, the logarithm of its probability before temperature and penalties, and those of so many likeliest."""
+    """Returns each token's logprob before temperature and penalties, and those of so many likeliest."""
     prompt_logprobs: int | None = None
-    """The same of the prompt's tokens."""
+    """The same for the prompt's tokens."""
     repetition_penalty: float = 1.0
     """Divides positive logits of tokens that occurred, in the prompt too, and multiplies negative ones (Keskar et al. 2019)."""
     presence_penalty: float = 0.0
-    """Taken from the logits of tokens that were generated."""
+    """Subtracted from the logits of tokens that were generated."""
     frequency_penalty: float = 0.0
-    """Taken from the logits of tokens for each time that they were generated."""
+    """Subtracted from a token's logit each time that it was generated."""
     logit_bias: Mapping[int, float] | None = None
     """Added to the logits of these tokens."""
     ignore_eos: bool = False
@@ -48,7 +48,7 @@ class SamplingParams:
     skip_special_tokens: bool = True
     """Whether special tokens are left out of the text."""
     grammar: Grammar | None = field(default=None, compare=False)
-    """What the text has to follow."""
+    """What the text has to match."""
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -77,5 +77,5 @@ class SamplingParams:
 
     @property
     def penalised(self) -> bool:
-        """Whether logits depend on the tokens before."""
+        """Whether logits depend on the tokens so far."""
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)

@@ -1,4 +1,4 @@
-"""The passes of a model over a cache. Those of decoding come again and again in few shapes: they are recorded and replayed.
+"""Forward passes of a model over a cache. Those of decoding repeat in few shapes: they are recorded and replayed.
 
 Legend: F tokens of the pass, D hidden, N rows of logits, V vocabulary.
 """
@@ -17,21 +17,21 @@ from dsv3.inference.recording import Function, Layouts, Recording, pays
 from dsv3.model.attention import Absorbed
 from dsv3.model.block import Block, Pass
 from dsv3.model.mtp import MultiTokenPrediction
-from dsv3.model.rope import Rope
+from dsv3.model.rope import rotations
 from dsv3.model.transformer import DeepSeekV3
 
 STEADY = 4
-"""Passes of one shape after which it is likely to come often enough: a recording takes about as long as four."""
+"""Passes of one shape before it is recorded: recording takes about as long as four passes."""
 
 
 class Graph:
-    """A CUDA graph: as `Recording`."""
+    """`Recording` for a GPU: a CUDA graph."""
 
     def __init__(self, function: Function, inputs: Sequence[Tensor]):
         self.inputs = [each.clone() for each in inputs]
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):  # kernels are compiled and libraries make room outside the graph
+        with torch.cuda.stream(aside):  # compiles kernels and allocates workspaces outside the graph
             function(*self.inputs)
         torch.cuda.current_stream().wait_stream(aside)
         self.graph = torch.cuda.CUDAGraph()
@@ -47,7 +47,7 @@ class Graph:
 
 
 class Passes:
-    """What the runner computes with; `graphs`: whether passes on a GPU become CUDA graphs."""
+    """A model's passes; `graphs`: whether those of decoding on a GPU become CUDA graphs."""
 
     def __init__(self, model: DeepSeekV3, cache: PagedCache, graphs: bool):
         self.model, self.cache, self.graphs = model, cache, graphs
@@ -72,11 +72,11 @@ class Passes:
     def draft(
         self, module: MultiTokenPrediction, batch: Batch, hidden_FD: Tensor, token_F: Tensor, row_N: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """One MTP module on states and the tokens further on: (its states [F, D], the most likely tokens behind these rows [N])."""
+        """One MTP module on hidden states and their next tokens: (its hidden states [F, D], the most likely tokens after these rows [N])."""
 
         def read(batch: Batch, hidden_FD: Tensor, token_F: Tensor, row_N: Tensor) -> tuple[Tensor, ...]:
             self.cache.begin(batch)
-            shared = Pass(Rope.at(self.model.config, batch.position_F[None]), None, self.cache)
+            shared = Pass(rotations(self.model.config, batch.position_F[None]), None, self.cache)
             out_FD = module(hidden_FD[None], self.model.embed(token_F[None]), shared)[0][0]
             return out_FD, self.model.head(out_FD.index_select(0, row_N)).argmax(-1)
 
@@ -91,16 +91,15 @@ class Passes:
         batch: Batch,
         *inputs: Tensor,
     ) -> tuple[Tensor, ...]:
-        """`function(batch, *inputs)`, a pass through these blocks; replayed if passes of its shape come often."""
+        """`function(batch, *inputs)`, a pass through these blocks; recorded and replayed if its shape repeats."""
         if not batch.uniform or not self.replays(len(batch.token_F)):
             return function(batch, *inputs)
-        beside = self.cache.lay_side_by_side([block.name for block in blocks], batch)
-        batch = replace(batch, beside=beside)
-        [part] = batch.parts
-        assert isinstance(part, Absorbed)
+        gathered = self.cache.gather([block.name for block in blocks], batch)
+        batch = replace(batch, gathered=gathered)
+        part = batch.only
         tensors = batch.token_F, batch.position_F, batch.slot_F, part.table, part.lengths, *inputs
-        # Storing in pages alone depends on how many tokens are none.
-        key = kind, batch.uniform, beside or len(batch.works), *(each.shape for each in tensors)
+        # Without a gathered copy, storing depends on how many tokens are padding.
+        key = kind, batch.uniform, gathered or len(batch.works), *(each.shape for each in tensors)
         self.seen[key] += 1
         if key not in self.recorded:
             if self.seen[key] < STEADY:
@@ -117,25 +116,23 @@ class Passes:
         return self.recorded[key](*tensors)
 
     def forget(self) -> None:
-        """Drops all recordings, for they hold weights in layouts of their own."""
+        """Drops all recordings: they hold copies of the weights."""
         self.recorded.clear()
         self.layouts.clear()
 
     def replays(self, rows: int) -> bool:
         """Whether passes of so many rows may be recorded."""
         if rows not in self.worth:
-            # On a CPU, attention over packed pages looks into tensors.
-            packed = any(each.dtype == torch.uint8 for each in self.cache.held.values())
-            on_gpu = self.model.lm_head.weight.is_cuda
-            self.worth[rows] = (
-                self.graphs and not counted_on_the_host(self.model) if on_gpu else not packed and pays(self.model, rows)
-            )
+            if self.model.lm_head.weight.is_cuda:
+                self.worth[rows] = self.graphs and not counted_on_the_host(self.model)
+            else:  # attention over packed pages reads tensors' values in Python there
+                self.worth[rows] = self.cache.dtype != torch.uint8 and pays(self.model, rows)
         return self.worth[rows]
 
 
 @torch.inference_mode()
 def counted_on_the_host(model: DeepSeekV3) -> bool:
-    """Whether a GPU's passes wait for how many rows experts have: in FP32, and where weights in FP8 are multiplied out."""
+    """Whether passes on a GPU wait for the experts' row counts: in FP32, and where FP8 weights are dequantised."""
     head = model.lm_head.weight
     x = head.new_empty(1, model.config.hidden_size, dtype=model.compute_dtype or head.dtype)
     experts = [block.moe.experts for block in model.blocks() if block.moe is not None]

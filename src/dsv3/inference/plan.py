@@ -1,24 +1,22 @@
-"""What one pass is to compute, and what it found: plain data, all that goes to the runner and comes back.
+"""What a pass computes, and its results: plain data, all that goes to the runner and comes back.
 
-Nothing but numbers, texts, lists and dicts with names as keys, so that a plan can be sent as JSON or msgpack to several ranks,
-which then cannot disagree about what they run.
+Nothing but numbers, texts and lists, so that a plan can be sent to several ranks as JSON (`pydantic.TypeAdapter(Plan)` reads and
+writes it), which then cannot disagree about what they run.
 """
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
 class Choice:
-    """How the token behind each of the last 1 + `drafts` tokens of a work is chosen."""
+    """How to choose the token after each of the last 1 + `drafts` tokens of a work."""
 
     drafts: int
-    """The last tokens of the work that are guesses."""
+    """How many of the work's tokens, its last, are guesses."""
     step: int
-    """Tokens generated before the first that is chosen here."""
+    """Tokens generated before the first one chosen here."""
     seed: int
-    """With the step, it decides the random number of every choice."""
+    """With the step, it determines the random number of every choice."""
     temperature: float
     top_p: float = 1.0
     top_k: int = 0
@@ -29,34 +27,34 @@ class Choice:
     bias: list[tuple[int, float]] = field(default_factory=list)
     """(token, what is added to its logit)."""
     banned: list[int] = field(default_factory=list)
-    """Tokens that may not come before step `banned_until`."""
+    """Tokens that may not be chosen before step `banned_until`."""
     banned_until: int = 0
     prompt: list[int] = field(default_factory=list)
     output: list[int] = field(default_factory=list)
-    """With penalties alone: the tokens of prompt and continuation, drafts excluded."""
+    """Only with penalties: the tokens of prompt and continuation, without drafts."""
     masks: list[list[int]] = field(default_factory=list)
-    """With a grammar alone: for each choice the tokens it allows, 32 a word, the first in the lowest bit."""
+    """Only with a grammar: for each choice a bit mask of the allowed tokens, 32 a word, the first in the lowest bit."""
     logprobs: int | None = None
 
 
 @dataclass(frozen=True)
 class Work:
-    """Tokens of one sequence that are read in this pass."""
+    """Tokens of one sequence to be read in a pass."""
 
     sequence: int
     tokens: list[int]
     start: int
-    """Position of the first; what lies before is in the cache."""
+    """Position of the first; all before it are in the cache."""
     blocks: list[int]
-    """The sequence's cache blocks, from position 0, with room for the tokens and for drafts behind them."""
+    """The sequence's cache blocks from position 0, with room for these tokens and for drafts after them."""
     following: list[int] = field(default_factory=list)
-    """The tokens known to come behind, as far as MTP modules look ahead."""
+    """The next tokens where they are known, as many as MTP modules look ahead."""
     choice: Choice | None = None
     """None in the middle of a prompt."""
     scored: int | None = None
-    """Whether the prompt's tokens behind those of the work are scored, and how many likelier ones are told."""
+    """Asks for the logprobs of the prompt tokens after each of these, with so many of the likeliest; None: for none."""
     routing: bool = False
-    """Whether the experts chosen are told."""
+    """Whether to return the experts chosen."""
 
 
 @dataclass(frozen=True)
@@ -65,50 +63,35 @@ class Plan:
 
     works: list[Work]
     drafts: int = 0
-    """Tokens to guess behind each token that is chosen."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain data."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "Plan":
-        """The inverse of `to_dict`, also after JSON, which has no tuples."""
-        works = [Work(**{**work, "choice": choice_of(work["choice"])}) for work in data["works"]]
-        return cls(works, data["drafts"])
-
-
-def choice_of(data: Mapping[str, Any] | None) -> Choice | None:
-    """From plain data."""
-    return None if data is None else Choice(**{**data, "bias": [(token, value) for token, value in data["bias"]]})
+    """Tokens to guess after each chosen token."""
 
 
 @dataclass
 class TokenLogprobs:
-    """How likely a token was, by the model itself: before temperature, penalties and grammar."""
+    """How likely a token was by the model itself: before temperature, penalties and grammar."""
 
     token_id: int
     logprob: float
     rank: int
     """1 is the most likely."""
     top: dict[int, float]
-    """The likeliest tokens' logarithms, the most likely first."""
+    """Logprobs of the likeliest tokens, the most likely first."""
 
 
 @dataclass
 class Found:
-    """What a pass found out about one work."""
+    """The results of one work."""
 
     sequence: int
     tokens: list[int] = field(default_factory=list)
-    """The drafts that are right, and one token more; none in the middle of a prompt."""
+    """The accepted drafts and one token more; none in the middle of a prompt."""
     drafts: list[int] = field(default_factory=list)
-    """Guesses of what comes behind."""
+    """Guesses of the next tokens."""
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     """Of `tokens`, where asked for."""
     scores: list[TokenLogprobs] = field(default_factory=list)
-    """Of the prompt's tokens behind those of the work, where asked for."""
+    """Of the prompt's tokens after those of the work, where asked for."""
     routing: list[list[list[int]]] = field(default_factory=list)
-    """Where asked for: the experts that the token in front of each of `tokens` chose, by MoE block."""
+    """Where asked for: for each of `tokens`, by MoE block, the experts that the token before it chose."""
     failed: bool = False
     """The logits are not finite."""

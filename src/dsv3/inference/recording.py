@@ -1,9 +1,9 @@
-"""A pass that comes again and again, on the CPU: recorded once and replayed; what a CUDA graph is to a GPU.
+"""A repeated pass on the CPU, recorded once and replayed: what a CUDA graph is on a GPU.
 
-In a small model's pass over one token a sequence, most of the time goes into the Python between the operations and into
-views. A recording is made by running the model itself, so that nothing is defined twice: the list of operations that it
-ran, with the tensors that they read and wrote. To replay it is to run them again on the same memory. What depends on the
-weights alone is not run again, and views need not be. The pass in Python is the reference twin.
+When a small model decodes, most of the time goes into the Python between the operations and into views. A recording is
+made by running the model itself, so that nothing is defined twice: it is the list of operations that were run, with the
+tensors that they read and wrote. Replaying it runs them again on the same memory, except views and what depends on
+weights alone. The pass in Python is the reference twin.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -20,14 +20,14 @@ from dsv3.model.feed_forward import LocalDispatcher, every_expert
 from dsv3.model.transformer import DeepSeekV3
 
 MOST_PARAMETERS = 2**24
-"""In larger models the products take most of the time, and a recording would hold copies of their weights."""
+"""Larger models spend most of the time in matrix products, and a recording would hold copies of their weights."""
 Function = Callable[..., tuple[Tensor, ...]]
 
 
 def pays(model: DeepSeekV3, rows: int) -> bool:
     """Whether to record passes of so many rows.
 
-    What Python decides by looking into tensors cannot be recorded: which experts have rows, unless all get all tokens.
+    What Python decides from tensors' values cannot be recorded: which experts have rows, unless all get all tokens.
     """
     config = model.config
     if not every_expert(rows, config.hidden_size, config.n_routed_experts, config.num_experts_per_tok):
@@ -38,11 +38,11 @@ def pays(model: DeepSeekV3, rows: int) -> bool:
 
 
 Layouts = dict[Any, tuple[Tensor, Tensor]]
-"""Weights, and the same as products with a few rows read them, for all recordings to share: by what names their memory."""
+"""Weights, each with its copy from `row_by_row`, which all recordings share; the key identifies the weight's memory."""
 
 
 class Recording:
-    """`recording(*inputs)` is `function(*inputs)` for inputs of these shapes; the next call overwrites what it gives."""
+    """`recording(*inputs)` is `function(*inputs)` for inputs of these shapes."""
 
     def __init__(self, function: Function, inputs: Sequence[Tensor], layouts: Layouts):
         self.inputs = [each.clone() for each in inputs]
@@ -61,7 +61,7 @@ class Recording:
 
 @dataclass(frozen=True)
 class Call:
-    """A function of torch that was called. Its tensors are held, so that no two of them ever had the same memory."""
+    """A call of a torch function. Its tensors are kept alive, so that no memory is used twice."""
 
     function: Callable[..., Any]
     args: tuple[Any, ...]
@@ -71,7 +71,7 @@ class Call:
     read: set[int]
     """The memory of its arguments."""
     written: set[int]
-    """The memory that it wrote to; none if it made a view, or something else than tensors."""
+    """The memory that it wrote to; none if it made a view, or no tensor."""
 
     @property
     def name(self) -> str:
@@ -80,7 +80,7 @@ class Call:
 
 
 class Recorder(TorchFunctionMode):
-    """Lists the calls that are made under it."""
+    """Lists the calls made while it is active."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class Recorder(TorchFunctionMode):
         name, result = function.__name__, function(*args, **kwargs)
         if name == "__get__" and not isinstance(result, Tensor):  # a shape, a dtype
             return result
-        # Torch ends the names of what writes to its first argument and returns it with an underscore.
+        # Names of functions that write to their first argument and return it end with an underscore.
         in_place = name == "__setitem__" or "out" in kwargs or (name.endswith("_") and result is args[0])
         read = memory((*args, *kwargs.values()))
         written = memory((args[0], kwargs.get("out"))) if in_place else memory((result,)) - read
@@ -100,15 +100,15 @@ class Recorder(TorchFunctionMode):
 
 
 READS = ("tolist", "item", "__bool__", "__int__", "__float__", "__index__")
-"""Through these Python sees the values of tensors."""
+"""How Python reads tensors' values."""
 Step = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 
 
 def program(calls: list[Call], inputs: list[Tensor], layouts: Layouts) -> list[Step]:
-    """The calls that have to be made again when the inputs have changed, each writing to where its result was.
+    """The calls to repeat when the inputs have changed, each writing its result where it was.
 
     Memory changes if it is an input, is written to in place, or is computed from what changes. Raises `RunError` if
-    Python looked into such memory, for what it decided then would stay.
+    Python read such memory: what it decided then might be wrong in the next pass.
     """
     changing = memory(inputs).union(*(call.written for call in calls if call.in_place))
     steps = []
@@ -137,7 +137,7 @@ def step(call: Call, changing: set[int], layouts: Layouts) -> Step:
 
 
 def leaner(call: Call, changing: set[int], layouts: Layouts) -> Step:
-    """A call that gives the same, told where to write, and not of a method, which could not be."""
+    """An equivalent call that takes `out`, which methods do not, and avoids temporaries."""
     function, args, result = call.function, call.args, call.result
     constant = len(args) > 1 and isinstance(args[1], Tensor) and memory(args[1:2]).isdisjoint(changing)
     if call.name == "linear" and args[0].is_contiguous():
@@ -159,12 +159,12 @@ def leaner(call: Call, changing: set[int], layouts: Layouts) -> Step:
 
 
 def copied(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor) -> None:
-    """Calls a function that cannot be told where to write."""
+    """Calls a function that takes no `out`."""
     result.copy_(function(*args, **kwargs))
 
 
 def row_by_row(weight: Tensor, layouts: Layouts) -> Tensor:
-    """A weight [..., in, out] with its outputs side by side in memory: the product with a few rows takes two thirds of the time."""
+    """A weight [..., in, out] copied to be contiguous in its outputs: the product with a few rows takes two thirds of the time."""
     key = weight.data_ptr(), weight.shape, weight.stride()
     if key not in layouts:
         layouts[key] = weight, weight.contiguous()
@@ -172,7 +172,7 @@ def row_by_row(weight: Tensor, layouts: Layouts) -> Tensor:
 
 
 def memory(values: Iterable[Any]) -> set[int]:
-    """Where the tensors among the values, and in lists of them, are kept."""
+    """The storage addresses of the tensors among the values, and in lists among them."""
     found = set()
     for value in values:
         if isinstance(value, Tensor):

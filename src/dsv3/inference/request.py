@@ -3,17 +3,18 @@
 from dataclasses import dataclass, field
 
 from dsv3.inference.blocks import Key, key_after, root_key
-from dsv3.inference.grammar import Matcher
+from dsv3.inference.grammar import Grammar
 from dsv3.inference.params import SamplingParams
 from dsv3.inference.plan import Choice, TokenLogprobs, Work
+from dsv3.inference.text import TextSoFar
 
 
 @dataclass(eq=False)
 class Request:
-    """What the scheduler and the engine know of one continuation. `tokens` is the prompt and what was generated."""
+    """The state of one continuation. `tokens`: the prompt and what was generated."""
 
     number: int
-    """Its own, among all of an engine."""
+    """Unique in an engine."""
     request_id: str
     index: int
     """Among the continuations of one prompt."""
@@ -23,33 +24,36 @@ class Request:
     salt: str
     ends: frozenset[int]
     """Tokens that end it."""
+    text: TextSoFar
     routing: bool = False
-    matcher: Matcher | None = None
-    prompt_length: int = 0
+    grammar: Grammar | None = None
+    siblings: "list[Request]" = field(default_factory=list)
+    """Continuations of the same prompt, which wait for this one to bring it into the cache."""
+    prompt_length: int = field(init=False)
     computed: int = 0
-    """Tokens from the first on that are in the cache."""
+    """How many of the first tokens are in the cache."""
     cached: int | None = None
-    """How many of the prompt's were there when it was first admitted."""
+    """How many were there when it was first admitted."""
     admitted: float = 0.0
     """When that was, by `time.perf_counter`."""
     blocks: list[int] = field(default_factory=list)
     keys: list[Key] = field(default_factory=list)
-    """Of the full blocks of its tokens, as far as they were asked for."""
+    """Of its full blocks, as far as computed."""
     drafts: list[int] = field(default_factory=list)
     scores: list[TokenLogprobs] = field(default_factory=list)
-    """Of the prompt from its second token on, where asked for."""
+    """Of the prompt's tokens from the second on, where asked for."""
 
     def __post_init__(self) -> None:
         self.prompt_length = len(self.tokens)
 
     @property
     def generated(self) -> int:
-        """Tokens."""
+        """How many tokens."""
         return len(self.tokens) - self.prompt_length
 
     @property
     def unscored(self) -> bool:
-        """Whether tokens of the prompt are still to be scored, for which they have to be read."""
+        """Whether prompt tokens are still to be scored, for which they have to be read."""
         return self.params.prompt_logprobs is not None and len(self.scores) < self.prompt_length - 1
 
     def key(self, block: int, size: int) -> Key:
@@ -61,7 +65,7 @@ class Request:
         return self.keys[block]
 
     def work(self, count: int, ahead: int) -> Work:
-        """The next `count` tokens, drafts among them, with those up to `ahead` behind them, one at least, as far as they are known."""
+        """The next `count` tokens, drafts included; `ahead`: how many known tokens after them to include, one at least."""
         start, end = self.computed, self.computed + count
         known = len(self.tokens)
         choice = self.choice(end - known) if end >= known else None
@@ -77,12 +81,11 @@ class Request:
         )
 
     def choice(self, drafts: int) -> Choice:
-        """How the tokens behind the last known one and behind so many drafts are chosen."""
-        params, step = self.params, self.generated
-        bounded = step < params.min_tokens
+        """How to choose the tokens after the last known one and after each of so many drafts."""
+        params = self.params
         return Choice(
             drafts=drafts,
-            step=step,
+            step=self.generated,
             seed=self.seed,
             temperature=params.temperature,
             top_p=params.top_p,
@@ -92,10 +95,10 @@ class Request:
             presence_penalty=params.presence_penalty,
             frequency_penalty=params.frequency_penalty,
             bias=sorted((params.logit_bias or {}).items()),
-            banned=sorted(self.ends) if bounded else [],
-            banned_until=params.min_tokens if bounded else 0,
+            banned=sorted(self.ends),
+            banned_until=params.min_tokens,
             prompt=self.tokens[: self.prompt_length] if params.penalised else [],
             output=self.tokens[self.prompt_length :] if params.penalised else [],
-            masks=[] if self.matcher is None else self.matcher.masks(self.drafts[:drafts]),
+            masks=[] if self.grammar is None else self.grammar.masks(self.drafts[:drafts]),
             logprobs=params.logprobs,
         )

@@ -1,4 +1,4 @@
-"""Runs plans: a plan goes in, what it found comes out. All that it keeps is the model and the cache.
+"""Runs plans. The only state is the model and the cache.
 
 Legend: F tokens of the pass, D hidden, N rows of logits, V vocabulary.
 """
@@ -18,7 +18,7 @@ from dsv3.inference.sampler import Place, choose, logprobs
 from dsv3.model.transformer import DeepSeekV3
 
 SCORED = 256
-"""Tokens of a prompt that are scored at a time: a logit for each word of the vocabulary takes half a megabyte."""
+"""Prompt tokens scored at a time: the logits of one take half a megabyte."""
 
 
 class Runner:
@@ -30,7 +30,7 @@ class Runner:
 
     @torch.inference_mode()
     def run(self, plan: Plan) -> list[Found]:
-        """What each work of the plan found, in an order of its own."""
+        """The results of each work, in any order."""
         batch = lay_out(plan.works, self.model.config, self.device)
         rows, places = list[int](), list[Place]()
         for work, first in zip(batch.works, batch.first, strict=True):
@@ -52,7 +52,7 @@ class Runner:
     def chosen(
         self, batch: Batch, logits_NV: Tensor, tokens: Sequence[int | None], experts: Sequence[Tensor]
     ) -> list[Found]:
-        """Takes chosen tokens as far as drafts were right."""
+        """Accepts chosen tokens as far as drafts were right."""
         found, row = [], 0
         for work, first in zip(batch.works, batch.first, strict=True):
             each = Found(work.sequence)
@@ -62,8 +62,7 @@ class Runner:
             count = work.choice.drafts + 1
             accept(each, work, tokens[row : row + count])
             if work.choice.logprobs is not None:
-                own = logits_NV[row : row + len(each.tokens)]
-                each.logprobs = logprobs(own, each.tokens, [work.choice.logprobs] * len(each.tokens))
+                each.logprobs = logprobs(logits_NV[row : row + len(each.tokens)], each.tokens, work.choice.logprobs)
             if work.routing:
                 start = first + len(work.tokens) - count
                 by_block = [one[start : start + len(each.tokens)].tolist() for one in experts]
@@ -72,21 +71,21 @@ class Runner:
         return found
 
     def score(self, batch: Batch, hidden_FD: Tensor, found: Sequence[Found]) -> None:
-        """The logarithms of prompts' tokens, where asked for."""
+        """Adds the logprobs of prompts' tokens, where asked for."""
         for work, first, each in zip(batch.works, batch.first, found, strict=True):
             if work.scored is not None:
                 targets = [*work.tokens[1:], *work.following[:1]]
                 for start in range(0, len(targets), SCORED):
                     part = targets[start : start + SCORED]
                     logits_NV = self.model.head(hidden_FD[first + start : first + start + len(part)])
-                    each.scores += logprobs(logits_NV, part, [work.scored] * len(part))
+                    each.scores += logprobs(logits_NV, part, work.scored)
 
     def draft(self, batch: Batch, hidden_FD: Tensor, found: Sequence[Found], count: int) -> None:
-        """Guesses `count` tokens behind each that was chosen.
+        """Guesses the next `count` tokens after each chosen one.
 
-        MTP module k reads the tokens of the pass with those k + 1 further on, so that its part of the cache covers what the
-        main model's does; tokens that are not known yet are the drafts so far. From the last module on, the last is taken
-        again, one position further each time, for the sequences alone that go on.
+        MTP module k reads the pass's tokens together with those k + 1 positions ahead, so that its layer of the cache covers
+        the same positions as the main model's; tokens not known yet are the drafts so far. After the last module, it drafts
+        again one position further at a time, only for sequences that have drafts.
         """
         modules = list(self.model.mtp)[:count]
         going = [k for k, each in enumerate(found) if each.tokens]
@@ -118,12 +117,12 @@ class Runner:
 
 
 def drafts_of(work: Work) -> list[int]:
-    """The guesses among its tokens."""
+    """The drafts among its tokens."""
     return [] if work.choice is None else work.tokens[len(work.tokens) - work.choice.drafts :]
 
 
 def accept(found: Found, work: Work, tokens: Sequence[int | None]) -> None:
-    """Takes tokens as long as the draft before them was right."""
+    """Accepts tokens as long as the draft before them was right."""
     for token, draft in zip(tokens, [*drafts_of(work), None], strict=True):
         if token is None:
             found.failed = True
@@ -134,12 +133,12 @@ def accept(found: Found, work: Work, tokens: Sequence[int | None]) -> None:
 
 
 def kept(work: Work, found: Found) -> int:
-    """How many of the tokens of a work were right."""
+    """How many of a work's tokens stay, rejected drafts excluded."""
     return len(work.tokens) if work.choice is None else len(work.tokens) - work.choice.drafts - 1 + len(found.tokens)
 
 
 def further(work: Work, found: Found, distance: int) -> list[int]:
-    """Behind each token of a work, the one so far further on, where it is known or guessed; else 0."""
+    """For each token of a work, the one `distance` positions ahead where it is known or guessed; else 0."""
     sure = kept(work, found)
     tokens = [*work.tokens[:sure], *(found.tokens[-1:] or work.following), *found.drafts]
     tokens = tokens[distance : distance + len(work.tokens)]

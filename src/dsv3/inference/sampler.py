@@ -1,8 +1,8 @@
-"""From logits to tokens, each with a random number that its seed and its place decide, whatever else is computed beside it.
+"""From logits to tokens, each drawn with a random number that depends on seed and position alone, not on the batch.
 
-A draft is right when it is the token that is chosen without it. As drafts are not random, this accepts each with the
-probability that it has, and otherwise leaves the distribution of the others as it is: it is rejection sampling (Leviathan et
-al. 2023), and with one seed the tokens are those without drafts.
+A draft is accepted when it is the token that would have been chosen without it. As drafts are deterministic, each is accepted
+with its own probability, and the distribution of the others stays as it is: this is rejection sampling (Leviathan et al.
+2023), and a seed gives the same tokens with and without drafts.
 
 Legend: N choices, V vocabulary.
 """
@@ -16,11 +16,11 @@ from torch import Tensor
 from dsv3.inference.plan import Choice, TokenLogprobs
 
 Place = tuple[Choice, int, Sequence[int]]
-"""(how to choose, drafts before this choice, those drafts)."""
+"""(how to choose, number of drafts before this choice, all drafts)."""
 
 
 def uniform(seed: int, step: int) -> float:
-    """In [0, 1): splitmix64 of the pair, so that any place of any continuation is drawn by itself."""
+    """In [0, 1): splitmix64 of the pair, so that every draw is independent of all others."""
     mask = 2**64 - 1
     z = (seed + 0x9E3779B97F4A7C15 * (step + 1)) & mask
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
@@ -29,7 +29,7 @@ def uniform(seed: int, step: int) -> float:
 
 
 def choose(logits_NV: Tensor, places: Sequence[Place]) -> list[int | None]:
-    """The token of each choice; None where its logits are not finite. `logits_NV` stays as it is."""
+    """The token of each choice; None where its logits are not finite. `logits_NV` is not changed."""
     finite = logits_NV.sum(-1, dtype=torch.float32).isfinite()
     logits_NV = adjusted(logits_NV, places)
     tokens = logits_NV.argmax(-1)
@@ -42,7 +42,7 @@ def choose(logits_NV: Tensor, places: Sequence[Place]) -> list[int | None]:
 
 
 def adjusted(logits_NV: Tensor, places: Sequence[Place]) -> Tensor:
-    """Logits in FP32 after penalties, biases, bans and grammars: what the most likely token is taken from."""
+    """Logits in FP32 after penalties, biases, bans and grammars."""
     logits_NV = logits_NV.float()
     copied = False
     for n, (choice, offset, drafts) in enumerate(places):
@@ -64,7 +64,7 @@ def adjusted(logits_NV: Tensor, places: Sequence[Place]) -> Tensor:
 
 
 def penalise(row_V: Tensor, choice: Choice, output: Sequence[int]) -> None:
-    """In place: the repetition penalty for tokens of prompt and continuation, the others for the continuation's alone."""
+    """In place: repetition penalty for tokens of prompt and continuation, the others for the continuation's alone."""
     seen = torch.tensor(sorted({*choice.prompt, *output}), device=row_V.device)
     values, factor = row_V[seen], choice.repetition_penalty
     row_V[seen] = torch.where(values > 0, values / factor, values * factor)
@@ -82,13 +82,13 @@ def allowed(words: Sequence[int], size: int, device: torch.device) -> Tensor:
 
 
 def draw(logits_NV: Tensor, places: Sequence[Place]) -> Tensor:
-    """int64 [N]: by inverting the cumulative sum, in the order of tokens' numbers, of the probabilities that are kept."""
+    """int64 [N]: sampled from the kept probabilities by inverting their cumulative sum in order of token ids."""
     choices = [choice for choice, _, _ in places]
 
     def column(values: Sequence[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float64, device=logits_NV.device).unsqueeze(1)
 
-    # Differences from the largest, which no temperature above 0 makes infinite all together.
+    # Differences from the largest logit: no temperature above 0 makes all of them infinite.
     difference_NV = logits_NV.double() - logits_NV.double().amax(-1, keepdim=True)
     probability_NV = (difference_NV / column([choice.temperature for choice in choices])).softmax(-1)
     if any(choice.top_p < 1 or choice.top_k for choice in choices):
@@ -107,21 +107,20 @@ def draw(logits_NV: Tensor, places: Sequence[Place]) -> Tensor:
     cumulative_NV = probability_NV.cumsum(-1)
     number = column([uniform(choice.seed, choice.step + offset) for choice, offset, _ in places])
     chosen = (cumulative_NV <= number * cumulative_NV[:, -1:]).sum(-1)
-    # Rounding must not lead behind the last token that is kept.
+    # Rounding must not lead past the last token kept.
     kept = torch.arange(probability_NV.shape[1], device=chosen.device) * (probability_NV > 0)
     return torch.minimum(chosen, kept.amax(-1))
 
 
-def logprobs(logits_NV: Tensor, tokens: Sequence[int], wanted: Sequence[int]) -> list[TokenLogprobs]:
-    """Of each token under its row of logits, with as many of the likeliest as are wanted."""
+def logprobs(logits_NV: Tensor, tokens: Sequence[int], wanted: int) -> list[TokenLogprobs]:
+    """Of each token under its row of logits, with so many of the likeliest tokens."""
     if not tokens:
         return []
     log_NV = logits_NV.float().log_softmax(-1)
     own_N1 = log_NV.gather(1, torch.tensor(tokens, device=log_NV.device).unsqueeze(1))
     rank = (log_NV > own_N1).sum(-1) + 1
-    values, top = log_NV.topk(min(max(wanted), log_NV.shape[1]), dim=-1)
-    rows = zip(tokens, own_N1[:, 0].tolist(), rank.tolist(), top.tolist(), values.tolist(), wanted, strict=True)
+    values, top = log_NV.topk(min(wanted, log_NV.shape[1]), dim=-1)
+    rows = zip(tokens, own_N1[:, 0].tolist(), rank.tolist(), top.tolist(), values.tolist(), strict=True)
     return [
-        TokenLogprobs(token, own, place, dict(zip(ids[:count], logs[:count], strict=True)))
-        for token, own, place, ids, logs, count in rows
+        TokenLogprobs(token, own, place, dict(zip(ids, logs, strict=True))) for token, own, place, ids, logs in rows
     ]

@@ -1,11 +1,11 @@
-"""The text of a continuation in the making: whole characters, and nothing that could be the beginning of a stop text."""
+"""Incremental detokenisation: whole characters only, and nothing that could be the beginning of a stop text."""
 
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.inference.params import SamplingParams
 
 
 class TextSoFar:
-    """Tokens in, text out; none without a tokenizer. `stopped` is the stop text that was found."""
+    """Tokens in, text out; no text without a tokenizer. `stopped`: the stop text that was found."""
 
     def __init__(self, tokenizer: Tokenizer | None, params: SamplingParams):
         self.stream, self.stop = None if tokenizer is None else tokenizer.stream(), params.stop
@@ -15,7 +15,7 @@ class TextSoFar:
         self.stopped: str | None = None
 
     def push(self, token: int, search: bool = True) -> str:
-        """The text that one more token releases; `search`: whether a stop text may end it yet."""
+        """The text that one more token releases; `search`: whether a stop text may end it already."""
         if self.stream is not None and token not in self.hidden:
             self.held += self.stream.push(token)
         return self.release(search)
@@ -27,10 +27,10 @@ class TextSoFar:
         return shown if self.stopped is not None else shown + self.taken(len(self.held))
 
     def release(self, search: bool) -> str:
-        """What of the held text may be shown."""
+        """The part of the held text that may be shown."""
         if not search:
             return self.taken(len(self.held))
-        # The stop text that is complete first, so that it does not matter in which pieces the text comes.
+        # The stop text that is complete first, so that the result does not depend on how the text is split.
         found = [(at + len(stop), at, stop) for stop in self.stop if (at := self.held.find(stop)) >= 0]
         if found:
             end, at, self.stopped = min(found)
@@ -40,12 +40,12 @@ class TextSoFar:
         return self.taken(len(self.held) - max((overlap(self.held, stop) for stop in self.stop), default=0))
 
     def taken(self, count: int) -> str:
-        """The first characters of the held text, which are not held any more."""
+        """Removes the first characters from the held text and returns them."""
         shown, self.held = self.held[:count], self.held[count:]
         return shown
 
 
 def overlap(text: str, stop: str) -> int:
-    """Characters at the end of `text` that `stop` may begin with."""
+    """Length of the longest end of `text` that `stop` begins with."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if stop.startswith(text[-n:])), 0)

@@ -17,11 +17,10 @@ from torch import Tensor, nn
 from dsv3.model.config import ModelConfig
 from dsv3.model.linear import Linear, RMSNorm
 from dsv3.model.recompute import Recomputation
-from dsv3.model.rope import Rope
 from dsv3.ops.attention import attention, attention_behind_context
 from dsv3.ops.latent_pages import read_latents
 from dsv3.ops.paged_attention import entries_attention, paged_latent_attention
-from dsv3.ops.rotary import keys_and_values
+from dsv3.ops.rotary import keys_and_values, rotate_heads, rotated
 from dsv3.precision.projection import Projection
 from dsv3.precision.stored import Stored
 
@@ -32,35 +31,35 @@ class Expanded:
 
     rows: slice
     segment_ids: Tensor | None = None
-    """int [1, tokens]: of several sequences, each token's own; the tokens are all that these have."""
+    """int [1, tokens]: each token's sequence, if there are several; all of them start in this pass."""
     slots: Tensor | None = None
-    """int [S]: where the cache holds one sequence up to its last token here, if it began before this pass."""
+    """int [S]: where the cache holds the sequence up to its last token here, if it started before this pass."""
 
 
 @dataclass(frozen=True, eq=False)
 class Absorbed:
-    """Tokens of a pass whose attention takes the absorbed form: as many of each of some sequences, their last."""
+    """Tokens of a pass whose attention takes the absorbed form: the last ones of some sequences, equally many of each."""
 
     rows: slice
     table: Tensor
     """int32 [B, M]: the pages of each sequence."""
     lengths: Tensor
-    """int32 [B]: the tokens of each, those of the pass included; 0 for a sequence that is none."""
+    """int32 [B]: the tokens of each, those of the pass included; 0 for padding."""
     bias: Tensor | None = None
-    """[B, T H, S] of `causal_bias`, where the cache has entries side by side: `Cache.pages` is [B or more, L, S] then."""
+    """[B, T H, S] of `causal_bias`, where the cache has entries side by side: then `Cache.pages` is [B or more, L, S]."""
 
 
 class Cache(Protocol):
     """What attention needs of a latent cache: 576 values a token and layer for DeepSeek-V3. `inference/` provides it."""
 
     parts: Sequence[Expanded | Absorbed]
-    """How the tokens of the pass attend: one part behind the other; tokens behind the last part are padding."""
+    """How the tokens of the pass attend, one part after the other; tokens after the last part are padding."""
 
     def store(self, block: str, latent_FC: Tensor, key_FR: Tensor) -> None:
-        """Keeps the normed latent and the rotated key of the pass's tokens."""
+        """Stores the normed latent and the rotated key of the pass's tokens."""
 
     def pages(self, block: str) -> Tensor:
-        """What is kept for a layer, as `dsv3.ops.latent_pages` lays it out."""
+        """A layer's entries, as `dsv3.ops.latent_pages` lays them out."""
 
 
 class MultiHeadLatentAttention(nn.Module):
@@ -84,7 +83,7 @@ class MultiHeadLatentAttention(nn.Module):
         self.inputs_stored = Stored(*self.input_layers)
         self.recomputation: Recomputation | None = None
 
-    def forward(self, x: Tensor, rope: Rope, segment_ids: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor, segment_ids: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """Causal attention; with `segment_ids` (int [B, T]) within documents; with a cache, over what it holds as well."""
         if self.recomputation is not None and cache is None:
             return self.o_proj(self.recomputed(x, rope, segment_ids, self.recomputation).flatten(2))
@@ -92,16 +91,15 @@ class MultiHeadLatentAttention(nn.Module):
         q = self.queries(q)
         latent, key = self.latents(kv, rope)
         if cache is None:
-            out = self.expanded(rope.rotate_heads(q), latent, key, segment_ids)
+            out = self.expanded(rotate_heads(q, rope), latent, key, segment_ids)
         else:
-            out = self.cached(rope.rotate_heads(q).flatten(0, 1), latent.flatten(0, 1), key.flatten(0, 1), cache)
+            out = self.cached(rotate_heads(q, rope).flatten(0, 1), latent.flatten(0, 1), key.flatten(0, 1), cache)
         return self.o_proj(out.flatten(-2).view(*x.shape[:-1], -1))
 
     def expanded(self, q: Tensor, latent: Tensor, key: Tensor, segment_ids: Tensor | None = None) -> Tensor:
         """[B, T, H, V] from rotated queries [B, T, H, N + R], latents [B, T, C] and rotated keys [B, T, R]."""
         k, v = self.keys_and_values(self.kv_b_proj(latent), key)
-        out: Tensor = attention(q, k, v, self.config.softmax_scale, segment_ids)
-        return out
+        return attention(q, k, v, self.config.softmax_scale, segment_ids)
 
     def cached(self, q_FHX: Tensor, latent_FC: Tensor, key_FR: Tensor, cache: Cache) -> Tensor:
         """[F, H, V] of a pass over a cache, part by part; padding gives zeros."""
@@ -125,18 +123,17 @@ class MultiHeadLatentAttention(nn.Module):
 
     @property
     def input_layers(self) -> tuple[Linear, Linear]:
-        """The two that read the input: queries' (their latent's, where they have one), and the key-value latent's."""
+        """The two that read the input: the queries' (or their latent's), and the key-value latent's."""
         return self.q_proj if self.config.q_lora_rank is None else self.q_a_proj, self.kv_a_proj_with_mqa
 
     def inputs(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What these two give, as it is."""
+        """The outputs of these two."""
         if self.inputs_fp8 is not None:
             q, kv = self.inputs_fp8(x)
             return q, kv
         to_q, to_kv = self.input_layers
         if self.inputs_stored.serves(x):
-            q, kv = self.inputs_stored(x).split([len(to_q.weight), len(to_kv.weight)], dim=-1)
-            return q, kv
+            return self.inputs_stored(x).split([len(to_q.weight), len(to_kv.weight)], dim=-1)
         return to_q(x), to_kv(x)
 
     def queries(self, q: Tensor) -> Tensor:
@@ -147,24 +144,23 @@ class MultiHeadLatentAttention(nn.Module):
         """[B, T, H X] -> [B, T, H, X]."""
         return projected.unflatten(-1, (self.config.num_attention_heads, -1))
 
-    def latents(self, kv: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+    def latents(self, kv: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
         """What is cached: (normed latent [B, T, C], rotated key shared by all heads [B, T, R])."""
         latent, key = kv.split([self.config.kv_lora_rank, self.config.qk_rope_head_dim], dim=-1)
-        return self.kv_a_layernorm(latent), rope.rotate(key.unsqueeze(2)).squeeze(2)
+        return self.kv_a_layernorm(latent), rotated(key.unsqueeze(2), rope).squeeze(2)
 
     def keys_and_values(self, kv: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Equations (6) to (9): (keys [B, T, H, N + R], values [B, T, H, V]) from the up-projection's output and the rotated key."""
-        k, v = keys_and_values(self.in_heads(kv), key, self.config.qk_nope_head_dim)
-        return k, v
+        return keys_and_values(self.in_heads(kv), key, self.config.qk_nope_head_dim)
 
-    def recomputed(self, x: Tensor, rope: Rope, segments: Tensor | None, recomputation: Recomputation) -> Tensor:
-        """The expanded form of an input [B, T, D], its queries, keys and values made again from the latents in backward."""
+    def recomputed(self, x: Tensor, rope: Tensor, segments: Tensor | None, recomputation: Recomputation) -> Tensor:
+        """The expanded form of an input [B, T, D]; backward recomputes queries, keys and values from the latents."""
         to_q: Linear | None
         if self.config.q_lora_rank is None and self.inputs_fp8 is None:
             low, to_q, kv = x, self.q_proj, self.kv_a_proj_with_mqa(x)
         else:
             q, kv = self.inputs(x)
-            # Without a latent, queries in FP8 come out of one product with the key-value latent, and are kept.
+            # Without a latent, queries in FP8 come from one product with the key-value latent, and are kept.
             low, to_q = (q, None) if self.config.q_lora_rank is None else (self.q_a_layernorm(q), self.q_b_proj)
         latent, key = self.latents(kv, rope)
 
@@ -172,7 +168,7 @@ class MultiHeadLatentAttention(nn.Module):
             low: Tensor, latent: Tensor, key: Tensor, up_kv: Tensor, up_q: Tensor | None = None
         ) -> tuple[Tensor, ...]:
             q = low if to_q is None or up_q is None else to_q.multiply(low, up_q)
-            return rope.rotate_heads(self.in_heads(q)), *self.keys_and_values(
+            return rotate_heads(self.in_heads(q), rope), *self.keys_and_values(
                 self.kv_b_proj.multiply(latent, up_kv), key
             )
 
@@ -181,9 +177,9 @@ class MultiHeadLatentAttention(nn.Module):
         return attention(q, k, v, self.config.softmax_scale, segments)
 
     def absorbed(self, q_FHX: Tensor, pages: Tensor, part: Absorbed) -> Tensor:
-        """The same with `W_UK` moved to the queries and `W_UV` behind the weighted sum of latents. [F, H, V]
+        """The same with `W_UK` applied to the queries and `W_UV` after the weighted sum of latents: [F, H, V].
 
-        What is left between the two is attention of all heads to one key, the entry, which is the value as well.
+        In between all heads attend to one key, the cache entry, which is the value as well.
         """
         config = self.config
         heads, latent = q_FHX.shape[1], config.kv_lora_rank

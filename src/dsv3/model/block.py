@@ -1,4 +1,4 @@
-"""One Transformer block, written as five phases so that an executor can run those of two micro-batches alternately.
+"""One Transformer block, written as five phases so that an executor can alternate between two micro-batches.
 
 attend (compute) -> dispatch (communication) -> experts (compute) -> combine (communication) -> merge (compute)
 """
@@ -13,28 +13,28 @@ from dsv3.model.attention import Cache, MultiHeadLatentAttention
 from dsv3.model.config import ModelConfig
 from dsv3.model.feed_forward import DeepSeekMoE, Dispatcher, Routing, SwiGLU
 from dsv3.model.linear import RMSNorm
-from dsv3.model.rope import Rope
 
 
 @dataclass(frozen=True)
 class Pass:
-    """What all blocks share in one forward pass."""
+    """The arguments that all blocks share in one forward pass."""
 
-    rope: Rope
+    rope: Tensor
+    """complex64 [B or 1, T, F]: see `dsv3.model.rope.rotations`."""
     segment_ids: Tensor | None = None
     """int [B, T]: tokens see their own document only; None: all earlier ones of the row."""
     cache: Cache | None = None
     balance_weight: float = 0.0
-    """What backward multiplies the balance loss by: alpha times the share of this micro-batch in its batch."""
+    """The factor of the balance loss in backward: alpha times this micro-batch's share of its batch."""
     batch_wise: bool = False
-    """Whether the balance loss is taken over all tokens together; else over each sequence."""
+    """Whether the balance loss is taken over all tokens together, or over each sequence."""
     frequency: Mapping[str, Tensor] = field(default_factory=dict)
-    """For the batch-wise loss: f of the whole batch by MoE block (FP32 [E]), where this pass is but a part of it."""
+    """For the batch-wise loss: f of the whole batch by MoE block (FP32 [E]), where this pass is only a part of it."""
 
 
 @dataclass
 class Carry:
-    """What one phase leaves for the next."""
+    """The state between phases."""
 
     residual: Tensor
     """[B, T, D]: the stream after attention."""
@@ -78,7 +78,7 @@ class Block(nn.Module):
         return self.merge(carry), carry.routing
 
     def attend(self, x: Tensor, shared: Pass) -> Carry:
-        """Attention, the feed-forward's norm, the router, and what a dispatcher does before it sends."""
+        """Attention, the feed-forward's norm, the router, and `Dispatcher.pack`."""
         x = x + self.self_attn(self.input_layernorm(x), shared.rope, shared.segment_ids, shared.cache)
         carry = Carry(x, self.post_attention_layernorm(x))
         if self.moe is not None:
@@ -96,7 +96,7 @@ class Block(nn.Module):
             carry.parcel = self.moe.send(carry.parcel)
 
     def experts(self, carry: Carry) -> None:
-        """The routed experts on the rows that arrived; shared experts, or the dense feed-forward, on this rank's tokens."""
+        """The routed experts on the rows received; shared experts, or the dense feed-forward, on this rank's tokens."""
         if self.moe is None:
             carry.update = self.mlp(carry.normed)
             return
@@ -112,7 +112,7 @@ class Block(nn.Module):
             carry.rows = self.moe.dispatcher.send_back(carry.rows, carry.handle)
 
     def merge(self, carry: Carry) -> Tensor:
-        """Rows that came back are summed, and the feed-forward's update joins the stream."""
+        """Sums the rows that came back, and adds the feed-forward's update to the stream."""
         if self.moe is not None and carry.rows is not None:
             routed = self.moe.dispatcher.unpack_back(carry.rows, carry.handle).view_as(carry.normed)
             carry.update = routed if carry.update is None else carry.update + routed

@@ -28,15 +28,7 @@ class RopeScaling:
     mscale_all_dim: float = 1.0
 
     def __post_init__(self) -> None:
-        length = self.original_max_position_embeddings
-        name = "rope_scaling.original_max_position_embeddings"
-        require(is_count(length, 1), name, length, "a whole number above 0")
-        for name in ("factor", "beta_fast", "beta_slow"):
-            value = getattr(self, name)
-            require(is_number(value) and value > 0, f"rope_scaling.{name}", value, "a number above 0")
-        for name in ("mscale", "mscale_all_dim"):
-            value = getattr(self, name)
-            require(is_number(value) and value >= 0, f"rope_scaling.{name}", value, "a number, 0 or more")
+        check_numbers(self, "rope_scaling.")
 
     @property
     def logit_factor(self) -> float:
@@ -92,51 +84,20 @@ class ModelConfig:
     """Fields of a `config.json` that change nothing here; written back by `to_hf`."""
 
     def __post_init__(self) -> None:
-        positive = [
-            "vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers",
-            "num_attention_heads", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
-            "n_routed_experts", "num_experts_per_tok", "n_group", "topk_group", "max_position_embeddings",
-        ]  # fmt: skip
-        for name in positive:
-            require(is_count(getattr(self, name), 1), name, getattr(self, name), "a whole number above 0")
-        counts = (
-            "num_nextn_predict_layers", "first_k_dense_replace", "n_shared_experts", "bos_token_id", "eos_token_id",
-        )  # fmt: skip
-        for name in counts:
-            require(is_count(getattr(self, name), 0), name, getattr(self, name), "a whole number, 0 or more")
-        for name in ("routed_scaling_factor", "rope_theta", "rms_norm_eps", "initializer_range"):
-            value = getattr(self, name)
-            require(is_number(value) and value > 0, name, value, "a number above 0")
-        require(isinstance(self.norm_topk_prob, bool), "norm_topk_prob", self.norm_topk_prob, "true or false")
-        require(
-            self.q_lora_rank is None or is_count(self.q_lora_rank, 1),
-            "q_lora_rank",
-            self.q_lora_rank,
-            "None or a whole number above 0",
-        )
-        require(
-            self.qk_rope_head_dim % 2 == 0,
-            "qk_rope_head_dim",
-            self.qk_rope_head_dim,
-            "an even number (RoPE turns pairs)",
-        )
-        require(
-            self.n_routed_experts % self.n_group == 0,
-            "n_group",
-            self.n_group,
-            f"a divisor of n_routed_experts = {self.n_routed_experts}",
-        )
-        require(self.topk_group <= self.n_group, "topk_group", self.topk_group, f"at most n_group = {self.n_group}")
+        check_numbers(self)
         per_group = self.n_routed_experts // self.n_group
-        require(
-            self.num_experts_per_tok <= self.topk_group * per_group,
-            "num_experts_per_tok", self.num_experts_per_tok,
-            f"at most topk_group x experts a group = {self.topk_group * per_group}",
-        )  # fmt: skip
-        require(
-            self.n_group == 1 or per_group >= 2,
-            "n_group", self.n_group, "1, or groups of at least 2 experts (a group is ranked by its top 2)",
-        )  # fmt: skip
+        most = self.topk_group * per_group
+        rules = [
+            ("norm_topk_prob", isinstance(self.norm_topk_prob, bool), "true or false"),
+            ("q_lora_rank", self.q_lora_rank is None or is_count(self.q_lora_rank, 1), "None or a whole number above 0"),
+            ("qk_rope_head_dim", self.qk_rope_head_dim % 2 == 0, "an even number (RoPE turns pairs)"),
+            ("n_group", self.n_routed_experts % self.n_group == 0, f"a divisor of n_routed_experts = {self.n_routed_experts}"),
+            ("topk_group", self.topk_group <= self.n_group, f"at most n_group = {self.n_group}"),
+            ("num_experts_per_tok", self.num_experts_per_tok <= most, f"at most topk_group x experts a group = {most}"),
+            ("n_group", self.n_group == 1 or per_group >= 2, "1, or groups of at least 2 experts (a group is ranked by its top 2)"),
+        ]  # fmt: skip
+        for name, holds, expected in rules:
+            require(holds, name, getattr(self, name), expected)
 
     @property
     def qk_head_dim(self) -> int:
@@ -207,6 +168,18 @@ class ModelConfig:
     def replace(self, **changes: Any) -> "ModelConfig":
         """A copy with some fields changed, checked again."""
         return replace(self, **changes)
+
+
+def check_numbers(config: "ModelConfig | RopeScaling", prefix: str = "") -> None:
+    """Refuses what is no number, or too small, in the `int` and `float` fields; `prefix` goes before their names."""
+    for each in fields(config):
+        value, zero = getattr(config, each.name), each.name in MAY_BE_ZERO
+        bound = ", 0 or more" if zero else " above 0"
+        if each.type is int:
+            require(is_count(value, 0 if zero else 1), prefix + each.name, value, f"a whole number{bound}")
+        elif each.type is float:
+            fits = is_number(value) and (value > 0 or (zero and value == 0))
+            require(fits, prefix + each.name, value, f"a number{bound}")
 
 
 def is_count(value: object, least: int) -> bool:
@@ -298,6 +271,12 @@ def read_rope_scaling(values: Mapping[str, Any] | None) -> RopeScaling | None:
     known = {f.name for f in fields(RopeScaling)}
     return RopeScaling(**{key: value for key, value in values.items() if key in known and value is not None})
 
+
+MAY_BE_ZERO = {
+    "num_nextn_predict_layers", "first_k_dense_replace", "n_shared_experts", "bos_token_id", "eos_token_id", "mscale",
+    "mscale_all_dim",
+}  # fmt: skip
+"""Number fields that need not be above 0."""
 
 FIXED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),

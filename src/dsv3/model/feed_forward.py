@@ -16,6 +16,7 @@ from dsv3.model.linear import Linear, fp8_storage
 from dsv3.model.recompute import Recomputation
 from dsv3.ops.block_scaled import dequantize
 from dsv3.ops.grouped_linear import grouped_linear, segments
+from dsv3.ops.linear_fp32 import linear_fp32
 from dsv3.ops.permute import Permutation, count_by_expert, permute, sort_by_expert, unpermute
 from dsv3.ops.rooms import Rooms, assign_rooms, quantize_to_rooms, room_for
 from dsv3.ops.router import add_loss, balance_loss, expert_frequency, select_experts
@@ -65,25 +66,23 @@ class SwiGLU(nn.Module):
 
 
 def activated(gate_up: Tensor, recomputation: Recomputation | None, *weight_R: Tensor) -> Tensor:
-    """`swiglu`, made again in backward where that is asked for."""
+    """`swiglu`, recomputed in backward with a `recomputation`."""
     return swiglu(gate_up, *weight_R) if recomputation is None else recomputation(swiglu, gate_up, *weight_R)
 
 
 FEW_ROWS = 64
-"""See `SwiGLU`: from about so many rows on, one product of twice the size is faster than two."""
+"""From about so many rows on, `SwiGLU` is faster with one product of twice the size than with two."""
 EQUAL_GROUP = 64
 """Rows; see `equal_groups`."""
-
-
 EVERY_EXPERT_ROWS = 128
 """See `every_expert`."""
 EVERY_EXPERT_HIDDEN = 256
-"""Hidden size up to which a lone token goes to all experts too: reading the weights of all takes less than choosing."""
+"""Hidden size up to which a single token goes to all experts too: reading all weights takes less time than choosing."""
 
 
 @dataclass(frozen=True)
 class Routing:
-    """The router's answer for the tokens of one pass through one block."""
+    """The router's choice for the tokens of one pass through one block."""
 
     expert: Tensor
     """int64 [T, K]."""
@@ -92,9 +91,9 @@ class Routing:
     num_experts: int
     """E."""
     balance: Tensor | None
-    """FP32 scalar: the balance loss without its factor; None when it is not asked for."""
+    """FP32 scalar: the balance loss without its factor; None when it is off."""
     frequency: Tensor | None
-    """FP32 [E]: f of equation (18) over all tokens of the pass; None when no balance loss is asked for."""
+    """FP32 [E]: f of equation (18) over all tokens of the pass; None when the balance loss is off."""
 
     @cached_property
     def load(self) -> Tensor:
@@ -109,7 +108,6 @@ class Gate(nn.Module):
         super().__init__()
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
-        self.recomputation: Recomputation | None = None
         self.e_score_correction_bias: Tensor
         self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts, dtype=torch.float32))
 
@@ -121,10 +119,7 @@ class Gate(nn.Module):
         The loss is taken over each of `num_parts` equal parts of the tokens; its f is counted there, or is `frequency_E`.
         """
         config = self.config
-        wide = x_TD.float()
-        if self.recomputation is not None and wide is not x_TD:
-            wide = self.recomputation(Tensor.float, x_TD)
-        affinity = F.linear(wide, self.weight.float()).sigmoid()
+        affinity = linear_fp32(x_TD, self.weight).sigmoid()
         balance = frequency = None
         if balance_weight > 0:
             frequency_PE = expert_frequency(affinity, num_parts, config.num_experts_per_tok)
@@ -145,44 +140,45 @@ class Gate(nn.Module):
 
 
 class Dispatcher(Protocol):
-    """Carries tokens to their experts and back. The local one is below; `parallel/` hands in those across GPUs.
+    """Carries tokens to their experts and back, each in three steps. The local one is below; `parallel/` hands in those across GPUs.
 
-    `dispatch` and `combine` are the whole way. A block takes it in three steps each, of which `send` and `send_back` are its
-    communicating phases, and the others belong to the computing phases around: by default they leave everything to these.
+    `send` and `send_back` are a block's communication phases. The other steps belong to the compute phases before and after, and
+    do nothing by default.
     """
 
     def held(self, experts: int) -> range:
         """Which of a block's experts are on this rank."""
 
-    def dispatch(self, x_TD: Tensor, routing: Routing, alignment: int = 0) -> "Dispatched":
-        """With `alignment` > 0, every expert's rows are padded to a multiple of it."""
-
-    def combine(self, rows_RD: Tensor, handle: Any) -> Tensor:
-        """The sum of each token's rows: [T, D]."""
-
     def pack(self, x_TD: Tensor, routing: Routing, alignment: int = 0) -> Any:
-        """What `send` is given: tuples and dataclasses of tensors."""
+        """The argument of `send`: tuples and dataclasses of tensors. With `alignment` > 0, every expert's rows are to be padded to a
+        multiple of it."""
         return x_TD, routing, alignment
 
     def send(self, parcel: Any) -> Any:
-        """What `unpack` is given."""
-        return tuple(self.dispatch(*parcel))
+        """Tokens to their experts: the argument of `unpack`."""
 
     def unpack(self, parcel: Any) -> "Dispatched":
         """What arrived."""
         return Dispatched(*parcel)
 
     def pack_back(self, rows_RD: Tensor, handle: Any) -> Tensor:
-        """What `send_back` is given."""
+        """The argument of `send_back`."""
         return rows_RD
 
     def send_back(self, rows: Tensor, handle: Any) -> Tensor:
-        """What `unpack_back` is given."""
-        return self.combine(rows, handle)
+        """Rows back to their tokens: the argument of `unpack_back`."""
 
     def unpack_back(self, rows: Tensor, handle: Any) -> Tensor:
         """The sum of each token's rows: [T, D]."""
         return rows
+
+    def dispatch(self, x_TD: Tensor, routing: Routing, alignment: int = 0) -> "Dispatched":
+        """The three steps to the experts."""
+        return self.unpack(self.send(self.pack(x_TD, routing, alignment)))
+
+    def combine(self, rows_RD: Tensor, handle: Any) -> Tensor:
+        """The three steps back."""
+        return self.unpack_back(self.send_back(self.pack_back(rows_RD, handle), handle), handle)
 
 
 class Dispatched(NamedTuple):
@@ -191,11 +187,11 @@ class Dispatched(NamedTuple):
     rows: Tensor | Rooms
     """[R, D], sorted by expert; or in rooms."""
     weight: Tensor
-    """FP32 [R]: each row's in the sum; gradients flow through it."""
+    """FP32 [R]: each row's weight in its token's sum; gradients flow through it."""
     counts: Tensor
-    """int64 [E of this rank]: rows of each expert, those of a room that are used."""
+    """int64 [E of this rank]: rows of each expert; of a room, the rows in use."""
     handle: Any
-    """For `Dispatcher.combine`."""
+    """For the way back."""
 
 
 class LocalDispatcher(Dispatcher):
@@ -205,9 +201,10 @@ class LocalDispatcher(Dispatcher):
         """See `Dispatcher`."""
         return range(experts)
 
-    def dispatch(self, x_TD: Tensor, routing: Routing, alignment: int = 0) -> Dispatched:
-        """See `Dispatcher`. Outside training few tokens are not sorted, which would cost more than it saves: a lone one has its rows as
-        they come, and where it pays all experts compute all tokens, with weights of 0 where they were not chosen."""
+    def send(self, parcel: tuple[Tensor, Routing, int]) -> Dispatched:
+        """See `Dispatcher`. Without gradients, few tokens are not sorted, which would cost more than it saves: a single token keeps
+        its order, and where that is faster all experts compute all tokens, with weight 0 where they were not chosen."""
+        x_TD, routing, alignment = parcel
         (tokens, hidden), chosen, experts = x_TD.shape, routing.expert.shape[1], routing.num_experts
         few = not torch.is_grad_enabled()
         if few and x_TD.device.type == "cpu" and every_expert(tokens, hidden, experts, chosen):
@@ -221,18 +218,18 @@ class LocalDispatcher(Dispatcher):
         return Dispatched(permute(x_TD, to), to.by_row(routing.weight), to.counts_E, to)
 
     def to_rooms(self, x_TD: Tensor, routing: Routing) -> Dispatched:
-        """`dispatch` of few tokens in FP8: quantised once, each row written to the rooms of its token's experts."""
+        """`send` of few tokens in FP8: quantised once, each row written to the rooms of its token's experts."""
         room, experts = room_for(len(x_TD)), routing.num_experts
         row_TK, weight_R, counts_E = assign_rooms(routing.expert, routing.weight, experts, room)
         rows = Rooms(quantize_to_rooms(x_TD, row_TK, experts * room), room)
-        # `combine` reads the rows of tokens alone.
+        # `send_back` reads the rows of tokens alone.
         return Dispatched(rows, weight_R, counts_E, Permutation(row_TK.new_empty(0), row_TK, counts_E))
 
-    def combine(self, rows_RD: Tensor, handle: Permutation | int) -> Tensor:
-        """See `Dispatcher`; a number stands for tokens that are all here for each of their experts, one expert after the other."""
+    def send_back(self, rows: Tensor, handle: Permutation | int) -> Tensor:
+        """See `Dispatcher`; an int is the number of tokens, when every expert in turn computed all of them."""
         if isinstance(handle, int):
-            return rows_RD.unflatten(0, (-1, handle)).sum(0)
-        return unpermute(rows_RD, handle)
+            return rows.unflatten(0, (-1, handle)).sum(0)
+        return unpermute(rows, handle)
 
 
 def every_expert(tokens: int, hidden: int, experts: int, chosen: int) -> bool:
@@ -242,9 +239,9 @@ def every_expert(tokens: int, hidden: int, experts: int, chosen: int) -> bool:
 
 
 def equal_groups(routing: Routing) -> int:
-    """What the rows of every expert are padded to a multiple of; 0 for no padding.
+    """The multiple that each expert's rows are padded to; 0 for no padding.
 
-    On CPU, where products of one shape are cheapest, if there is enough work and padding at most doubles it.
+    On a CPU, where products of one shape are cheapest, if there is enough work and padding at most doubles it.
     """
     rows, experts = routing.expert.numel(), routing.num_experts
     if routing.expert.device.type != "cpu" or rows < EQUAL_GROUP * experts:
@@ -268,7 +265,7 @@ class Experts(nn.Module):
         self.recomputation: Recomputation | None = None
         self.fp8: FeedForward | None = None
         self.splits: tuple[Split, Split] | None = None
-        """Of the two products, where the gradients of the weights may have to wait; `fp8` has its own way."""
+        """Of the two products, where weight gradients may be deferred; `fp8` defers its own."""
         self.register_buffer("gate_up_proj_scale_inv", None)
         self.register_buffer("down_proj_scale_inv", None)
         self.scales = Once(stacked_scale), Once(stacked_scale)
@@ -281,21 +278,21 @@ class Experts(nn.Module):
         self.down_proj, self.down_proj_scale_inv = fp8_storage(self.down_proj, tuple(self.down_proj.shape))
 
     def alignment(self, rows: int) -> int:
-        """What each expert's rows should be padded to a multiple of, when there are so many in all; 0 for nothing."""
+        """The multiple that each expert's rows should be padded to, for so many rows in all; 0 for no padding."""
         return 0 if self.fp8 is None else row_alignment(rows, len(self.down_proj))
 
     def serves_in_fp8(self, x: Tensor) -> bool:
-        """Whether weights are stored in FP8, and multiplied so with x."""
+        """Whether weights are stored in FP8, and products with x are in FP8."""
         up, down = self.gate_up_proj_scale_inv, self.down_proj_scale_inv
         return up is not None and down is not None and in_fp8(x, (self.gate_up_proj, up), (self.down_proj, down))
 
     def takes_rooms(self, x_TD: Tensor) -> bool:
-        """Whether these tokens should come in rooms: few, to be multiplied with weights in FP8."""
+        """Whether these tokens should come in rooms: few, and products in FP8."""
         return len(x_TD) <= IN_ROOMS and self.serves_in_fp8(x_TD)
 
     @property
     def stored(self) -> tuple[Blocks, Blocks]:
-        """Gate and up, and down, as products in FP8 read them."""
+        """Gate and up, and down, as FP8 products read them."""
         assert self.gate_up_proj_scale_inv is not None
         assert self.down_proj_scale_inv is not None
         of_up, of_down = self.scales
@@ -303,8 +300,8 @@ class Experts(nn.Module):
         return up, (self.down_proj.detach(), of_down.of(self.down_proj_scale_inv))
 
     def forward(self, rows_RD: Tensor | Rooms, counts_E: Tensor, weight_R: Tensor, aligned: bool = False) -> Tensor:
-        """Each expert's SwiGLU on its rows, times their weights: [R, D] -> [R, D], also of rows in rooms. `aligned`: they were padded as
-        `alignment` said."""
+        """Each expert's SwiGLU on its rows, times their weights: [R, D] -> [R, D], also of rows in rooms. `aligned`: they are padded
+        as `alignment` says."""
         if isinstance(rows_RD, Rooms):
             return experts_in_rooms(rows_RD, counts_E, weight_R, *self.stored)
         if self.serves_in_fp8(rows_RD):
@@ -321,7 +318,7 @@ class Experts(nn.Module):
         return grouped_linear(activated(gate_up, self.recomputation, weight_R), self.down_proj, counts_E)
 
     def from_blocks(self, rows_RD: Tensor, counts_E: Tensor, weight_R: Tensor) -> Tensor:
-        """`forward` with weights in FP8 multiplied out: one expert after the other, so that only one is ever held in another dtype."""
+        """`forward` with FP8 weights dequantised one expert at a time, so that only one is ever held in another dtype."""
         assert self.gate_up_proj_scale_inv is not None
         assert self.down_proj_scale_inv is not None
         out_RD = torch.empty_like(rows_RD)
@@ -349,7 +346,7 @@ class DeepSeekMoE(nn.Module):
         self.dispatcher = dispatcher
 
     def send(self, parcel: Any) -> Any:
-        """Tokens to their experts, in the form that these want: see `Dispatcher`."""
+        """Tokens to their experts, in rooms where these take them: see `Dispatcher.send`."""
         if isinstance(self.dispatcher, LocalDispatcher) and self.experts.takes_rooms(parcel[0]):
             return self.dispatcher.to_rooms(*parcel[:2])
         return self.dispatcher.send(parcel)

@@ -1,4 +1,4 @@
-"""A linear layer without bias that computes in the dtype of its input: the weight is cast, so that no autocast is needed."""
+"""Linear layer, RMSNorm and embedding. Linear layers have no bias, and cast their weight to the input's dtype: no autocast."""
 
 import torch
 import torch.nn.functional as F
@@ -24,25 +24,23 @@ class Linear(nn.Module):
         self.register_buffer("weight_scale_inv", None)
         self.fp8: Projection | None = None
         self.split: Split | None = None
-        """Where the gradient of the weight may have to wait; `fp8` has its own way."""
+        """Where the weight's gradient may be deferred; `fp8` defers its own."""
         self.stored = Stored(self)
         self.wide = Once(dequantize)
 
     def keep_in_fp8(self) -> None:
-        """Makes room for released FP8 weights as they are: E4M3 and one FP32 scale a block, not to be trained.
-
-        See `dsv3.precision.stored` for how they are multiplied.
-        """
+        """Allocates room for released FP8 weights as they are, not trainable: E4M3 and an FP32 scale a block. `dsv3.precision.stored`
+        says how they are multiplied."""
         self.weight, self.weight_scale_inv = fp8_storage(self.weight, tuple(self.weight.shape))
 
     def weight_in(self, dtype: torch.dtype) -> Tensor:
-        """The weight in another dtype; one in FP8 is multiplied by its scales."""
+        """The weight in another dtype; an FP8 weight is dequantised."""
         if self.weight_scale_inv is None:
             return cast(self.weight, dtype)
         return dequantize(self.weight, self.weight_scale_inv, dtype)
 
     def kept_in(self, dtype: torch.dtype) -> Tensor:
-        """`weight_in` for what is read in every step: of a weight in FP8, a copy made once for each of its values."""
+        """`weight_in` for what every step reads: an FP8 weight is dequantised once, and again after it was written to."""
         if self.weight_scale_inv is None:
             return cast(self.weight, dtype)
         return self.wide.of(self.weight, self.weight_scale_inv, option=dtype)
@@ -58,7 +56,7 @@ class Linear(nn.Module):
         return F.linear(x, self.weight_in(x.dtype))
 
     def multiply(self, x: Tensor, weight: Tensor) -> Tensor:
-        """`forward` as a function of all that it reads."""
+        """`forward` as a function of its weight too, for recomputation."""
         if self.fp8 is not None:
             return self.fp8.multiply(x, weight)[0]
         if self.split is not None:
@@ -67,7 +65,7 @@ class Linear(nn.Module):
 
 
 def fp8_storage(weight: Tensor, blocks_of: tuple[int, ...]) -> tuple[nn.Parameter, Tensor]:
-    """Uninitialised room for a weight in E4M3, and for its scales: those of a matrix or stack of shape `blocks_of`."""
+    """Uninitialised: a weight in E4M3, and its scales, which are those of a matrix or stack of shape `blocks_of`."""
     scale = torch.empty(scale_shape(blocks_of), dtype=torch.float32, device=weight.device)
     return nn.Parameter(torch.empty_like(weight, dtype=torch.float8_e4m3fn), requires_grad=False), scale
 
@@ -88,18 +86,17 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
     def norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        """`forward` as a function of all that it reads."""
+        """`forward` as a function of its weight too, for recomputation."""
         return rms_norm(x, weight, self.eps)
 
 
 class Embedding(nn.Embedding):
-    """Rows of `weight` [entries, dim], in its dtype; their gradients are added up in that of the weight's. On a GPU those of a micro-batch
-    are not spread over all entries first."""
+    """Rows of `weight` [entries, dim], in its dtype; gradients are summed in the dtype of the weight's gradient. On a GPU a
+    micro-batch's gradients are added straight to these sums."""
 
     def forward(self, tokens: Tensor) -> Tensor:
         """int [...] -> [..., dim]."""
         plain = not self.weight.is_cuda and gradient_dtype(self.weight) == self.weight.dtype
         if plain or not torch.is_grad_enabled():
             return super().forward(tokens)
-        rows: Tensor = Rows.apply(self.weight, tokens)
-        return rows
+        return Rows.apply(self.weight, tokens)

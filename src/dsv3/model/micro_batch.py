@@ -1,4 +1,4 @@
-"""Rows of tokens as a training pass reads them: inputs, targets, and what every block is told.
+"""Rows of tokens as a training pass reads them: inputs, targets, and the blocks' arguments.
 
 Legend: B sequences, T tokens, D hidden, V vocabulary.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 from dsv3.errors import UserError
 from dsv3.model.block import Pass
 from dsv3.model.config import ModelConfig
-from dsv3.model.rope import Rope
+from dsv3.model.rope import rotations
 from dsv3.ops.cross_entropy import IGNORE, linear_cross_entropy
 
 
@@ -23,7 +23,7 @@ class MicroBatch:
     tokens: Tensor
     """int [B, T + 1]."""
     shared: Pass
-    """What the blocks of the main model are told."""
+    """The arguments of the main model's blocks."""
     valid: Tensor | None
     segment_ids: Tensor | None
     mtp_weight: float
@@ -55,10 +55,9 @@ class MicroBatch:
         multiplies all gradients, the balance loss's too: with gradient accumulation, one over the number of
         micro-batches, and `divisor` the whole batch's targets divided by that number. `mtp_weight` is lambda (0 leaves
         the MTP modules out). `balance_alpha` is alpha, of the sequence-wise balance loss, or of the batch-wise one
-        (section 4.5.3), whose f and P are taken over all tokens together. Where these rows are one micro-batch of several,
-        `frequency` holds f of the whole batch (the mean of what `Losses.frequency` says of each): then the micro-batches'
-        gradients and losses are exactly the whole batch's. Raises `UserError` for rows too short for the deepest MTP
-        module.
+        (section 4.5.3), whose f and P are taken over all tokens together. For one micro-batch of several, `frequency` holds
+        f of the whole batch (the mean of all `Losses.frequency`): then the micro-batches' gradients and losses are exactly
+        the whole batch's. Raises `UserError` for rows too short for the deepest MTP module.
         """
         depth, length = config.num_nextn_predict_layers, tokens.shape[1] - 1
         if mtp_weight > 0 and length <= depth:
@@ -68,7 +67,7 @@ class MicroBatch:
         if divisor is None:
             divisor = float((targets(tokens, 1, valid, segment_ids) != IGNORE).sum().clamp(min=1))
         shared = Pass(
-            Rope.at(config, positions), segments, None, balance_alpha * scale, batch_wise, frequency or {}
+            rotations(config, positions), segments, None, balance_alpha * scale, batch_wise, frequency or {}
         )  # fmt: skip
         return cls(tokens, shared, valid, segment_ids, mtp_weight, scale, divisor)
 
@@ -78,16 +77,15 @@ class MicroBatch:
         return self.tokens[:, :-1]
 
     def shorter(self, ahead: int) -> Pass:
-        """`shared` for the MTP module that reads tokens `ahead` of the main model's, the last of which have none."""
+        """`shared` for the MTP module that reads tokens `ahead` of the main model's, without the last `ahead` positions."""
         length, segments = self.tokens.shape[1] - 1 - ahead, self.shared.segment_ids
         segments = None if segments is None else segments[:, :length]
-        return replace(self.shared, rope=self.shared.rope[:length], segment_ids=segments)
+        return replace(self.shared, rope=self.shared.rope[:, :length], segment_ids=segments)
 
     def loss(self, hidden: Tensor, head: Tensor, ahead: int) -> Tensor:
         """Cross-entropy of the tokens `ahead`, nats, from normed states [B, T + 1 - ahead, D] and the head's weight [V, D]."""
         target = targets(self.tokens, ahead, self.valid, self.segment_ids)
-        loss: Tensor = linear_cross_entropy(hidden.flatten(0, 1), head, target.flatten(), self.divisor)
-        return loss
+        return linear_cross_entropy(hidden.flatten(0, 1), head, target.flatten(), self.divisor)
 
 
 def default_positions(tokens: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""What backward computes again instead of keeping it (report, section 3.2.3): cheap functions of tensors that are kept anyway.
+"""Recomputation in backward (report, section 3.2.3) of cheap functions of tensors that are kept anyway.
 
-A function's output is not kept by whatever reads it, but replaced by a note of how it was made; the first reader that needs
-it in backward has it made again, once for all readers. So losses and gradients are to the bit what they were.
+Whatever saves a function's output saves a note of how it was made instead; the first to need it in backward recomputes it, once
+for all. Losses and gradients stay the same to the bit.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,7 +29,7 @@ class Call:
         return inputs, outputs if isinstance(outputs, tuple) else (outputs,)
 
     def again(self) -> tuple[list[Tensor], tuple[Tensor, ...]]:
-        """The same, made once until its gradients are taken."""
+        """The same, computed once until its gradients are taken."""
         if self.made is None:
             self.made = self.run(unpack(each) for each in self.inputs)
         return self.made
@@ -48,19 +48,19 @@ class Call:
 
 
 class Note:
-    """What is kept in a tensor's place: which output of a call it is, or which part of one."""
+    """Saved in place of a tensor: which output of a call it is, or which part of one."""
 
     def __init__(self, call: Call, number: int, tensor: Tensor):
         self.call, self.number = call, number
         self.place = tensor.size(), tensor.stride(), tensor.storage_offset()
 
     def tensor(self) -> Tensor:
-        """It, made again."""
+        """The tensor, recomputed."""
         return self.call.again()[1][self.number].detach().as_strided(*self.place)
 
 
 class Again(torch.autograd.Function):
-    """Calls a function of tensors, and keeps no more than these."""
+    """Calls a function of tensors, and saves only these."""
 
     @staticmethod
     def forward(ctx: Any, recomputation: "Recomputation", function: Callable[..., Any], *inputs: Tensor) -> Any:
@@ -74,27 +74,27 @@ class Again(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        """Through the graph that is made again."""
+        """Through the recomputed graph."""
         return None, None, *ctx.call.gradients(grads)
 
 
 class Recomputation:
-    """Calls functions whose outputs backward makes again, while `watching`; anywhere else it just calls them."""
+    """Within `watching` it calls functions so that backward recomputes their outputs; elsewhere it just calls them."""
 
     def __init__(self) -> None:
-        # Keyed by storage, because what is kept is often a view; weakly, because another tensor may take its place.
+        # Keyed by storage, because what is saved is often a view; weakly, because another tensor may take its place.
         self.outputs: WeakKeyDictionary[UntypedStorage, tuple[Call, int, torch.dtype]] = WeakKeyDictionary()
         self.active = False
 
     def __call__(self, function: Callable[..., Any], *inputs: Tensor) -> Any:
-        """`function(*inputs)`, which must be a tensor, or a tuple of them, that the inputs alone decide."""
+        """`function(*inputs)`, which must return a tensor or a tuple of them, and depend on the inputs alone."""
         if not (self.active and torch.is_grad_enabled()):
             return function(*inputs)
         return Again.apply(self, function, *inputs)
 
     @contextmanager
     def watching(self, part: bool = False) -> Iterator[None]:
-        """To be held around a forward pass; around each `part` of one that others lie between."""
+        """A context for a forward pass, or for each `part` of one that is run in parts."""
         self.active = True
         try:
             with saved_tensors_hooks(self.pack, unpack):
@@ -105,7 +105,7 @@ class Recomputation:
                 self.outputs.clear()
 
     def pack(self, tensor: Tensor) -> "Tensor | Note":
-        """What is kept of a tensor."""
+        """What is saved of a tensor."""
         found = self.outputs.get(tensor.untyped_storage())
         if found is None or found[2] != tensor.dtype:
             return tensor

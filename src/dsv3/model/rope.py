@@ -1,6 +1,6 @@
 """Rotary position embedding of adjacent pairs, with YaRN (report, section 4.3; Peng et al. 2023).
 
-Legend: B sequences, T tokens, H heads, R elements of the rotated part, F = R / 2 frequencies.
+Legend: B sequences, T tokens, F frequencies, one for each pair of elements of the rotated part.
 """
 
 import math
@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from dsv3.model.config import ModelConfig, RopeScaling
-from dsv3.ops.rotary import rotate_heads, rotated
 
 
 def frequencies(config: ModelConfig, device: torch.device | str = "cpu") -> Tensor:
@@ -40,28 +39,11 @@ def correction_range(scaling: RopeScaling, dim: int, base: float) -> tuple[float
     return low, high if high > low else low + 0.001
 
 
-class Rope:
-    """The rotations of one forward pass's positions, computed once for all blocks: unit complex numbers [B, T, F]."""
+def rotations(config: ModelConfig, position_BT: Tensor) -> Tensor:
+    """Those of one forward pass, computed once for all blocks: complex64 [B, T, F] for positions int [B, T], or [1, T, F] for [1, T].
 
-    def __init__(self, turn_BTF: Tensor):
-        self.turn = turn_BTF
-
-    @classmethod
-    def at(cls, config: ModelConfig, position_BT: Tensor) -> "Rope":
-        """The rotations at these positions (int [B, T] or [1, T])."""
-        factor = config.rope_scaling.rotation_factor if config.rope_scaling else 1.0
-        angle_BTF = position_BT.unsqueeze(-1) * frequencies(config, position_BT.device)
-        return cls(torch.polar(torch.full(angle_BTF.shape, factor, device=angle_BTF.device), angle_BTF))
-
-    def __getitem__(self, tokens: slice) -> "Rope":
-        """The rope of some of the tokens."""
-        return Rope(self.turn[:, tokens])
-
-    def rotate(self, x_BTHR: Tensor) -> Tensor:
-        """All pairs of every head, turned by the angle of their token: see `dsv3.ops.rotary.rotated`."""
-        return rotated(x_BTHR, self.turn)
-
-    def rotate_heads(self, x: Tensor) -> Tensor:
-        """[B, T, H, N + R] with the last R elements of every head turned."""
-        turned: Tensor = rotate_heads(x, self.turn)
-        return turned
+    `dsv3.ops.rotary` applies them: each pair of elements is multiplied by its number.
+    """
+    factor = config.rope_scaling.rotation_factor if config.rope_scaling else 1.0
+    angle_BTF = position_BT.unsqueeze(-1) * frequencies(config, position_BT.device)
+    return torch.polar(torch.full(angle_BTF.shape, factor, device=angle_BTF.device), angle_BTF)

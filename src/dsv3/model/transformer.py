@@ -4,11 +4,11 @@ Legend: B sequences, T tokens, D hidden, V vocabulary.
 """
 
 import hashlib
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +17,12 @@ from dsv3.errors import UserError
 from dsv3.model.attention import Cache, MultiHeadLatentAttention
 from dsv3.model.block import Block, Pass
 from dsv3.model.config import ModelConfig
-from dsv3.model.feed_forward import Dispatcher, Experts, Gate, LocalDispatcher, Routing, SwiGLU
+from dsv3.model.feed_forward import Dispatcher, Experts, LocalDispatcher, Routing, SwiGLU
 from dsv3.model.linear import Embedding, Linear, RMSNorm
 from dsv3.model.micro_batch import MicroBatch, default_positions
 from dsv3.model.mtp import MultiTokenPrediction
 from dsv3.model.recompute import Recomputation
-from dsv3.model.rope import Rope
+from dsv3.model.rope import rotations
 from dsv3.precision.deferred import WeightGradients
 from dsv3.precision.feed_forward import FeedForward
 from dsv3.precision.projection import Projection
@@ -35,7 +35,7 @@ FP8_MULTIPLE = 16
 
 @dataclass
 class Output:
-    """What a forward pass gives."""
+    """The result of a forward pass."""
 
     hidden: Tensor
     """[B, T, D] after the final norm."""
@@ -51,10 +51,10 @@ class Output:
 
 @dataclass
 class Losses:
-    """The losses of one micro-batch. `total` is for backward; the others are for reading and carry no gradient."""
+    """The losses of one micro-batch. `total` is for backward; the others carry no gradient."""
 
     total: Tensor
-    """The main loss plus lambda / D times the sum of the MTP losses. Balance losses join in the backward pass alone."""
+    """The main loss plus lambda / D times the sum of the MTP losses. Balance losses are added in the backward pass only."""
     main: Tensor
     """Cross-entropy of the next token, nats."""
     mtp: list[Tensor]
@@ -84,22 +84,22 @@ class DeepSeekV3(nn.Module):
         self.embed_tokens = Embedding(
             config.vocab_size, config.hidden_size, _weight=torch.empty(config.vocab_size, config.hidden_size)
         )
-        self.layers: Sequence[Block] = module_list(
-            Block(config, str(i), i < config.first_k_dense_replace, dispatcher) for i in range(config.num_hidden_layers)
-        )
+        dense = config.num_dense_layers
+        layers = (Block(config, str(i), i < dense, dispatcher) for i in range(config.num_hidden_layers))
+        # The type checker does not know that a ModuleList is a sequence of its modules.
+        self.layers = cast(Sequence[Block], nn.ModuleList(layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
-        self.mtp: Sequence[MultiTokenPrediction] = module_list(
-            MultiTokenPrediction(config, k, dispatcher) for k in range(config.num_nextn_predict_layers)
-        )
+        modules = (MultiTokenPrediction(config, k, dispatcher) for k in range(config.num_nextn_predict_layers))
+        self.mtp = cast(Sequence[MultiTokenPrediction], nn.ModuleList(modules))
 
     def blocks(self) -> Iterator[Block]:
-        """Every Transformer block, those of the MTP modules included: what is done per layer walks this."""
+        """Every Transformer block, those of the MTP modules included: everything done per layer walks this."""
         yield from self.layers
         yield from (module.block for module in self.mtp)
 
     def held_experts(self) -> dict[nn.Parameter, range]:
-        """Every stack of experts, and which of all experts are on this rank."""
+        """Every stack of experts, and which of the experts this rank holds."""
         return {
             parameter: module.held
             for module in self.modules()
@@ -116,8 +116,8 @@ class DeepSeekV3(nn.Module):
         """Normal weights: one `std` for all (the report: 0.006; None: the config's `initializer_range`), or 1 / sqrt(inputs).
 
         Norm gains become 1 and routing biases 0. With "fan_in" the projections that write to the residual stream are
-        divided by sqrt(2 blocks), and the embedding and the head get 1 and 1 / sqrt(inputs). A weight's values depend on the
-        seed and its name alone: they are the same on whatever rank it is, and whatever else is there.
+        divided by sqrt(2 blocks), and the embedding and the head get 1 and 1 / sqrt(inputs). A weight's values depend only on
+        the seed and its name: they are the same on every rank and in every layout.
         """
         std = self.config.initializer_range if std is None else std
         generator, held = torch.Generator(), self.held_experts()
@@ -138,13 +138,17 @@ class DeepSeekV3(nn.Module):
         return self
 
     def recompute(self, kinds: Collection[str]) -> None:
-        """Has the backward pass of `loss` compute again what it would otherwise keep; the result stays the same to the bit.
+        """Has the backward pass of `loss` recompute activations in place of keeping them; the result stays the same to the bit.
 
-        `norms`: the outputs of RMSNorm (the router's FP32 copy of one among them), `mla_up`: queries, keys and values made
-        from MLA's latents (report, section 3.2.3), `swiglu`: the inputs of the feed-forward's last product (section 3.3.3).
+        `norms`: the outputs of RMSNorm; `mla_up`: queries, keys and values made from MLA's latents (report, section 3.2.3);
+        `swiglu`: the inputs of the feed-forward's last product (section 3.3.3).
         """
         self.recomputation = Recomputation() if kinds else None
-        parts = {"norms": (RMSNorm, Gate), "mla_up": (MultiHeadLatentAttention,), "swiglu": (SwiGLU, Experts)}
+        parts: dict[str, tuple[type[RMSNorm | MultiHeadLatentAttention | SwiGLU | Experts], ...]] = {
+            "norms": (RMSNorm,),
+            "mla_up": (MultiHeadLatentAttention,),
+            "swiglu": (SwiGLU, Experts),
+        }
         for kind, types in parts.items():
             for module in self.modules():
                 if isinstance(module, types):
@@ -153,20 +157,18 @@ class DeepSeekV3(nn.Module):
     def compute_in_fp8(self, gradients: WeightGradients | None = None, scaling: Scaling = "tiles") -> "DeepSeekV3":
         """Has the linear layers of attention and feed-forward compute in FP8, as the report trains them (section 3.3).
 
-        Weights stay in their dtype, the others (embedding, head, router, norms, MTP's `eh_proj`, attention itself) compute as
-        before. `gradients` is what may defer the gradients of these layers' weights, `scaling` what one scale covers. Raises `UserError` for weights already
-        in FP8, which cannot be trained, and for sizes that no FP8 product takes.
+        Weights stay in their dtype; embedding, head, router, norms, MTP's `eh_proj` and attention itself compute as before.
+        `gradients` may defer these layers' weight gradients; `scaling` is what one scale covers. Raises `UserError` for weights
+        already in FP8, which cannot be trained, and for sizes that no FP8 product takes.
         """
         gradients, quantizers = gradients or WeightGradients(), QUANTIZERS[scaling]
         for block in self.blocks():
             refuse_sizes(block)
             attention = block.self_attn
             attention.inputs_fp8 = Projection(attention.input_layers, gradients, quantizers=quantizers)
-            ups = (
-                [attention.kv_b_proj] if self.config.q_lora_rank is None else [attention.kv_b_proj, attention.q_b_proj]
-            )
-            for layer in ups:
-                layer.fp8 = Projection([layer], gradients, quantizers=quantizers)
+            for layer in (attention.kv_b_proj, getattr(attention, "q_b_proj", None)):
+                if layer is not None:
+                    layer.fp8 = Projection([layer], gradients, quantizers=quantizers)
             attention.o_proj.fp8 = Projection([attention.o_proj], gradients, True, quantizers)
             for module in block.modules():
                 if isinstance(module, SwiGLU | Experts):
@@ -174,7 +176,7 @@ class DeepSeekV3(nn.Module):
         return self
 
     def refresh_fp8(self) -> None:
-        """Has the FP8 copies of weights made where a weight changed, in the memory of those before; nothing waits for it."""
+        """Updates the FP8 copies of changed weights in place, without waiting for the device."""
         for module in self.modules():
             for name in ("fp8", "inputs_fp8"):
                 layer = getattr(module, name, None)
@@ -182,9 +184,8 @@ class DeepSeekV3(nn.Module):
                     cache.refresh()
 
     def defer_weight_gradients(self, gradients: WeightGradients) -> None:
-        """Has `gradients` decide when the weights' gradients of linear layers in FP32 and BF16 are computed.
-
-        Embedding, head, router and norms compute theirs with their input's."""
+        """Lets `gradients` defer the weight gradients of linear layers in FP32 and BF16; those of embedding, head, router and norms
+        are computed with their input's."""
         for module in self.modules():
             if isinstance(module, Linear | SwiGLU):
                 module.split = Split(gradients)
@@ -210,7 +211,7 @@ class DeepSeekV3(nn.Module):
     ) -> Output:
         """int [B, T] -> the main model's `Output`. Positions default to 0 .. T-1; see `Pass` for segments and cache."""
         positions = default_positions(tokens) if positions is None else positions
-        return self.run(tokens, Pass(Rope.at(self.config, positions), segment_ids, cache))
+        return self.run(tokens, Pass(rotations(self.config, positions), segment_ids, cache))
 
     def run(self, tokens: Tensor, shared: Pass) -> Output:
         """The main model on one pass."""
@@ -245,29 +246,22 @@ class DeepSeekV3(nn.Module):
         return Losses(total * rows.scale, main.detach(), mtp, balance, load, frequency)
 
     def deeper(self, module: MultiTokenPrediction, hidden: Tensor, rows: MicroBatch) -> tuple[Tensor, Tensor, Pass]:
-        """What an MTP module reads of the normed states of the depth before it."""
+        """An MTP module's inputs, from the normed states of the depth before it: (states, embeddings, pass)."""
         ahead, shared = module.depth + 1, rows.shorter(module.depth + 1)
         embeddings = self.embed(rows.inputs[:, ahead:])
         return hidden[:, : embeddings.shape[1]], embeddings, shared
 
     def watching(self, part: bool = False) -> AbstractContextManager[None]:
-        """To be held around a forward pass (or a `part` of one) whose backward pass computes again what `recompute` says."""
+        """A context for a forward pass (or a `part` of one) whose backward pass recomputes what `recompute` says."""
         return nullcontext() if self.recomputation is None else self.recomputation.watching(part)
 
 
-def count(
-    routings: Mapping[str, Routing],
-) -> tuple[Tensor | None, dict[str, Tensor], dict[str, Tensor]]:
+def count(routings: Mapping[str, Routing]) -> tuple[Tensor | None, dict[str, Tensor], dict[str, Tensor]]:
     """The balance losses' sum (None when they are off), load and frequency by block: see `Losses`."""
     balances = [each.balance for each in routings.values() if each.balance is not None]
     load = {name: each.load for name, each in routings.items()}
     frequency = {name: each.frequency for name, each in routings.items() if each.frequency is not None}
     return torch.stack(balances).sum() if balances else None, load, frequency
-
-
-def module_list(modules: Iterable[nn.Module]) -> Any:
-    """A ModuleList that the type checker lets us call a sequence of what it holds."""
-    return nn.ModuleList(modules)
 
 
 def refuse_sizes(block: Block) -> None:

@@ -57,12 +57,16 @@ def unpack_reference(tiles: PackedTiles, dtype: torch.dtype = torch.bfloat16) ->
 
 def pack_triton_serves(x_RK: Tensor) -> str | None:
     """Why it does not."""
-    return no_triton(x_RK) if x_RK.stride(1) == 1 and x_RK.numel() else "needs elements, and adjacent columns"
+    if x_RK.stride(1) != 1 or x_RK.shape[1] % 8 or not x_RK.numel():
+        return "needs elements, and adjacent columns, a multiple of eight"
+    return no_triton(x_RK)
 
 
 def unpack_triton_serves(tiles: PackedTiles, dtype: torch.dtype = torch.bfloat16) -> str | None:
     """Why it does not."""
-    return no_triton(tiles.packed) if tiles.packed.numel() else "needs elements"
+    if tiles.columns % 8 or not tiles.packed.numel() or not tiles.packed.is_contiguous():
+        return "needs contiguous rows of a multiple of eight elements"
+    return no_triton(tiles.packed)
 
 
 pack_e5m6 = Operation(

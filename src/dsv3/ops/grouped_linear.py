@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from dsv3.ops.cast import cast
-from dsv3.ops.operation import Implementation, Operation, anything
+from dsv3.ops.accumulate import accumulate
+from dsv3.ops.cast import add_gradient, cast
+from dsv3.ops.kernels.available import no_gluon
+from dsv3.ops.operation import Implementation, Operation, anything, kernel
 
 
 def segments(counts_E: Tensor) -> Iterator[tuple[int, int, int]]:
@@ -117,10 +119,38 @@ def equal_in_inference(x_RI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> st
     return None if equal else "needs equally long groups"
 
 
+class GroupedMM(torch.autograd.Function):
+    """Torch's grouped matrix product, with the gradient of a parameter added to its `grad`: see `dsv3.ops.cast`."""
+
+    @staticmethod
+    def forward(ctx: Any, x_RI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor:
+        weight = weight_EOI.to(x_RI.dtype)
+        ctx.save_for_backward(x_RI, weight, counts_E)
+        ctx.parameter = weight_EOI
+        return multiplied(x_RI, weight, counts_E)
+
+    @staticmethod
+    def backward(ctx: Any, grad_RO: Tensor) -> tuple[Tensor | None, None, None]:
+        x_RI, weight, counts_E = ctx.saved_tensors
+        grad_RO, total = grad_RO.contiguous(), ctx.parameter.grad
+        gradient = grouped_weight_gradient(grad_RO, x_RI, counts_E, total)
+        if gradient is not total:
+            add_gradient(ctx.parameter, gradient)
+        return multiplied(grad_RO, weight.mT, counts_E) if ctx.needs_input_grad[0] else None, None, None
+
+
+def multiplied(x_RI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor:
+    """Torch's grouped matrix product of one dtype."""
+    return F.grouped_mm(x_RI, weight_EOI.mT, offs=counts_E.cumsum(0, dtype=torch.int32))
+
+
 def grouped_mm(x_RI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor:
     """Torch's grouped matrix product."""
-    offsets = counts_E.cumsum(0, dtype=torch.int32)
-    return F.grouped_mm(x_RI.contiguous(), cast(weight_EOI, x_RI.dtype).transpose(1, 2), offs=offsets)
+    x_RI = x_RI.contiguous()
+    if isinstance(weight_EOI, nn.Parameter) and weight_EOI.requires_grad and torch.is_grad_enabled():
+        out: Tensor = GroupedMM.apply(x_RI, weight_EOI, counts_E)
+        return out
+    return multiplied(x_RI, weight_EOI.to(x_RI.dtype), counts_E)
 
 
 def fits_grouped_mm(x_RI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> str | None:
@@ -152,32 +182,49 @@ behind the last group are nobody's, in results and gradients too, where they hol
 """
 
 
-def weight_gradient_reference(grad_RO: Tensor, x_RI: Tensor, counts_E: Tensor) -> Tensor:
+def weight_gradient_reference(grad_RO: Tensor, x_RI: Tensor, counts_E: Tensor, out_EOI: Tensor | None = None) -> Tensor:
     """The definition: a loop over experts."""
     gradient = x_RI.new_zeros(len(counts_E), grad_RO.shape[1], x_RI.shape[1])
     for e, start, end in segments(counts_E):
         torch.mm(grad_RO[start:end].t(), x_RI[start:end], out=gradient[e])
-    return gradient
+    return gradient if out_EOI is None else out_EOI.add_(gradient)
 
 
-def weight_gradient_grouped_mm(grad_RO: Tensor, x_RI: Tensor, counts_E: Tensor) -> Tensor:
+def weight_gradient_grouped_mm(
+    grad_RO: Tensor, x_RI: Tensor, counts_E: Tensor, out_EOI: Tensor | None = None
+) -> Tensor:
     """Torch's grouped matrix product, over rows."""
-    return F.grouped_mm(grad_RO.t(), x_RI, offs=counts_E.cumsum(0, dtype=torch.int32))
+    gradient = F.grouped_mm(grad_RO.t(), x_RI, offs=counts_E.cumsum(0, dtype=torch.int32))
+    if out_EOI is None:
+        return gradient
+    accumulate(out_EOI, gradient)
+    return out_EOI
 
 
-def fits_weight_gradient(grad_RO: Tensor, x_RI: Tensor, counts_E: Tensor) -> str | None:
+def fits_weight_gradient(grad_RO: Tensor, x_RI: Tensor, counts_E: Tensor, out_EOI: Tensor | None = None) -> str | None:
     """As for the product itself."""
     return fits_grouped_mm(x_RI, grad_RO.t().unsqueeze(0), counts_E)
+
+
+def fits_gluon(grad_RO: Tensor, x_RI: Tensor, counts_E: Tensor, out_EOI: Tensor | None = None) -> str | None:
+    """Why the kernel that adds does not serve."""
+    if out_EOI is None or out_EOI.dtype != torch.float32 or not out_EOI.is_contiguous():
+        return "adds to contiguous matrices in float32"
+    if not grad_RO.is_contiguous() or not x_RI.is_contiguous():
+        return "needs contiguous rows"
+    return fits_weight_gradient(grad_RO, x_RI, counts_E) or no_gluon(x_RI.device)
 
 
 grouped_weight_gradient = Operation(
     "grouped_weight_gradient",
     [
+        Implementation("gluon", kernel("grouped_wgrad_gluon", "add_wgrad"), fits_gluon),
         Implementation("grouped_mm", weight_gradient_grouped_mm, fits_weight_gradient),
         Implementation("reference", weight_gradient_reference, anything),
     ],
 )
-"""`grouped_weight_gradient(grad [R, O], x [R, I], counts [E] int) -> [E, O, I]`: grad^T x over each expert's rows, in x's dtype.
+"""`grouped_weight_gradient(grad [R, O], x [R, I], counts [E] int, out=None) -> [E, O, I]`: grad^T x over each expert's rows, in x's
+dtype. Where `out` is given, it is added to it, in its dtype, and that is returned.
 
 Rows behind the last group count for nobody.
 """

@@ -1,4 +1,4 @@
-"""What a rank is at: what a message says of it when the job ends, or when nothing happens any more."""
+"""What a rank is doing, for the message when the job fails or hangs."""
 
 import time
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from dsv3.errors import RunError
 
 
 class LostError(RunError):
-    """An operation that needs all ranks failed: another one ended, or was too late."""
+    """A collective operation failed: another rank ended, or was too late."""
 
 
 class Activity:
@@ -20,7 +20,7 @@ class Activity:
         self.since = time.monotonic()
 
     def begin(self, instruction: str) -> None:
-        """Says what comes now."""
+        """Notes the instruction that starts now."""
         self.instruction, self.since = instruction, time.monotonic()
 
     @contextmanager

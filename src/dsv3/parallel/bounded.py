@@ -1,7 +1,7 @@
-"""Experts on many ranks, with as many rows sent as there could be: the host need not learn how many there are.
+"""Experts on many ranks, always sending the largest number of rows there could be, so that the host need not read the counts.
 
 Its twin is the exact `ExpertParallel`, with the same results to the bit. Beside products that fill a GPU every kernel has to wait
-for its turn, so the communicating phases do nothing but exchange: rows are laid out before them, and sorted behind.
+for its turn, so the communicating phases do nothing but exchange: rows are laid out before them and sorted after them.
 
 Legend: as in `dsv3.parallel.leg`.
 """
@@ -21,7 +21,7 @@ from dsv3.parallel.pipeline.tape import used_by_this_stream
 
 @dataclass(frozen=True)
 class Slabs:
-    """Tokens on a leg, before its exchange and behind it."""
+    """Tokens on a leg, before its exchange or after it."""
 
     rows: Tensor
     """[S, D], then [A, D]."""
@@ -34,23 +34,15 @@ class Slabs:
     span: int
     """Experts that each rank of its group has."""
     alignment: int
-    """See `Dispatcher.dispatch`."""
+    """See `Dispatcher.pack`."""
 
 
 class BoundedExpertParallel(ExpertParallel):
-    """`parallel.bounded_exchange`. Windows, where it is said how to open them, carry the slabs within a node (`parallel.transport`)."""
+    """`parallel.bounded_exchange`. With `open_window`, slabs within a node go through windows (`parallel.transport = "copy"`)."""
 
     def __init__(self, mesh: Mesh, fp8: bool = False, open_window: Open | None = None):
         node = mesh.node if open_window is None else CopyingGroup.of(mesh.node, open_window)
         super().__init__(replace(mesh, node=node), fp8)
-
-    def dispatch(self, x_TD: Tensor, routing: Routing, alignment: int = 0) -> Dispatched:
-        """See `Dispatcher`."""
-        return self.unpack(self.send(self.pack(x_TD, routing, alignment)))
-
-    def combine(self, rows_RD: Tensor, handle: Journey) -> Tensor:
-        """See `Dispatcher`."""
-        return self.unpack_back(self.send_back(self.pack_back(rows_RD, handle), handle), handle)
 
     def pack(self, x_TD: Tensor, routing: Routing, alignment: int = 0) -> Slabs:
         """See `Dispatcher`: the slabs of the first leg."""
@@ -58,7 +50,7 @@ class BoundedExpertParallel(ExpertParallel):
         return self.next_leg(whole, whole.expert)
 
     def next_leg(self, slabs: Slabs, expert_TK: Tensor) -> Slabs:
-        """What has arrived, laid out for the leg that follows."""
+        """The rows received, laid out for the next leg."""
         group = self.groups[len(slabs.legs)]
         span = slabs.span // group.size
         leg, expert = plan_bounded_leg(expert_TK, span, group)
@@ -71,7 +63,7 @@ class BoundedExpertParallel(ExpertParallel):
             if number:
                 parcel = self.next_leg(parcel, here(parcel))
             leg = parcel.legs[-1]
-            # Made where the block computes, and let go of here; what has gradients is taken care of where it passes over.
+            # Allocated on the compute stream, freed on this one. Tensors with gradients are recorded by `tape.Cut`.
             used_by_this_stream(parcel.expert)
             expert = group.exchange(parcel.expert, leg.sent, leg.received)
             parcel = replace(
@@ -80,7 +72,7 @@ class BoundedExpertParallel(ExpertParallel):
         return parcel
 
     def unpack(self, parcel: Slabs) -> Dispatched:
-        """See `Dispatcher`: rows sorted by expert, and behind them those that are nobody's."""
+        """See `Dispatcher`: rows sorted by expert, those without one last."""
         expert = here(parcel)
         room = len(expert) * min(expert.shape[1], parcel.span)
         local = sort_some(expert, parcel.span, room, parcel.alignment, bounded=True)
@@ -95,7 +87,7 @@ class BoundedExpertParallel(ExpertParallel):
         """See `Dispatcher`: all legs, the last one first."""
         first, *others = handle.legs
         for leg in reversed(others):
-            rows = leg.bring_back(rows, self.fp8)
+            rows = unpermute(leg.back(rows, self.fp8), leg.to)
         return first.back(rows, self.fp8)
 
     def unpack_back(self, rows: Tensor, handle: Journey) -> Tensor:
@@ -104,5 +96,5 @@ class BoundedExpertParallel(ExpertParallel):
 
 
 def here(slabs: Slabs) -> Tensor:
-    """int64 [A, K]: the experts of rows that arrived, counted from this rank's first; -1 for those elsewhere."""
+    """int64 [A, K]: the experts of the rows received, counted from this rank's first; -1 for those elsewhere."""
     return on_this_rank(slabs.expert, slabs.span, slabs.legs[-1].group)

@@ -1,12 +1,12 @@
-"""Exchanges within a node by copy engines: every rank writes its slabs where the others see them, and takes its own from them.
+"""Exchanges within a node by copy engines: every rank writes its slabs into shared memory, and copies its own out of the others'.
 
-Beside a product that fills the GPU, NCCL's all-to-all has to wait for multiprocessors, and hides nothing. Copies need none, but slabs of
-one size, which bounded exchanges have. `dsv3 bench train --gpus 2` measures both.
+Beside a product that fills the GPU, NCCL's all-to-all has to wait for multiprocessors, and hides nothing. Copies need none; they
+need slabs of one size, which bounded exchanges have. `dsv3 bench train --gpus 2` measures both.
 """
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -17,12 +17,12 @@ from dsv3.parallel.group import Group
 
 @dataclass(frozen=True)
 class Window:
-    """Memory of the same size on every rank of a group, which all of them read."""
+    """Memory of the same size on every rank of a group, readable by all of them."""
 
     everyone: Sequence[Tensor]
     """uint8 [n] by rank, this one's own among them."""
     barrier: Callable[[], None]
-    """What this stream does later comes behind what the streams of all ranks have done until theirs."""
+    """Orders this stream's later work after the earlier work of all ranks' streams."""
 
 
 Open = Callable[[Group, int, torch.device], Window]
@@ -34,7 +34,7 @@ def symmetric(group: Group, size: int, device: torch.device) -> Window:
     import torch.distributed._symmetric_memory as symmetric_memory
 
     assert group.handle is not None
-    # Nothing here is sent to several at once, and what that takes of the switches is better left alone.
+    # Nothing here is sent to several ranks at once; multicast would take resources of the switches.
     os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
     try:
         own = symmetric_memory.empty(size, dtype=torch.uint8, device=device)
@@ -52,7 +52,7 @@ def symmetric(group: Group, size: int, device: torch.device) -> Window:
 
 @dataclass
 class Windows:
-    """Two windows in turn: who writes to one again has met the others at the next, behind their reading."""
+    """Two windows in turn: before a rank writes to one again, all have passed the other's barrier, after they read the first."""
 
     open: Open = symmetric
     both: list[Window] = field(default_factory=list)
@@ -64,14 +64,16 @@ class Windows:
     def exchange(self, group: Group, flat: Tensor) -> Tensor:
         """uint8 [ranks x n] -> the same: slab i goes to rank i, and slab i comes from it."""
         if len(flat) > self.size:
-            self.grow(group, len(flat), flat.device)
+            if flat.is_cuda:
+                torch.cuda.synchronize(flat.device)  # the old windows may still be in use
+            self.both, self.size = [self.open(group, len(flat), flat.device) for _ in range(2)], len(flat)
         if self.done is not None:
             torch.cuda.current_stream().wait_event(self.done)
         window, out, slab = self.both[self.next], torch.empty_like(flat), len(flat) // group.size
         self.next = 1 - self.next
         window.everyone[group.rank][: len(flat)].copy_(flat)
         window.barrier()
-        # Each begins with the rank behind it, so that no one is read by all at once.
+        # Each begins with the next rank, so that no rank is read by all at once.
         for distance in range(1, group.size + 1):
             rank = (group.rank + distance) % group.size
             theirs = window.everyone[rank][group.rank * slab : (group.rank + 1) * slab]
@@ -79,12 +81,6 @@ class Windows:
         if flat.is_cuda:
             self.done = torch.cuda.current_stream().record_event()
         return out
-
-    def grow(self, group: Group, size: int, device: torch.device) -> None:
-        """Larger windows, all ranks together; what is under way through the old ones is waited for."""
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        self.both, self.size = [self.open(group, size, device) for _ in range(2)], size
 
 
 @dataclass(frozen=True)
@@ -96,7 +92,7 @@ class CopyingGroup(Group):
     @classmethod
     def of(cls, group: Group, open_window: Open = symmetric) -> "CopyingGroup":
         """The same ranks."""
-        return cls(**{each.name: getattr(group, each.name) for each in fields(group)}, windows=Windows(open_window))
+        return cls(**vars(group), windows=Windows(open_window))
 
     def exchange(self, rows: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
         """See `Group`; `RunError` where the slabs differ in size, as those of exact exchanges do."""

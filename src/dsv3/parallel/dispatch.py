@@ -1,26 +1,27 @@
 """Experts on many ranks: tokens go to the ranks that hold theirs, and the weighted sums come back (report, section 3.2.2).
 
-A token travels once to every rank that has an expert of its, however many there are; with experts on several nodes it goes
-once to each node, to the rank with the sender's place there, and from that one to the ranks that hold its experts. The ranks
-that compute weight what experts compute and add it up, so that one row comes back for each that went. No token is dropped.
+A token is sent once to every rank that holds any of its experts. With experts on several nodes it is sent once to each node,
+to the rank with the sender's place there, which forwards it to the ranks that hold its experts. These weight and sum their
+experts' outputs, so that one row comes back for each row sent. No token is dropped.
 
-Legend: T tokens here, D hidden, K experts per token, A rows that arrived, R rows sorted by expert.
+Legend: T tokens here, D hidden, K experts per token, A rows received, R rows sorted by expert.
 """
 
 import logging
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from dsv3.errors import UserError
-from dsv3.model.feed_forward import Dispatched, Dispatcher, Routing
+from dsv3.model.feed_forward import Dispatched, Dispatcher
 from dsv3.ops.permute import Permutation, permute, sort_some, unpermute
 from dsv3.parallel.leg import Leg, plan_leg
 from dsv3.parallel.mesh import Mesh
 
 log = logging.getLogger(__name__)
 CROWDED = 4.0
-"""Times its share of the rows from which on a rank says how many it has."""
+"""A rank with more rows than so many times its share warns of it."""
 
 
 @dataclass(frozen=True)
@@ -51,28 +52,29 @@ class ExpertParallel(Dispatcher):
             raise UserError(f"{experts} experts cannot be divided over parallel.expert = {self.expert.size} ranks")
         return range(self.expert.rank * each, (self.expert.rank + 1) * each)
 
-    def dispatch(self, x_TD: Tensor, routing: Routing, alignment: int = 0) -> Dispatched:
+    def send(self, parcel: Any) -> Any:
         """See `Dispatcher`."""
-        rows, weight, expert, span = x_TD, routing.weight, routing.expert, routing.num_experts
+        rows, routing, alignment = parcel
+        weight, expert, span = routing.weight, routing.expert, routing.num_experts
         legs, assignments = list[Leg](), 0
         for group in self.groups:
             span //= group.size
             leg, expert, assignments = plan_leg(expert, span, group)
-            rows, weight = leg.carry(rows, self.fp8), leg.carry(weight)
+            rows, weight = leg.there(permute(rows, leg.to), self.fp8), leg.there(permute(weight, leg.to))
             legs.append(leg)
         self.watch(assignments, routing.expert.numel())
         local = sort_some(expert, span, assignments, alignment)
         return Dispatched(permute(rows, local), local.by_row(weight), local.counts_E, Journey(legs, local))
 
-    def combine(self, rows_RD: Tensor, handle: Journey) -> Tensor:
+    def send_back(self, rows: Tensor, handle: Journey) -> Tensor:
         """See `Dispatcher`."""
-        y = unpermute(rows_RD, handle.local)
+        rows = unpermute(rows, handle.local)
         for leg in reversed(handle.legs):
-            y = leg.bring_back(y, self.fp8)
-        return y
+            rows = unpermute(leg.back(rows, self.fp8), leg.to)
+        return rows
 
     def watch(self, rows: int, share: int) -> None:
-        """Says, the first time, that a rank has far more rows than one of as many tokens and even loads would."""
+        """Warns once when this rank has far more rows than with even loads."""
         if rows > CROWDED * share > 0 and not self.crowded:
             self.crowded = True
             log.warning(

@@ -1,4 +1,4 @@
-"""Ranks that act together, and what they do: the collective operations, each of which is nothing at all for one rank alone."""
+"""Ranks that act together, and their collective operations, which do nothing for one rank alone."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ class Group:
 
     @property
     def size(self) -> int:
-        """How many they are."""
+        """The number of ranks."""
         return len(self.ranks)
 
     def sum_(self, tensor: Tensor) -> Tensor:
@@ -80,26 +80,26 @@ class Group:
             dist.broadcast(tensor, group=self.handle, group_src=source)
 
     def post(self, sent: Sequence[tuple[Tensor, int]], received: Sequence[tuple[Tensor, int]]) -> list[Any]:
-        """Begins to send tensors to ranks, and to receive others from ranks, in the order given; what `wait` must be given."""
+        """Starts sending tensors to ranks, and receiving others from ranks, in the order given; the works for `wait`."""
         calls = [(dist.isend, *each) for each in sent] + [(dist.irecv, *each) for each in received]
         return dist.batch_isend_irecv(
             [dist.P2POp(call, tensor, group=self.handle, group_peer=peer) for call, tensor, peer in calls]
         )
 
     def wait(self, works: list[Any], what: str) -> None:
-        """Waits for what `post` began; once, as gloo would never come back from a second time."""
+        """Waits for what `post` started; only once, as with gloo a second wait never returns."""
         while works:
             with self.activity.communicating(what):
                 works.pop().wait()
 
     def swap(self, tensor: Tensor, peer: int) -> Tensor:
-        """What another rank, which calls this as well, has in the place of this tensor."""
+        """Exchanges a tensor with another rank, which calls this as well; the other's."""
         other = torch.empty_like(tensor)
         self.wait(self.post([(tensor, peer)], [(other, peer)]), f"swapping with rank {peer} of {self.name}")
         return other
 
     def objects(self, own: Any) -> list[Any]:
-        """What every rank has, in order: anything that can be pickled."""
+        """Every rank's object, in order: anything that can be pickled."""
         if self.handle is None:
             return [own]
         found: list[Any] = [None] * self.size

@@ -1,4 +1,4 @@
-"""One process of a job that `torchrun` started: it meets the others, and they make sure that they run the same thing."""
+"""One process of a job that `torchrun` started: it joins the others, and they check that all run the same thing."""
 
 import hashlib
 import os
@@ -50,7 +50,7 @@ def launched(recipe: Recipe, timeout: timedelta = TIMEOUT) -> Iterator[Mesh]:
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     found, rank, _ = next(rendezvous("env://", timeout=timeout))
-    # What `torchrun --max-restarts` starts again may meet at the same store, with addresses in it of ranks that are gone.
+    # After a restart by `torchrun --max-restarts` the store may still hold addresses of ranks that are gone.
     store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", found)
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
@@ -62,13 +62,13 @@ def launched(recipe: Recipe, timeout: timedelta = TIMEOUT) -> Iterator[Mesh]:
             mesh.world.objects(None)
     except (UserError, RunError) as error:
         if not speaks(store):
-            time.sleep(1)  # torchrun ends the others as soon as one ends, and the one that speaks shall be heard
+            time.sleep(1)  # torchrun ends the others as soon as one ends: the one with the message goes first
             sys.exit(2 if isinstance(error, UserError) else 1)
         if isinstance(error, LostError):
             note(mesh, store)
             raise RunError(f"{error} {whereabouts(store, size)}") from error
         raise
-    # After an error the others are not there to take leave of: the process ends with the group as it is.
+    # Not after an error: the others may be gone, and destroying the group would wait for them.
     dist.destroy_process_group()
 
 
@@ -90,8 +90,5 @@ def check_same(mesh: Mesh, recipe: Recipe) -> None:
 
 
 def digest(*contents: bytes) -> str:
-    """Twelve digits that tell contents apart."""
-    found = hashlib.sha256()
-    for content in contents:
-        found.update(content)
-    return found.hexdigest()[:12]
+    """The first twelve digits of their SHA-256."""
+    return hashlib.sha256(b"".join(contents)).hexdigest()[:12]

@@ -1,6 +1,6 @@
 """One leg of the way from tokens to their experts: every token once to each rank of a group that has experts of its own.
 
-Legend: T tokens here, D hidden, K experts per token, S rows sent, A rows that arrived, G ranks of the group.
+Legend: T tokens here, D hidden, K experts per token, S rows sent, A rows received, G ranks of the group.
 """
 
 from dataclasses import dataclass
@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv3.ops.permute import Permutation, count_by_expert, permute, sort_some, unpermute, with_rows
-from dsv3.ops.tiles import TILE, Tiles, dequantize_rows, empty_scale, quantize_rows
+from dsv3.ops.permute import Permutation, count_by_expert, sort_some, with_rows
+from dsv3.ops.tiles import Tiles, dequantize_rows, empty_scale, quantize_rows
 from dsv3.parallel.group import Group
 
 
@@ -27,24 +27,14 @@ class Leg:
     received: list[int]
     """Rows from each rank."""
 
-    def carry(self, x_TD: Tensor, fp8: bool = False) -> Tensor:
-        """[T, D] -> [A, D], ordered by the rank they came from."""
-        return self.there(permute(x_TD, self.to), fp8)
-
-    def bring_back(self, y_AD: Tensor, fp8: bool = False) -> Tensor:
-        """[A, D] -> [T, D]: the sum of what became of each token's rows."""
-        return unpermute(self.back(y_AD, fp8), self.to)
-
     def there(self, rows_SD: Tensor, fp8: bool = False) -> Tensor:
-        """[S, D] -> [A, D]. `fp8`: with 8 bits an element, and scales that are powers of two. The backward pass is `back` in the rows'
-        dtype."""
-        rows: Tensor = Exchange.apply(rows_SD, self.group, self.sent, self.received, fp8, False)
-        return rows
+        """[S, D] -> [A, D], ordered by the rank they came from. `fp8`: sent as E4M3 with scales that are powers of two. The
+        backward pass is `back` in the rows' dtype."""
+        return Exchange.apply(rows_SD, self.group, self.sent, self.received, fp8, False)
 
     def back(self, rows_AD: Tensor, fp8: bool = False) -> Tensor:
         """[A, D] -> [S, D]. Backward is `there`, in FP8 if `fp8`."""
-        rows: Tensor = Exchange.apply(rows_AD, self.group, self.received, self.sent, False, fp8)
-        return rows
+        return Exchange.apply(rows_AD, self.group, self.received, self.sent, False, fp8)
 
 
 def plan_leg(expert_TK: Tensor, span: int, group: Group) -> tuple[Leg, Tensor, int]:
@@ -55,7 +45,8 @@ def plan_leg(expert_TK: Tensor, span: int, group: Group) -> tuple[Leg, Tensor, i
     """
     rank_TK = expert_TK.div(span, rounding_mode="floor")
     first_TK = first_on_rank(rank_TK)
-    rows, assignments = (count_of(each, group.size) for each in (first_TK, rank_TK))
+    # Without those that are -1.
+    rows, assignments = (count_by_expert(each.flatten() + 1, group.size + 1)[1:] for each in (first_TK, rank_TK))
     counts = torch.stack([rows, assignments], dim=1)
     arriving = group.exchange(counts, [1] * group.size, [1] * group.size)
     sent, received, assigned = torch.stack([counts[:, 0], arriving[:, 0], arriving[:, 1]]).tolist()
@@ -93,11 +84,6 @@ def on_this_rank(expert_AK: Tensor, span: int, group: Group) -> Tensor:
     return own_AK.masked_fill((own_AK < 0) | (own_AK >= span), -1)
 
 
-def count_of(rank_TK: Tensor, ranks: int) -> Tensor:
-    """int64 [G]: how many there are of each rank's number, without those that are -1."""
-    return count_by_expert(rank_TK.flatten() + 1, ranks + 1)[1:]
-
-
 class Exchange(torch.autograd.Function):
     """`Group.exchange` of rows [S, D], forward or backward in FP8."""
 
@@ -116,8 +102,8 @@ class Exchange(torch.autograd.Function):
 
 
 def payload(rows: Tensor, group: Group, sent: list[int], received: list[int], fp8: bool) -> Tensor:
-    """The rows that arrive, in the dtype of those sent. What is in FP8 on the way can be quantised there again, with scales that
-    are powers of two, and nothing is lost."""
+    """The rows received, in the dtype of those sent. Rows sent in FP8 can be quantised again on the way without further loss,
+    because their scales are powers of two."""
     if not fp8 or group.size == 1:
         return group.exchange(rows, sent, received)
     tiles = quantize_rows(rows, True)
@@ -125,10 +111,3 @@ def payload(rows: Tensor, group: Group, sent: list[int], received: list[int], fp
     scale = empty_scale(len(values), values.shape[1], values.device)
     scale.copy_(group.exchange(tiles.scale, sent, received))
     return dequantize_rows(Tiles(values, scale), rows.dtype)
-
-
-def wire_bytes(hidden: int, chosen: int, element: int, fp8: bool) -> tuple[int, int]:
-    """(bytes of one row in `carry`, with its experts and their weights; bytes in `bring_back`) of the forward pass, for elements
-    of so many bytes. The backward pass has the same the other way round, but for the experts, which stay known."""
-    carried = hidden + 4 * -(-hidden // TILE) if fp8 else hidden * element
-    return carried + 8 * chosen, hidden * element

@@ -26,7 +26,7 @@ from dsv3.recipe.parallel import ParallelSection
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=7)
-"""How long ranks wait on the host for the first one, which may be building token shards. Where it ends, `torchrun` ends them."""
+"""How long ranks wait on the host for the first one, which may be building token shards. If that one fails, `torchrun` ends them."""
 
 
 @dataclass(frozen=True)
@@ -46,16 +46,16 @@ class Mesh:
 
     @property
     def activity(self) -> Activity:
-        """What this rank is at."""
+        """What this rank is doing."""
         return self.world.activity
 
     @property
     def first(self) -> bool:
-        """Whether this is the rank that speaks to the user, and writes what is written once."""
+        """Whether this is the rank that prints, and writes what is written once."""
         return self.world.rank == 0
 
     def on_first(self, work: Callable[[], T]) -> T:
-        """What `work` returns on the first rank, on every rank; an error of the user's, or of the run, is raised on all."""
+        """Runs `work` on the first rank alone; its result on every rank. `UserError`, `RunError` and `OSError` are raised on all."""
         found: T | UserError | RunError | OSError | None = None
         if self.first:
             try:
@@ -74,7 +74,7 @@ def make_mesh(parallel: ParallelSection, ranks_per_node: int) -> Mesh:
     activity = Activity(rank)
 
     def group(name: str, all_ranks: Sequence[Sequence[int]], backend: str | None = None) -> Group:
-        """The one of these groups, which together are all ranks, that this process is in."""
+        """This process's one of these groups, which together are all ranks."""
         own = Group(name, (rank,), 0, None, activity)
         for ranks in all_ranks:
             if len(ranks) == 1:

@@ -1,6 +1,6 @@
-"""Who keeps the others waiting: every rank notes in the job's store what it is at, and the first says it when nothing moves.
+"""Which rank keeps the others waiting: every rank notes its instruction in the job's store, and the first warns when one hangs.
 
-Notes go through the store that the ranks met by (TCP, at the first node), not through the operations that may hang.
+Notes go through the rendezvous store (TCP, at the first node), not through the operations that may hang.
 """
 
 import logging
@@ -25,8 +25,8 @@ EVERY = 1.0
 
 @contextmanager
 def watching(mesh: Mesh, timeout: timedelta, store: dist.Store) -> Iterator[None]:
-    """Within it a thread of each rank notes its instruction; the first warns when a rank has been at one for half the timeout,
-    and names what each is at. So does one of those that `torchrun` ends because another has ended.
+    """Within it a thread of each rank notes its instruction. The first rank warns when it has been at one for half the timeout,
+    and names every rank's. So does one of those that `torchrun` ends because another has ended.
 
     Signals reach the thread through a socket: the main thread may be in an operation that does not return.
     """
@@ -49,7 +49,7 @@ def watching(mesh: Mesh, timeout: timedelta, store: dist.Store) -> Iterator[None
 
 
 def watch(mesh: Mesh, limit: float, store: dist.Store, signals: socket.socket) -> None:
-    """Until the socket is closed, or the job is at its end."""
+    """The thread's loop, until the socket is closed or the job ends."""
     warned = False
     while True:
         ready, _, _ = select.select([signals], [], [], min(EVERY, limit / 2))
@@ -71,12 +71,12 @@ def watch(mesh: Mesh, limit: float, store: dist.Store, signals: socket.socket) -
 
 
 def note(mesh: Mesh, store: dist.Store) -> None:
-    """Lets the others know what this rank is at."""
+    """Tells the others this rank's instruction."""
     store.set(f"at/{mesh.world.rank}", mesh.activity.instruction)
 
 
 def speaks(store: dist.Store) -> bool:
-    """Whether this rank is the first that has something to say at the end of a job: one message is enough."""
+    """Whether this rank is the first with a message at the end of a job: one is enough."""
     try:
         return store.add("said", 1) == 1
     except RuntimeError:
@@ -84,7 +84,7 @@ def speaks(store: dist.Store) -> bool:
 
 
 def whereabouts(store: dist.Store, ranks: int) -> str:
-    """What every rank is at, or was a second ago, as far as it could say; ranks at the same instruction together."""
+    """Every rank's instruction, as of the last second at which it could note it; ranks at the same one together."""
     at: dict[str, list[str]] = {}
     for rank in range(ranks):
         instruction = store.get(f"at/{rank}").decode() if store.check([f"at/{rank}"]) else "unknown"

@@ -1,11 +1,11 @@
-"""ZeRO-1 (Rajbhandari et al. 2020): every data-parallel rank updates its share of each parameter, and passes on what came of it.
+"""ZeRO-1 (Rajbhandari et al. 2020): every data-parallel rank updates its share of each parameter, and sends it to the others.
 
 A share is some rows of the parameter: of a matrix, of a stack of experts laid out as one, or elements of a gain. Gradients are
-summed in FP32 to the rank whose share they are of, optimizer state exists for the share alone, and updated shares are gathered
-into the whole. Where passes compute in BF16, a matrix is whole in BF16 alone ("narrow"), and its FP32 master copy is in the
-shares; of what passes read in FP32 (gains, routers) the share is a view. Experts are shared among the ranks that hold the
-same ones, everything else among all data-parallel ranks. What two ranks of a pipeline hold (DualPipe's stages, and the embedding
-where MTP reads it elsewhere), both update by the sum of their gradients, a sum of two numbers, which is the same on both.
+reduce-scattered in FP32, optimizer state exists for the share alone, and updated shares are all-gathered. Where passes compute
+in BF16, the whole matrix exists in BF16 only ("narrow"), and its FP32 master copy is sharded; of what passes read in FP32
+(gains, routers) the share is a view. Experts are sharded over the ranks that hold the same ones, everything else over all
+data-parallel ranks. What two ranks of a pipeline hold (DualPipe's stages, and the embedding where MTP reads it elsewhere), both
+update by the sum of their gradients, a sum of two numbers, which is the same on both.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -20,7 +20,7 @@ from dsv3.parallel.pipeline.parts import Holders, part_of
 from dsv3.weights.parts import Place
 
 BUCKET = 2**26
-"""Elements that are sent at once, at most: what is copied together on the way takes four bytes each."""
+"""Most elements sent at once: the copies made for it take four bytes each."""
 
 
 class Shares:
@@ -29,10 +29,9 @@ class Shares:
     def __init__(
         self, model: DeepSeekV3, mesh: Mesh, whole: Collection[nn.Parameter] = (), holders: Holders | None = None
     ):
-        """The model's matrices are in FP32, and made narrow here where its compute dtype is.
+        """The model's matrices are in FP32, and cast here if its compute dtype is BF16.
 
-        Parameters among `whole` are updated by every rank, for update rules that need all of a matrix. `holders` are those of
-        the pipeline's parts, if there is one.
+        Parameters among `whole` are updated by every rank, for update rules that need the whole matrix.
         """
         self.holders = holders or {}
         self.parameters = dict(model.named_parameters())
@@ -55,15 +54,15 @@ class Shares:
         return self.mesh.expert_data if parameter in self.held else self.mesh.data
 
     def ranks(self, name: str) -> tuple[int, ...]:
-        """Those of the pipeline that hold a parameter or buffer of this rank; the first counts and writes it."""
+        """The ranks of the pipeline that hold a parameter or buffer of this rank; the first counts and writes it."""
         return self.holders.get(part_of(name), (self.mesh.pipeline.rank,))
 
     def speaks(self, name: str) -> bool:
-        """Whether this rank is the first of these."""
+        """Whether this rank is the first of `ranks`."""
         return self.ranks(name)[0] == self.mesh.pipeline.rank
 
     def divided(self, parameter: nn.Parameter) -> bool:
-        """Whether each of these ranks has a share of its own."""
+        """Whether each rank of its group has a share of its own."""
         return parameter not in self.whole and self.group(parameter).size > 1
 
     def share(self, name: str) -> nn.Parameter:
@@ -79,18 +78,18 @@ class Shares:
         return master
 
     def rows(self, name: str, whole: Tensor) -> Tensor:
-        """Those of this rank."""
+        """This rank's rows of a whole parameter."""
         group = self.group(self.parameters[name])
         each = share_of(whole, group.size)
         return as_rows(whole)[group.rank * each :][:each]
 
     def masters(self, model: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A state dict of the model with this rank's FP32 rows in the place of what is narrow: what a checkpoint holds."""
+        """A state dict of the model with this rank's FP32 rows in place of narrow parameters: what a checkpoint holds."""
         return {name: self.own[name].detach() if name in self.narrow else each for name, each in model.items()}
 
     @torch.no_grad()
     def put(self, name: str, whole: Tensor) -> None:
-        """Gives a narrow parameter and its master other values, FP32."""
+        """Overwrites a narrow parameter and its master with these values (FP32)."""
         self.own[name].copy_(self.rows(name, whole))
         self.parameters[name].copy_(whole)
 
@@ -104,7 +103,7 @@ class Shares:
         return Place((self.experts, *tensor.shape[1:]), held.start * tensor.shape[1], written)
 
     def place(self, name: str) -> Place:
-        """The same of this rank's share."""
+        """The same for this rank's share."""
         parameter = self.parameters[name]
         place, group = self.whole_place(name, parameter), self.group(parameter)
         if not self.divided(parameter):
@@ -114,7 +113,7 @@ class Shares:
         )
 
     def reduce(self) -> None:
-        """Sums the parameters' gradients over the ranks into those of the shares, and frees them."""
+        """Sums the parameters' gradients over the ranks into the shares' gradients, and frees them."""
         for group, names in self.buckets(name for name, each in self.parameters.items() if each.grad is not None):
             gradients = [as_rows(self.parameters[name].grad) for name in names]
             mine = group.scatter_sum(torch.cat([divide(each, group.size) for each in gradients], dim=1))
@@ -131,17 +130,17 @@ class Shares:
                     share.grad.add_(self.mesh.pipeline.swap(share.grad, peer))
 
     def gather(self) -> None:
-        """Brings every share that has been updated to all ranks, and frees its gradient."""
-        updated = [name for name, share in self.own.items() if share.grad is not None]
-        self.spread(name for name in updated if name not in self.narrow)
-        self.spread(name for name in updated if name in self.narrow)
+        """Sends every updated share to all ranks, and frees its gradient."""
+        updated = {name for name, share in self.own.items() if share.grad is not None}
+        self.spread(updated - self.narrow)
+        self.spread(updated & self.narrow)
         for name, parameter in self.parameters.items():
             if self.divided(parameter):
                 self.own[name].grad = None
 
     @torch.no_grad()
     def spread(self, names: Iterable[str]) -> None:
-        """Brings these shares to all ranks in their parameters' dtype, one for all."""
+        """Sends these shares to all ranks, in their parameters' dtype, which must be the same for all of them."""
         for group, bucket in self.buckets(names):
             padded = []
             for name, width in zip(bucket, self.widths(bucket, group), strict=True):
@@ -153,15 +152,15 @@ class Shares:
                 parameter.copy_(parts.flatten()[: parameter.numel()].view_as(parameter))
 
     def spread_masters(self) -> None:
-        """Brings what was written into masters to all ranks, each of which calls it."""
+        """Sends what was written into masters to all ranks; every rank calls it."""
         self.spread(self.narrow)
 
     def widths(self, names: Sequence[str], group: Group) -> list[int]:
-        """Elements of one rank's share of each, its padding included."""
+        """Elements of one rank's share of each, padding included."""
         return [share_of(self.parameters[name], group.size) * columns(self.parameters[name]) for name in names]
 
     def buckets(self, names: Iterable[str]) -> Iterator[tuple[Group, list[str]]]:
-        """Those of the parameters named that are divided, so many at a time as `BUCKET` allows."""
+        """The divided ones of these parameters, by group, at most `BUCKET` elements at a time."""
         wanted = set(names)
         for group in (self.mesh.data, self.mesh.expert_data):
             bucket, size = list[str](), 0
@@ -177,7 +176,7 @@ class Shares:
                 yield group, bucket
 
     def norms(self, norms: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Norms of all gradients from those of the shares of this rank, by name; every element counts once."""
+        """Norms over all ranks from those of this rank's shares, by name; every element counts once."""
         if self.mesh.data.size == self.mesh.pipeline.size == 1:
             return norms
         squares = torch.stack(list(norms.values())).square()
@@ -186,7 +185,7 @@ class Shares:
         return dict(zip(norms, squares.sqrt(), strict=True))
 
     def counts(self, name: str) -> bool:
-        """Whether this rank's gradient of a parameter is part of the norm: that of one rank, where all have the same."""
+        """Whether this rank's gradient counts in the norm: where several ranks have the same, that of one."""
         parameter = self.parameters[name]
         return self.speaks(name) and (self.divided(parameter) or self.group(parameter).rank == 0)
 

@@ -1,4 +1,4 @@
-"""Who holds what in a parallel layout, by arithmetic on its recipe: which blocks a stage has, which parameters a rank."""
+"""What each rank holds in a parallel layout, by arithmetic on its recipe: the blocks of a stage, the parameters of a rank."""
 
 from dataclasses import dataclass
 from itertools import groupby
@@ -15,7 +15,7 @@ from dsv3.recipe.schema import Recipe
 
 @dataclass(frozen=True)
 class Holding:
-    """What some ranks of one place in the pipeline hold, each: those with the same experts."""
+    """What each of some ranks holds: those of one pipeline rank that have the same experts."""
 
     ranks: range
     blocks: tuple[str, ...]
@@ -29,11 +29,11 @@ class Holding:
     outside: int
     """Of `shared`, those of embedding and head."""
     narrow_shared: int
-    """Of `shared`, those whose FP32 master copy is in shares (`parallel.zero`)..."""
+    """Of `shared`, those held in BF16, whose FP32 master copies are shared out (`parallel.zero`)..."""
     narrow_routed: int
     """...and of `routed`."""
     masters: int
-    """Parameters whose master copy the rank has: its share of these, to within a row a parameter."""
+    """Parameters whose master copy this rank has: its share of these, to within a row a parameter."""
     updated: int
     """Parameters whose moments the rank keeps: its share, to within a row a parameter; with Muon all, at most."""
     moment_bytes: int
@@ -82,11 +82,11 @@ def holdings(recipe: Recipe) -> list[Holding]:
     for place, stages in enumerate(schedule.placement):
         blocks = tuple(name for stage in stages for name in layout.stages[stage])
         parts = set().union(*map(layout.parts, stages))
-        sizes = [part_parameters(config, part) for part in parts]
+        shared, wide, routed = map(sum, zip(*(part_parameters(config, part) for part in parts), strict=True))
+        routed //= parallel.expert
         outside = count_parameters(config).embedding * len(parts & {"embed_tokens", "lm_head"})
-        shared, routed = sum(size for size, _ in sizes), sum(size for _, size in sizes) // parallel.expert
         updated = shared // parallel.data + routed * parallel.expert // parallel.data
-        narrow_shared, narrow_routed = shared - sum(wide_parameters(config, part) for part in parts), routed
+        narrow_shared, narrow_routed = shared - wide, routed
         if recipe.optimizer.kind == "muon":
             updated, narrow_shared, narrow_routed = shared + routed, outside, 0
         if recipe.training.precision == "fp32" or parallel.data == 1:
@@ -106,17 +106,15 @@ def holdings(recipe: Recipe) -> list[Holding]:
 
 
 def schedule_of(parallel: ParallelSection, micro_batches: int | None = None) -> Schedule:
-    """What a step with so many micro-batches on each pipeline runs; without a pipeline one pass after the other.
-
-    By default the one with the fewest: who holds which stage is the same for all.
-    """
+    """The schedule of a step with so many micro-batches on each pipeline (by default as few as it can have); without a pipeline,
+    one pass after the other. Which rank holds which stage does not depend on their number."""
     name, ranks = parallel.schedule if parallel.pipeline > 1 else "one_f_one_b", parallel.pipeline
     count = least_micro_batches(name, ranks) if micro_batches is None else micro_batches
     return make_schedule(name, ranks, count, parallel.schedule_below)
 
 
 def divided(config: ModelConfig, stages: int, length: int) -> Layout:
-    """The blocks in so many stages that compute equally long, as nearly as can be, for sequences of `length` tokens.
+    """The blocks in so many stages of nearly equal compute time, for sequences of `length` tokens.
 
     Raises `UserError` where a stage would have no block.
     """
@@ -126,28 +124,18 @@ def divided(config: ModelConfig, stages: int, length: int) -> Layout:
     return balanced_layout(costs, stages, 0.0, last, depth)
 
 
-def part_parameters(config: ModelConfig, part: str) -> tuple[int, int]:
-    """(parameters of a part beside routed experts, those of all its routed experts); names as of `Layout.parts`."""
-    counted = count_parameters(config)
+def part_parameters(config: ModelConfig, part: str) -> tuple[int, int, int]:
+    """Parameters of a part, by its name in `Layout.parts`: (beside the routed experts; of these, those that passes read in FP32:
+    norm gains and the router; of all its routed experts)."""
+    counted, hidden, experts = count_parameters(config), config.hidden_size, config.n_routed_experts
     if part in ("embed_tokens", "lm_head"):
-        return counted.embedding, 0
+        return counted.embedding, 0, 0
     if part == "norm":
-        return config.hidden_size, 0
+        return hidden, hidden, 0
+    gains = 2 * hidden + (config.q_lora_rank or 0) + config.kv_lora_rank
     if is_dense(config, part.removeprefix("layers.")):
-        return counted.dense_block, 0
-    routed = config.n_routed_experts * counted.expert
-    whole = counted.mtp_module if part.startswith("mtp.") else counted.moe_block
-    return whole - routed - config.n_routed_experts, routed
-
-
-def wide_parameters(config: ModelConfig, part: str) -> int:
-    """Those of a part that passes read in FP32: gains of norms, and the router of a block with experts."""
-    if part in ("embed_tokens", "lm_head"):
-        return 0
-    if part == "norm":
-        return config.hidden_size
-    gains = 2 * config.hidden_size + (config.q_lora_rank or 0) + config.kv_lora_rank
-    if is_dense(config, part.removeprefix("layers.")):
-        return gains
-    joining = 3 * config.hidden_size if part.startswith("mtp.") else 0
-    return gains + joining + config.n_routed_experts * config.hidden_size
+        return counted.dense_block, gains, 0
+    whole, routed = counted.moe_block, experts * counted.expert
+    if part.startswith("mtp."):
+        whole, gains = counted.mtp_module, gains + 3 * hidden
+    return whole - routed - experts, gains + experts * hidden, routed

@@ -1,9 +1,9 @@
 """What a recipe's layout over many GPUs costs, before any is rented: memory of each rank, wire traffic, time of a step.
 
-Memory is what this code base keeps: gradients in FP32 on every rank that holds a parameter, weights in FP32, or with several
-data-parallel ranks in BF16, then their FP32 master copies, as moments, shared out among these (ZeRO-1), copies of the matrices for
-their products (of FP32 weights one in BF16; or two in FP8), and activations. Times
-follow from what a GPU computes and sends in a second, or from measured times of layers; docs/scale.md says what is left out.
+Memory is what this code base keeps: gradients in FP32 on every rank that holds a parameter; weights in FP32, or with several
+data-parallel ranks in BF16, with FP32 master copies sharded like the moments (ZeRO-1); copies of the matrices for their products
+(of FP32 weights one in BF16; or two in FP8); and activations. Times follow from what a GPU computes and sends in a second, or
+from measured times of layers; docs/scale.md says what is left out.
 
 Legend: D hidden, I inner elements of an expert, K experts per token, E experts.
 """
@@ -14,14 +14,7 @@ from functools import cached_property
 from math import comb, inf
 
 from dsv3.model.config import ModelConfig
-from dsv3.parallel.pipeline.instructions import (
-    Backward,
-    Compute,
-    Forward,
-    InputGradient,
-    Overlapped,
-    WeightGradient,
-)
+from dsv3.parallel.pipeline.instructions import Backward, Compute, Forward, InputGradient, Overlapped, WeightGradient
 from dsv3.parallel.pipeline.layout import Layout
 from dsv3.parallel.pipeline.schedule import Schedule
 from dsv3.parallel.pipeline.simulator import Costs, Timeline, peak_activations, simulate
@@ -139,7 +132,7 @@ class Plan:
         kept = sum(
             kept_bytes(self.config, is_dense(self.config, each), recompute, self.fp8, self.room) for each in held.blocks
         )
-        chunks = peak_activations(self.schedule.programs[rank]) / len(self.schedule.held(rank))
+        chunks = peak_activations(self.schedule.programs[rank]) / len(self.schedule.placement[rank])
         copied = {"fp32": 0, "bf16": held.parameters - held.narrow, "fp8": held.parameters - held.outside}
         weights = held.weights + 2 * copied[self.recipe.training.precision]
         return RankMemory(
@@ -147,7 +140,7 @@ class Plan:
         )
 
     def reached(self, experts: int) -> float:
-        """Share of the holders of so many experts that a token is sent to, where its groups, and experts in these, are chosen by chance."""
+        """How many of the holders of so many experts a token is sent to (0 to 1), if groups, and experts in these, are random."""
         config = self.config
         size = config.n_routed_experts // config.n_group
         covered, each = max(1, experts // size), min(experts, size)
@@ -160,7 +153,7 @@ class Plan:
 
     @property
     def room(self) -> int | None:
-        """Rows a token that a rank's experts have room for where exchanges are bounded; else None, as many as a token chooses."""
+        """Rows a token that a rank's experts have room for, if exchanges are bounded; else None: as many as a token chooses."""
         ranks, chosen = self.recipe.parallel.expert, self.config.num_experts_per_tok
         if ranks == 1 or not self.recipe.parallel.bounded_exchange:
             return None
@@ -168,8 +161,8 @@ class Plan:
 
     @cached_property
     def rows(self) -> tuple[float, float]:
-        """Rows a token of one dispatch: to other nodes, each once; from there to the other ranks of the node (see `parallel.dispatch`).
-        Bounded, a token has a row for every rank."""
+        """Rows a token of one dispatch (see `parallel.dispatch`): (to other nodes; from there to the node's other ranks). In bounded
+        exchanges a token has a row for every rank."""
         ranks = self.recipe.parallel.expert
         width, each = min(self.machine.node, ranks), self.config.n_routed_experts // ranks
         nodes = ranks // width
@@ -179,7 +172,7 @@ class Plan:
 
     @property
     def row_bytes(self) -> tuple[float, float]:
-        """Of a dispatched row, its experts and weights included; of a combined one."""
+        """(of a dispatched row, its experts and weights included; of a combined one)."""
         hidden, beside = self.config.hidden_size, 8 * self.config.num_experts_per_tok
         return hidden * (TILED if self.fp8 else 2) + beside, 2 * hidden
 
@@ -192,7 +185,7 @@ class Plan:
 
     @cached_property
     def wire(self) -> dict[str, float]:
-        """Bytes that a GPU sends, by what for."""
+        """Bytes that a GPU sends, by purpose."""
         (between, within), (there, back) = self.rows, self.row_bytes
         return {
             "dispatch of a block, to other nodes": self.tokens * between * there,
@@ -209,8 +202,8 @@ class Plan:
         return 2 * self.tokens * self.config.hidden_size
 
     def update_bytes(self, rank: int) -> float:
-        """Sent by a rank for one step: FP32 gradients to those that update them, updated weights to all in the dtype they have there,
-        and gradients of its shares of what another rank of the pipeline holds too."""
+        """Sent by a rank for one step: FP32 gradients to the ranks that update them, updated weights to all in their dtype, and the
+        gradients of its shares of what another rank of the pipeline holds too."""
         held, parallel = self.held[rank], self.recipe.parallel
         others = parallel.data // parallel.expert
         shared = (8 * held.shared - 2 * held.narrow_shared) * (parallel.data - 1) / parallel.data
@@ -230,8 +223,8 @@ class Plan:
         return self.tokens * seconds
 
     def costs(self, stage: int) -> Costs:
-        """Seconds of a chunk, a third for each of forward, inputs' and weights' gradients. Alone, a pass waits for its tokens; in a
-        pair, the longer of both hides the other."""
+        """Seconds of a chunk, a third each for the forward pass, input gradients and weight gradients. Alone, a pass waits for its
+        tokens; in a pair, the longer of compute and communication hides the other."""
         third = self.compute(stage) / 3
         sent = self.exchange * sum(not is_dense(self.config, name) for name in self.layout.stages[stage])
         message = self.message_bytes / self.machine.between
@@ -276,11 +269,12 @@ def kept_bytes(
     kept = 2 * (2 * hidden + low + latent + config.qk_rope_head_dim + values) + 4 * heads
     if not dense:
         kept += 12 * config.n_routed_experts + 40 * chosen
-        kept += 0 if "norms" in recompute else 4 * hidden
     if "mla_up" not in recompute:
         kept += 2 * heads * (2 * config.qk_head_dim + config.qk_nope_head_dim + config.v_head_dim)
     if fp8:
         inputs = hidden * (1 + chosen + always) + (0 if "mla_up" in recompute else low + latent)
+        # The router reads what the norm gave, not tiles of it.
+        kept += 0 if dense or "norms" in recompute else 2 * hidden
         return kept + (inputs + 2 * inner * (chosen + always)) * TILED + values * (1.5 + 4 / 128)
     kept += 2 * chosen * hidden + 4 * inner * (chosen + always)
     kept += 0 if "norms" in recompute else 2 * (2 * hidden + low + latent)

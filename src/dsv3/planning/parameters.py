@@ -58,11 +58,11 @@ def count_parameters(config: ModelConfig) -> Parameters:
     hidden, dense_layers = config.hidden_size, config.num_dense_layers
     moe_layers = config.num_hidden_layers - dense_layers
     attention = attention_parameters(config)
-    expert = swiglu_parameters(hidden, config.moe_intermediate_size)
-    shared = swiglu_parameters(hidden, config.n_shared_experts * config.moe_intermediate_size)
+    expert = 3 * hidden * config.moe_intermediate_size
+    shared = config.n_shared_experts * expert
     gate = config.n_routed_experts * (hidden + 1)
     around = attention + 2 * hidden
-    dense_block = around + swiglu_parameters(hidden, config.intermediate_size)
+    dense_block = around + 3 * hidden * config.intermediate_size
     moe_block = around + gate + shared + config.n_routed_experts * expert
     moe_block_active = around + gate + shared + config.num_experts_per_tok * expert
     embedding = config.vocab_size * hidden
@@ -100,11 +100,6 @@ def attention_parameters(config: ModelConfig) -> int:
     return query + latent + expansion + output
 
 
-def swiglu_parameters(hidden: int, inner: int) -> int:
-    """The three matrices of a gated feed-forward."""
-    return 3 * hidden * inner
-
-
-def kv_bytes_per_token(config: ModelConfig, bytes_per_value: int = 2) -> int:
-    """Bytes that one token keeps in the cache of the main network: a latent and a rotated key a layer, BF16 by default."""
-    return config.num_hidden_layers * (config.kv_lora_rank + config.qk_rope_head_dim) * bytes_per_value
+def kv_bytes_per_token(config: ModelConfig) -> int:
+    """Bytes that one token keeps in the cache of the main network: a latent and a rotated key a layer, in BF16."""
+    return 2 * config.num_hidden_layers * (config.kv_lora_rank + config.qk_rope_head_dim)

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsv3.ops.grouped_gemm_fp8 import grouped_wgrad_fp8
+from dsv3.ops.grouped_linear import grouped_weight_gradient
 from dsv3.ops.swiglu import swiglu_backward
 from dsv3.ops.tiles import Tiles, dequantize_rows
 from dsv3.precision.deferred import Sums, WeightGradients
-from dsv3.precision.products import experts_gradient, product, weight_gradients
+from dsv3.precision.products import product, weight_gradients
 from dsv3.precision.scaling import QUANTIZERS, Quantizers
 from dsv3.precision.weights import BlockCache
 
@@ -86,22 +88,35 @@ class Compute(torch.autograd.Function):
         grad_RD, counts, dtype, aligned = grad_RD.contiguous(), ctx.counts, ctx.dtype, ctx.aligned
         values, scale, inner_values, inner_scale, weight_R = ctx.saved_tensors
         quantizers: Quantizers = ctx.layers.quantizers
-        grad_tiles = quantizers.gradient_rows(grad_RD, ctx.layers.power_of_two)
-        grad_act = product(grad_tiles, ctx.down.transposed, counts, dtype, aligned)
+        power_of_two, in_fp8 = ctx.layers.power_of_two, counts is None or aligned
+
+        def quantised(grad: Tensor, power_of_two: bool = False) -> tuple[Tiles, Tiles | None]:
+            """For the input's gradient, and for the weight's where that is in FP8."""
+            if in_fp8:
+                return quantizers.gradient_both(grad, power_of_two)
+            return quantizers.gradient_rows(grad, power_of_two), None
+
+        rows, out_columns = quantised(grad_RD, power_of_two)
+        grad_act = product(rows, ctx.down.transposed, counts, dtype, aligned)
         inner = dequantize_rows(Tiles(inner_values, inner_scale), dtype)
         grad_inner, grad_weight, act = swiglu_backward(grad_act, inner, weight_R)
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = product(quantizers.gradient_rows(grad_inner), ctx.up.transposed, counts, dtype, aligned)
+        rows, inner_columns = quantised(grad_inner)
+        grad_x = product(rows, ctx.up.transposed, counts, dtype, aligned) if ctx.needs_input_grad[0] else None
 
         def compute(sums: Sums) -> Sequence[Tensor]:
             x = Tiles(values, scale)
+            if out_columns is None or inner_columns is None:
+                wide = dequantize_rows(x, dtype)
+                return (
+                    grouped_weight_gradient(grad_RD, act, counts, sums[0]),
+                    grouped_weight_gradient(grad_inner, wide, counts, sums[1]),
+                )
+            of_down = out_columns, quantizers.columns(act)
+            of_gate_up = inner_columns, quantizers.columns(x, power_of_two)
             if counts is not None:
-                of_down = experts_gradient(grad_RD, act, counts, quantizers, aligned, sums[0])
-                return of_down, experts_gradient(grad_inner, x, counts, quantizers, aligned, sums[1])
+                return grouped_wgrad_fp8(*of_down, counts, sums[0]), grouped_wgrad_fp8(*of_gate_up, counts, sums[1])
             sizes = [len(each) for each in ctx.weights]
-            down = weight_gradients(quantizers.gradient_columns(grad_RD), quantizers.columns(act), sizes[:1], sums[:1])
-            gate_up = quantizers.gradient_columns(grad_inner), quantizers.columns(x)
-            return *down, *weight_gradients(*gate_up, sizes[1:], sums[1:])
+            down = weight_gradients(*of_down, sizes[:1], sums[:1])
+            return *down, *weight_gradients(*of_gate_up, sizes[1:], sums[1:])
 
         return grad_x, grad_weight, None, None, None, *ctx.layers.gradients.take(ctx.weights, compute)

@@ -9,16 +9,14 @@ import torch
 from torch import Tensor
 
 from dsv3.ops.gemm_fp8 import gemm_fp8, gemm_fp8_columns
-from dsv3.ops.grouped_gemm_fp8 import grouped_gemm_fp8, grouped_wgrad_fp8
-from dsv3.ops.grouped_linear import grouped_weight_gradient
-from dsv3.ops.tiles import TILE, Tiles, dequantize_rows
+from dsv3.ops.grouped_gemm_fp8 import grouped_gemm_fp8
+from dsv3.ops.tiles import TILE, Tiles
 from dsv3.precision.deferred import Sums
-from dsv3.precision.scaling import Quantizers
 from dsv3.precision.weights import Blocks
 
 FP8_WEIGHT_GRADIENT_ROWS = 4096
-"""Mean rows an expert from which its weight gradient is in FP8, as the report has it. Below, BF16 is faster although its gradients are
-added on their own: it needs no transposed copies (docs/log.md)."""
+"""Mean rows an expert from which its weight gradient is in FP8, as the report has it. Below, BF16 is faster: it needs no transposed
+copies (docs/log.md)."""
 
 
 def product(x: Tiles, weight: Blocks, counts_E: Tensor | None, dtype: torch.dtype, aligned: bool = False) -> Tensor:
@@ -36,21 +34,6 @@ def weight_gradients(grad: Tiles, x: Tiles, sizes: Sequence[int], sums: Sums) ->
         return gemm_fp8_columns(grad, x).split(list(sizes))
     parts = zip(grad.values.split(list(sizes)), grad.scale.split(list(sizes)), sums, strict=True)
     return [gemm_fp8_columns(Tiles(values, scale), x, out=total) for values, scale, total in parts]
-
-
-def experts_gradient(
-    grad_RN: Tensor, x: Tensor | Tiles, counts_E: Tensor, quantizers: Quantizers, aligned: bool, total: Tensor | None
-) -> Tensor:
-    """[E, N, K]: grad^T x over each expert's rows; x [R, K] may be in tiles.
-
-    In FP8 where groups are multiples of 128 (`aligned`: the dispatcher pads them, as `row_alignment` has asked it to): FP32, added to
-    `total`, which is given back, where there is one. In BF16 otherwise.
-    """
-    if not aligned:
-        wide = dequantize_rows(x, grad_RN.dtype) if isinstance(x, Tiles) else x
-        return grouped_weight_gradient(grad_RN, wide, counts_E)
-    gradient: Tensor = grouped_wgrad_fp8(quantizers.gradient_columns(grad_RN), quantizers.columns(x), counts_E, total)
-    return gradient
 
 
 def row_alignment(rows: int, experts: int) -> int:

@@ -32,9 +32,9 @@ class Quantizers:
         """An activation, for the output."""
         return quantize_rows(x_RK, power_of_two)
 
-    def columns(self, x: Tensor | Tiles) -> Tiles:
+    def columns(self, x: Tensor | Tiles, power_of_two: bool = False) -> Tiles:
         """An activation [R, K], for the weight's gradient: its transpose, in tiles of 128 tokens."""
-        return transpose_tiles(x) if isinstance(x, Tiles) else quantize_columns(x)
+        return transpose_tiles(x, power_of_two) if isinstance(x, Tiles) else quantize_columns(x, power_of_two)
 
     def activated(self, gate_up: Tensor, weight_R: Tensor | None = None) -> Tiles:
         """SwiGLU of [R, 2K], times the weights of rows, for the output."""
@@ -48,9 +48,9 @@ class Quantizers:
         """Its transpose, for the weight's gradient."""
         return self.columns(grad_RK)
 
-    def gradient_both(self, grad_RK: Tensor) -> tuple[Tiles, Tiles]:
-        """(`gradient_rows`, `gradient_columns`), read once."""
-        return quantize_both(grad_RK)
+    def gradient_both(self, grad_RK: Tensor, power_of_two: bool = False) -> tuple[Tiles, Tiles]:
+        """(`gradient_rows`, `gradient_columns`), read once, and alike in their scales."""
+        return quantize_both(grad_RK, power_of_two)
 
     def weight(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """(E4M3 [..., N, K], FP32 scales of its blocks)."""
@@ -69,9 +69,9 @@ class GradientBlocks(Quantizers):
         """Its transpose, for the weight's gradient."""
         return self.gradient_both(grad_RK)[1]
 
-    def gradient_both(self, grad_RK: Tensor) -> tuple[Tiles, Tiles]:
+    def gradient_both(self, grad_RK: Tensor, power_of_two: bool = False) -> tuple[Tiles, Tiles]:
         """(`gradient_rows`, `gradient_columns`), rounded once."""
-        values, scale_PQ = quantize_blocks(grad_RK)
+        values, scale_PQ = quantize_blocks(grad_RK, power_of_two)
         columns, scale_QP = transpose_blocks(values, scale_PQ)
         return Tiles(values, of_every_row(scale_PQ, len(values))), Tiles(columns, of_every_row(scale_QP, len(columns)))
 
@@ -84,10 +84,10 @@ class Tensors(Quantizers):
         values, scale = whole(x_RK, power_of_two)
         return Tiles(values, of_every_tile(scale, values))
 
-    def columns(self, x: Tensor | Tiles) -> Tiles:
+    def columns(self, x: Tensor | Tiles, power_of_two: bool = False) -> Tiles:
         """An activation [R, K], for the weight's gradient: its transpose."""
         if not isinstance(x, Tiles):
-            return self.rows(x.t())
+            return self.rows(x.t(), power_of_two)
         values = x.values.view(torch.uint8).t().contiguous().view(x.values.dtype)
         return Tiles(values, of_every_tile(x.scale[:1, :1], values))
 
@@ -95,9 +95,9 @@ class Tensors(Quantizers):
         """SwiGLU of [R, 2K], times the weights of rows, for the output."""
         return self.rows(swiglu(gate_up, weight_R))
 
-    def gradient_both(self, grad_RK: Tensor) -> tuple[Tiles, Tiles]:
+    def gradient_both(self, grad_RK: Tensor, power_of_two: bool = False) -> tuple[Tiles, Tiles]:
         """(`gradient_rows`, `gradient_columns`), rounded once."""
-        rows = self.rows(grad_RK)
+        rows = self.rows(grad_RK, power_of_two)
         return rows, self.columns(rows)
 
     def weight(self, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -74,7 +74,7 @@ class Product(torch.autograd.Function):
 
         def compute(sums: Sums) -> Sequence[Tensor]:
             if counts is not None:
-                return [grouped_weight_gradient(grad, x, counts)]
+                return [grouped_weight_gradient(grad, x, counts, sums[0])]
             return (grad.flatten(0, -2).t() @ x.flatten(0, -2)).split([len(each) for each in parameters])
 
         return grad_x, None, None, None, *ctx.gradients.take(parameters, compute)

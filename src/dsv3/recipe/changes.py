@@ -4,12 +4,11 @@ A schedule, or the length of the training, may change in what is still to come: 
 same as before.
 """
 
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Iterator, Sequence
 
 from dsv3.errors import UserError, nearest
 from dsv3.recipe.differences import differences
-from dsv3.recipe.schedule import Schedule, Schedules
+from dsv3.recipe.schedule import Schedules
 from dsv3.recipe.schema import Recipe
 
 FREE = (
@@ -20,8 +19,6 @@ FREE = (
 """Keys and sections that decide how a run is watched and where it computes."""
 TIMED = ("training.tokens", "schedule")
 """Keys and sections that may change in what is still to come."""
-POINTS = 8
-"""Steps looked at inside each piece of a schedule. Two different pieces agree at fewer."""
 
 
 def check_changes(old: Recipe, new: Recipe, step: int, allow: Sequence[str] = ()) -> tuple[list[str], list[str]]:
@@ -46,7 +43,7 @@ def check_changes(old: Recipe, new: Recipe, step: int, allow: Sequence[str] = ()
 
 def check_names(allow: Sequence[str], *recipes: Recipe) -> None:
     """Raises `UserError` for a name that is neither a key nor a section of one of the recipes."""
-    legal = {name for recipe in recipes for key in flat(recipe.content()) for name in prefixes(key)}
+    legal = {name for recipe in recipes for name in names_in(recipe.content())}
     for name in allow:
         if name not in legal:
             raise UserError(f"--allow {name}: no recipe has this key; {nearest(name, legal)}")
@@ -57,19 +54,14 @@ def within(key: str, names: Sequence[str]) -> bool:
     return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
-def prefixes(key: str) -> list[str]:
-    """`a.b.c` -> a, a.b, a.b.c"""
-    parts = key.split(".")
-    return [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
-
-
-def flat(content: object, key: str = "") -> list[str]:
-    """The dotted keys of nested mappings; entries of lists by number."""
+def names_in(content: object, before: str = "") -> Iterator[str]:
+    """The dotted keys of nested mappings, sections included; entries of lists by number."""
     if isinstance(content, list):
-        content = {str(number): each for number, each in enumerate(content)}
-    if isinstance(content, dict) and content:
-        return [leaf for name, each in content.items() for leaf in flat(each, f"{key}.{name}".lstrip("."))]
-    return [key]
+        content = dict(enumerate(content))
+    if isinstance(content, dict):
+        for key, each in content.items():
+            yield f"{before}{key}"
+            yield from names_in(each, f"{before}{key}.")
 
 
 def agree(old: Recipe, new: Recipe, step: int) -> bool:
@@ -81,22 +73,7 @@ def agree(old: Recipe, new: Recipe, step: int) -> bool:
         return False
     if a.timeline.runs(step) != b.timeline.runs(step):
         return False
-    for name in ("learning_rate", "mtp_weight", "bias_update_speed"):
-        one, other = getattr(a, name), getattr(b, name)
-        for at in steps_to_compare([one, other], a, step):
-            tokens = a.timeline.tokens_at(at)
-            if one.at(at, tokens) != other.at(at, tokens):
-                return False
-    return True
-
-
-def steps_to_compare(schedules: Sequence[Schedule], resolved: Schedules, step: int) -> list[int]:
-    """Around every end of a piece before `step`, and between them."""
-    ends = {0, step}
-    for piece in (piece for schedule in schedules for piece in schedule.pieces):
-        if piece.end is not None:
-            ends.add(piece.end if piece.unit == "steps" else resolved.timeline.steps_until(piece.end))
-    inside = sorted(end for end in ends if end <= step)
-    near = {end + shift for end in inside for shift in (-1, 0, 1)}
-    near |= {first + (last - first) * part // POINTS for first, last in pairwise(inside) for part in range(1, POINTS)}
-    return sorted(at for at in near if 0 <= at < step)
+    names = ("learning_rate", "mtp_weight", "bias_update_speed")
+    changed = [(getattr(a, name), getattr(b, name)) for name in names if getattr(a, name) != getattr(b, name)]
+    counts = ((at, a.timeline.tokens_at(at)) for at in range(step) if changed)
+    return all(one.at(*count) == other.at(*count) for count in counts for one, other in changed)

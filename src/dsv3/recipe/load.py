@@ -72,7 +72,6 @@ def apply_override(values: dict[str, Any], override: str) -> Key:
     key: list[str | int] = []
     place: Any = values
     for depth, part in enumerate(parts):
-        last = depth == len(parts) - 1
         if isinstance(place, list):
             if not part.isdigit() or int(part) >= len(place):
                 raise UserError(
@@ -81,14 +80,11 @@ def apply_override(values: dict[str, Any], override: str) -> Key:
             key.append(int(part))
         elif isinstance(place, dict):
             key.append(part)
-            if not last:
-                place.setdefault(part, {})
         else:
             raise UserError(f"override {override!r}: {'.'.join(parts[:depth])} is {place!r}, which has no parts")
-        if last:
-            place[key[-1]] = parse_value(written.strip())
-        else:
-            place = place[key[-1]]
+        if depth < len(parts) - 1:
+            place = place.setdefault(part, {}) if isinstance(place, dict) else place[key[-1]]
+    place[key[-1]] = parse_value(written.strip())
     return tuple(key)
 
 

@@ -17,6 +17,9 @@ from dsv3.errors import nearest
 from dsv3.model.config import PRESETS, ModelConfig
 from dsv3.recipe.section import Section
 
+ELSEWHERE = {"extra", "initializer_range"}
+"""Fields of `ModelConfig` that are no keys of this section."""
+
 
 class Network(Section):
     """`[model]`: a preset, and any field of `ModelConfig` that shall differ from it.
@@ -47,24 +50,18 @@ class Network(Section):
         return {key: value for key, value in handler(self).items() if key in kept}
 
 
-def _none(value: object) -> object:
-    return None if value == "none" else value
-
-
-def _keys_of(dataclass: type, leave_out: set[str]) -> dict[str, Any]:
+def _keys() -> dict[str, Any]:
     """Field definitions for `create_model`: every one optional, `"none"` read as None where None is legal."""
-    hints = get_type_hints(dataclass)
     keys: dict[str, Any] = {}
-    for field in fields(dataclass):
-        if field.name in leave_out:
+    for name, hint in get_type_hints(ModelConfig).items():
+        if name in ELSEWHERE:
             continue
-        hint = hints[field.name]
         inner = next((part for part in get_args(hint) if part is not NoneType), hint)
         if isinstance(inner, type) and is_dataclass(inner):
             inner = create_model(inner.__name__, __base__=Section, **_defaults_of(inner))
         if NoneType in get_args(hint):
-            inner = Annotated[inner | None, BeforeValidator(_none)]
-        keys[field.name] = (inner, Field(default=None, validate_default=False))
+            inner = Annotated[inner | None, BeforeValidator(lambda value: None if value == "none" else value)]
+        keys[name] = (inner, Field(default=None, validate_default=False))
     return keys
 
 
@@ -79,5 +76,5 @@ else:
         "ModelSection",
         __base__=Network,
         __doc__=Network.__doc__,
-        **_keys_of(ModelConfig, leave_out={"extra", "initializer_range"}),
+        **_keys(),
     )

@@ -26,12 +26,12 @@ class ParallelSection(Section):
     rank of the pipeline), as at the start of a batch ramp; by default such a batch is refused. Ours."""
 
     bounded_exchange: bool = False
-    """Whether tokens go to their experts in slabs of fixed size, which the host does not have to wait for: every rank sends every
-    other as many rows as it could be due. More bytes and memory, no wait a layer: for few ranks (docs/parallel.md). Ours."""
+    """Whether the rows that ranks exchange with each other are padded to the most there could be, so that the host never waits for
+    counts. More bytes and memory, but no wait in each layer: for few ranks (docs/parallel.md). Ours."""
 
     transport: Literal["nccl", "copy"] = "nccl"
-    """What carries tokens to experts within a node: NCCL, or the GPUs' copy engines through memory that all of them see, which need
-    no multiprocessor and so go on beside products; for bounded exchanges on GPUs. Ours."""
+    """What carries tokens to experts within a node: NCCL, or the GPUs' copy engines over symmetric memory, which take no
+    multiprocessors away from GEMMs; `copy` needs `bounded_exchange` and GPUs. Ours."""
 
     @property
     def ranks(self) -> int:

@@ -31,15 +31,8 @@ def point_at(schedules: Schedules, tokens: int, changes: Iterable[str] = ()) -> 
     follow tokens are those of `tokens` itself, values that follow steps those of the first step from there on.
     """
     step = schedules.timeline.steps_until(tokens)
-    return Point(
-        tokens,
-        step,
-        schedules.learning_rate.at(step, tokens),
-        schedules.batch_size.at(step, tokens),
-        schedules.mtp_weight.at(step, tokens),
-        schedules.bias_update_speed.at(step, tokens),
-        tuple(changes),
-    )
+    values = {name: getattr(schedules, name).at(step, tokens) for name in NAMES}
+    return Point(tokens, step, **values, changes=tuple(changes))
 
 
 def points_of(schedules: Schedules, total: int, asked: Iterable[int] = ()) -> list[Point]:

@@ -12,9 +12,9 @@ many different sizes there are and not on how many steps.
 """
 
 import math
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from dsv3.errors import UserError
 from dsv3.recipe.quantity import format_quantity
@@ -82,6 +82,14 @@ def round_down(value: float, multiple: int) -> int:
     return int(value) // multiple * multiple
 
 
+class Run(NamedTuple):
+    """Steps with one batch size: what was before the first of them, and the tokens of each."""
+
+    step: int
+    tokens: int
+    tokens_a_step: int
+
+
 class Timeline:
     """Which token count each step begins at: runs of steps with one batch size, extended run by run."""
 
@@ -89,35 +97,28 @@ class Timeline:
         self.sequence_length = sequence_length
         self.step = 0
         self.tokens = 0
-        self._first_steps: list[int] = []
-        self._first_tokens: list[int] = []
-        self._tokens_a_step: list[int] = []
+        self._runs: list[Run] = []
 
     def run(self, steps: int, batch_size: int) -> None:
         """Appends `steps` steps of `batch_size` sequences."""
-        self._first_steps.append(self.step)
-        self._first_tokens.append(self.tokens)
-        self._tokens_a_step.append(batch_size * self.sequence_length)
+        if not self._runs or self._runs[-1].tokens_a_step != batch_size * self.sequence_length:
+            self._runs.append(Run(self.step, self.tokens, batch_size * self.sequence_length))
         self.step += steps
         self.tokens += steps * batch_size * self.sequence_length
 
     def tokens_at(self, step: int) -> int:
         """Tokens consumed by the first `step` steps; beyond the walk, at its last batch size."""
-        run = bisect_right(self._first_steps, step) - 1
-        return self._first_tokens[run] + (step - self._first_steps[run]) * self._tokens_a_step[run]
+        run = self._runs[bisect_right(self._runs, step, key=lambda run: run.step) - 1]
+        return run.tokens + (step - run.step) * run.tokens_a_step
 
-    def runs(self, step: int) -> list[tuple[int, int]]:
-        """(first step, tokens a step) of the runs before `step`, with neighbours of one batch size as one."""
-        runs: list[tuple[int, int]] = []
-        for first, tokens in zip(self._first_steps, self._tokens_a_step, strict=True):
-            if first < step and (not runs or runs[-1][1] != tokens):
-                runs.append((first, tokens))
-        return runs
+    def runs(self, step: int) -> list[Run]:
+        """Those that begin before `step`."""
+        return [run for run in self._runs if run.step < step]
 
     def steps_until(self, tokens: int) -> int:
         """The fewest steps that consume at least `tokens` tokens."""
-        run = bisect_right(self._first_tokens, tokens) - 1
-        return self._first_steps[run] - (self._first_tokens[run] - tokens) // self._tokens_a_step[run]
+        run = self._runs[bisect_right(self._runs, tokens, key=lambda run: run.tokens) - 1]
+        return run.step - (run.tokens - tokens) // run.tokens_a_step
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,9 @@ class Schedules:
     @property
     def batch_sizes(self) -> list[int]:
         """Every batch size of the training, in ascending order."""
-        return sorted({tokens // self.timeline.sequence_length for _, tokens in self.timeline.runs(self.total_steps)})
+        return sorted(
+            {run.tokens_a_step // self.timeline.sequence_length for run in self.timeline.runs(self.total_steps)}
+        )
 
     @classmethod
     def resolve(cls, recipe: "Recipe") -> "Schedules":
@@ -160,11 +163,11 @@ def walk(
     """Follows the batch-size schedule until `total` tokens."""
     timeline = Timeline(sequence_length)
     pieces: list[Piece] = []
-    for index, segment in enumerate(segments):
+    for segment in segments:
         for value in segment.values:
             if round_down(value, multiple) == 0:
                 raise UserError(f"schedule.batch_size reaches {value:g}: expected at least {multiple} sequences")
-        piece = place("batch_size", index, segment, pieces, timeline.step, timeline.tokens, total)
+        piece = place("batch_size", segment, pieces, timeline.step, timeline.tokens, total)
         pieces.append(piece)
         while timeline.tokens < total:
             position = piece.position(timeline.step, timeline.tokens)
@@ -181,32 +184,21 @@ def walk(
 
 
 def equal_steps(piece: Piece, position: int, stride: int, most: int, size: int, multiple: int) -> int:
-    """How many steps of `stride`, from `position` on and at most `most`, have the batch size `size`.
+    """How many steps of `stride`, from `position` on and at most `most`, have the batch size `size`."""
 
-    A piece is monotone, so the first step with another size is found by doubling, then by halving.
-    """
+    def other(steps: int) -> bool:
+        return round_down(piece.value(position + steps * stride), multiple) != size
 
-    def same(steps: int) -> bool:
-        return round_down(piece.value(position + steps * stride), multiple) == size
-
-    if piece.first == piece.last:
-        return most
-    known, limit = 0, 1
-    while limit < most and same(limit):
-        known, limit = limit, 2 * limit
-    limit = min(limit, most)
-    while limit - known > 1:
-        middle = (known + limit) // 2
-        known, limit = (middle, limit) if same(middle) else (known, middle)
-    return limit
+    # A piece is monotone, so the first step with another size is found by halving.
+    return 1 + bisect_left(range(1, most), True, key=other)
 
 
 def convert(name: str, segments: tuple[Segment, ...], timeline: Timeline, total: int) -> Schedule:
     """Places the segments of one schedule on a known timeline."""
     pieces: list[Piece] = []
-    for index, segment in enumerate(segments):
+    for segment in segments:
         step, tokens = end_of(pieces[-1], timeline) if pieces else (0, 0)
-        pieces.append(place(name, index, segment, pieces, step, tokens, total))
+        pieces.append(place(name, segment, pieces, step, tokens, total))
     last = pieces[-1]
     require_end(name, last, last.end is None or last.end >= last.position(timeline.steps_until(total), total), total)
     return Schedule(tuple(pieces))
@@ -220,7 +212,7 @@ def end_of(piece: Piece, timeline: Timeline) -> tuple[int, int]:
     return timeline.steps_until(piece.end), piece.end
 
 
-def place(name: str, index: int, segment: Segment, before: list[Piece], step: int, tokens: int, total: int) -> Piece:
+def place(name: str, segment: Segment, before: list[Piece], step: int, tokens: int, total: int) -> Piece:
     """The piece that `segment` is when the ones `before` it end at `step` and `tokens`."""
     first, last = segment.values
     unit: Literal["steps", "tokens"] = "tokens" if segment.steps is None else "steps"
@@ -229,7 +221,7 @@ def place(name: str, index: int, segment: Segment, before: list[Piece], step: in
     assert start is not None, "only the last segment may have no end"
     if segment.until_tokens is not None and segment.until_tokens <= start:
         raise UserError(
-            f"schedule.{name}.{index}.until_tokens = {format_quantity(segment.until_tokens)}: expected more than the "
+            f"schedule.{name}.{len(before)}.until_tokens = {format_quantity(segment.until_tokens)}: expected more than the "
             f"{format_quantity(start)} tokens at which the segment starts"
         )
     if segment.steps is not None:

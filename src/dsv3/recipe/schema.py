@@ -338,10 +338,8 @@ class Recipe(Section):
         """`ValueError` where a batch is not whole micro-batches on every data-parallel rank."""
         ranks, micro = self.parallel.data, self.training.micro_batch_size
         unit = ranks * (micro or 1)
-        names = [f"parallel.data = {ranks}"] * (ranks > 1) + [f"training.micro_batch_size = {micro}"] * (
-            micro is not None
-        )
-        of = " x ".join(names)
+        factors = {"parallel.data": ranks, "training.micro_batch_size": micro or 1}
+        of = " x ".join(f"{key} = {factor}" for key, factor in factors.items() if factor > 1)
         segments, multiple = as_segments(self.schedule.batch_size), self.schedule.batch_size_multiple
         for size in (round_down(value, multiple) for segment in segments for value in segment.values):
             if size % unit:

@@ -45,7 +45,7 @@ class Segment(Section):
             raise ValueError("expected a constant segment to have 'value', and neither 'from' nor 'to'")
         if self.kind != "constant" and (self.value is not None or not all(ramp)):
             raise ValueError(f"expected a {self.kind} segment to have 'from' and 'to', and no 'value'")
-        if sum(limit is not None for limit in (self.tokens, self.steps, self.until_tokens)) > 1:
+        if len(self.limits) > 1:
             raise ValueError("expected one of 'tokens', 'steps' and 'until_tokens', not several")
         return self
 
@@ -54,9 +54,9 @@ class Segment(Section):
         return {key: value for key, value in handler(self).items() if value is not None}
 
     @property
-    def ends(self) -> bool:
-        """Whether the segment says where it ends."""
-        return self.tokens is not None or self.steps is not None or self.until_tokens is not None
+    def limits(self) -> list[int]:
+        """What the segment says of where it ends: one number, or none."""
+        return [limit for limit in (self.tokens, self.steps, self.until_tokens) if limit is not None]
 
     @property
     def values(self) -> tuple[float, float]:
@@ -74,7 +74,7 @@ def _form(value: object) -> str:
 
 def _all_but_the_last_end(segments: tuple[Segment, ...]) -> tuple[Segment, ...]:
     for index, segment in enumerate(segments[:-1]):
-        if not segment.ends:
+        if not segment.limits:
             raise ValueError(
                 f"expected segment {index} to have 'tokens', 'steps' or 'until_tokens': another follows it"
             )

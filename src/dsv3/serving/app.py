@@ -16,7 +16,7 @@ from dsv3 import __version__
 from dsv3.data.chat import ChatTemplate
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.inference.engine import Engine
-from dsv3.serving.errors import Unavailable, add_handlers
+from dsv3.serving.errors import add_handlers
 from dsv3.serving.guard import Guard
 from dsv3.serving.metrics import Metrics
 from dsv3.serving.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
@@ -26,11 +26,10 @@ from dsv3.serving.worker import Worker
 
 
 def make_app(engine: Engine, tokenizer: Tokenizer, directory: Path, vocab_size: int, settings: Settings) -> FastAPI:
-    """The server around an engine; the engine's thread lives as long as the app. `directory` has the chat template."""
-    worker = Worker(engine, settings.capacity)
-    metrics = Metrics(worker, settings.name)
-    worker.on_step = metrics.step
-    service = Service(worker, tokenizer, ChatTemplate.load(directory, tokenizer), vocab_size, settings, metrics)
+    """The server of an engine, whose thread lives as long as the app; `directory` has the chat template."""
+    metrics = Metrics(settings.name, engine.stats())
+    worker = Worker(engine, settings.capacity, metrics)
+    service = Service(worker, tokenizer, ChatTemplate.load(directory, tokenizer), vocab_size, settings)
     page, policy = chat_page()
     started = int(time.time())
 
@@ -40,7 +39,7 @@ def make_app(engine: Engine, tokenizer: Tokenizer, directory: Path, vocab_size: 
         yield
         await worker.stop()
 
-    # Documentation pages would load scripts from elsewhere.
+    # FastAPI's documentation pages would load scripts from elsewhere.
     app = FastAPI(title="dsv3", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
     add_handlers(app)
     app.add_middleware(Guard, settings=settings)
@@ -83,8 +82,7 @@ def make_app(engine: Engine, tokenizer: Tokenizer, directory: Path, vocab_size: 
 
     @app.get("/health")
     async def health() -> Response:
-        if not worker.alive:
-            raise Unavailable("the engine has ended: this server has to be started again")
+        worker.check_alive()
         return Response()
 
     @app.get("/version")
@@ -103,7 +101,7 @@ def make_app(engine: Engine, tokenizer: Tokenizer, directory: Path, vocab_size: 
 
 
 def chat_page() -> tuple[str, dict[str, str]]:
-    """The chat page, and headers under which nothing but its own script and style runs and nothing is loaded from elsewhere."""
+    """The chat page, and headers that allow only its own script and style, and nothing from elsewhere."""
     page = files("dsv3.serving").joinpath("page.html").read_text(encoding="utf-8")
 
     def sources(tag: str) -> str:

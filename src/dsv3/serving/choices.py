@@ -1,28 +1,82 @@
-"""What the engine yields, as the choices of a chat completion and of a completion."""
+"""From what the engine yields to OpenAI's JSON: the choices of a chat completion and of a completion."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.inference.engine import Delta
-from dsv3.serving.answer import Usage
+from dsv3.inference.plan import TokenLogprobs
 from dsv3.serving.logprobs import CompletionLogprobs, chat_logprobs
-from dsv3.serving.parsing import Parser, Part, merge
+from dsv3.serving.parsing import Parser, joined, merge
 from dsv3.serving.protocol import ChatRequest, CompletionRequest, Sampling
 
 Json = dict[str, Any]
 
 
-class ChatChoices:
-    """Of `/v1/chat/completions`: one prompt, `n` answers, each through a parser of its own."""
+class Choices(ABC):
+    """`n` choices of each prompt, numbered prompt by prompt, and their token counts."""
+
+    kinds: ClassVar[tuple[str, str]]
+    """`object` of a whole answer and of a chunk."""
+
+    def __init__(self, request: Sampling, prompts: Sequence[list[int]]):
+        self.request, self.prompts = request, prompts
+        self._pieces: list[list[Json]] = [[] for _ in range(len(prompts) * request.choices)]
+        self._cached: dict[int, int] = {}
+        """Of each prompt, when its first continuation began: the others find in the cache what this one has read."""
+        self._generated = self._reasoning = 0
+
+    def opening(self) -> list[Json]:
+        """Choices of the first chunks."""
+        return []
+
+    def take(self, number: int, delta: Delta) -> Json:
+        """A chunk's choice, from a delta of the prompt with that number; kept for `whole`."""
+        index = number * self.request.choices + delta.index
+        if delta.index == 0:
+            self._cached[number] = delta.num_cached_tokens
+        self._generated += len(delta.token_ids)
+        piece = {"index": index, **self._content(index, delta), "finish_reason": delta.finish_reason}
+        # Not in OpenAI's or DeepSeek's API.
+        if self.request.return_token_ids:
+            piece["token_ids"] = delta.token_ids
+        if self.request.return_routing:
+            piece["routing"] = delta.routing or []
+        self._pieces[index].append(piece)
+        return piece
+
+    @abstractmethod
+    def _content(self, index: int, delta: Delta) -> Json:
+        """The text and the logprobs of a choice's next piece."""
+
+    def whole(self) -> list[Json]:
+        """The choices of a whole answer."""
+        return [joined(pieces) for pieces in self._pieces]
+
+    def usage(self) -> Json:
+        """Token counts so far, in OpenAI's and DeepSeek's fields."""
+        prompt, cached = sum(map(len, self.prompts)), sum(self._cached.values())
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": self._generated,
+            "total_tokens": prompt + self._generated,
+            "prompt_tokens_details": {"cached_tokens": cached},
+            "completion_tokens_details": {"reasoning_tokens": self._reasoning},
+            "prompt_cache_hit_tokens": cached,
+            "prompt_cache_miss_tokens": prompt - cached,
+        }
+
+
+class ChatChoices(Choices):
+    """Of `/v1/chat/completions`: one prompt, `n` answers, each with its own parser."""
 
     kinds = ("chat.completion", "chat.completion.chunk")
 
-    def __init__(self, request: ChatRequest, tokenizer: Tokenizer, usage: Usage, parsers: Sequence[Parser]):
-        self._request, self._tokenizer, self._usage, self._parsers = request, tokenizer, usage, parsers
-        self._parts: list[list[Part]] = [[] for _ in parsers]
-        self._ends: list[Json] = [{"logprobs": {} if request.logprobs else None} for _ in parsers]
+    def __init__(self, request: ChatRequest, prompt: list[int], tokenizer: Tokenizer, parsers: Sequence[Parser]):
+        super().__init__(request, [prompt])
+        self._tokenizer, self._parsers = tokenizer, parsers
 
     def opening(self) -> list[Json]:
         """Every choice begins with its role."""
@@ -33,108 +87,50 @@ class ChatChoices:
         ]
 
     def take(self, number: int, delta: Delta) -> Json:
-        """See `Choices`."""
-        parser, end = self._parsers[delta.index], self._ends[delta.index]
-        self._usage.take(number, delta, reasoning=parser.reasoning)
+        """See `Choices`; an answer that calls functions ends with `tool_calls` instead of `stop`."""
+        piece = super().take(number, delta)
+        if delta.finish_reason == "stop" and self._parsers[delta.index].calls:
+            piece["finish_reason"] = "tool_calls"
+        return piece
+
+    def _content(self, index: int, delta: Delta) -> Json:
+        parser = self._parsers[index]
+        self._reasoning += len(delta.token_ids) if parser.reasoning else 0
         parts = parser.push(delta.text, last=delta.finish_reason is not None)
-        self._parts[delta.index] += parts
-        reason: str | None = delta.finish_reason
-        if reason == "stop" and parser.calls:
-            reason = "tool_calls"
-        logprobs = chat_logprobs(self._tokenizer, delta.logprobs) if delta.logprobs is not None else None
-        extra = extras(self._request, delta)
-        grow(end, extra)
-        grow(end["logprobs"], logprobs)
-        end["finish_reason"] = reason
-        return {
-            "index": delta.index, "delta": joined(parts), "logprobs": logprobs, "finish_reason": reason, **extra
-        }  # fmt: skip
+        logprobs = None if delta.logprobs is None else chat_logprobs(self._tokenizer, delta.logprobs)
+        return {"delta": joined([{}, *parts]), "logprobs": logprobs}
 
     def whole(self) -> list[Json]:
         """See `Choices`."""
-        return [
-            {"index": index, "message": merge(parts), **end}
-            for index, (parts, end) in enumerate(zip(self._parts, self._ends, strict=True))
-        ]
+        return [{"message": merge([choice.pop("delta")]), **choice} for choice in super().whole()]
 
 
-class CompletionChoices:
-    """Of `/v1/completions`: `n` continuations of each prompt, numbered prompt by prompt. `echo`: what is put in front of each."""
+class CompletionChoices(Choices):
+    """Of `/v1/completions`: `n` continuations of each prompt. `echo`: for each prompt, the text in front of its continuations."""
 
     kinds = ("text_completion", "text_completion")
+    request: CompletionRequest
 
     def __init__(
-        self,
-        request: CompletionRequest,
-        tokenizer: Tokenizer,
-        usage: Usage,
-        prompts: Sequence[list[int]],
-        echo: Sequence[str],
+        self, request: CompletionRequest, prompts: Sequence[list[int]], tokenizer: Tokenizer, echo: Sequence[str]
     ):
-        self._request, self._usage, self._prompts, self._echo = request, usage, prompts, echo
-        count = len(prompts) * request.choices
-        self._texts: list[list[str]] = [[] for _ in range(count)]
-        self._ends: list[Json] = [{"logprobs": None if request.logprobs is None else {}} for _ in range(count)]
-        self._shapes = [CompletionLogprobs(tokenizer) for _ in range(count)]
-        self._begun: set[int] = set()
-
-    def opening(self) -> list[Json]:
-        """Nothing: the prompt is echoed with the first piece, beside its logprobs."""
-        return []
+        super().__init__(request, prompts)
+        self._echo = echo
+        self._shapes = [CompletionLogprobs(tokenizer) for _ in self._pieces]
 
     def take(self, number: int, delta: Delta) -> Json:
         """See `Choices`."""
-        index = number * self._request.choices + delta.index
-        if self._request.max_tokens == 0:
+        if self.request.max_tokens == 0:
             # The engine generates one token at least.
             delta = replace(delta, text="", token_ids=[], logprobs=None, finish_reason="length")
-        text, logprobs = delta.text, delta.logprobs or []
-        self._usage.take(number, delta)
-        shape: Json | None = None
-        prompt_logprobs: list[Any] = []
-        if index not in self._begun:
-            self._begun.add(index)
+        return super().take(number, delta)
+
+    def _content(self, index: int, delta: Delta) -> Json:
+        text, number, tokens = delta.text, index // self.request.choices, list[TokenLogprobs | None]()
+        if not self._pieces[index]:  # the prompt is echoed with the first piece, beside its logprobs
             text = self._echo[number] + text
-            prompt_logprobs = list(delta.prompt_logprobs or ()) if self._request.echo else []
-        if self._request.logprobs is not None:
-            shape = self._shapes[index].shape([*prompt_logprobs, *logprobs], self._prompts[number][0])
-        end = self._ends[index]
-        self._texts[index].append(text)
-        extra = extras(self._request, delta)
-        grow(end, extra)
-        grow(end["logprobs"], shape)
-        end["finish_reason"] = delta.finish_reason
-        return {"index": index, "text": text, "logprobs": shape, "finish_reason": delta.finish_reason, **extra}
-
-    def whole(self) -> list[Json]:
-        """See `Choices`."""
-        return [
-            {"index": index, "text": "".join(texts), **end}
-            for index, (texts, end) in enumerate(zip(self._texts, self._ends, strict=True))
-        ]
-
-
-def extras(request: Sampling, delta: Delta) -> Json:
-    """What neither OpenAI nor DeepSeek has, where it is asked for."""
-    extra: Json = {}
-    if request.return_token_ids:
-        extra["token_ids"] = delta.token_ids
-    if request.return_routing:
-        extra["routing"] = delta.routing or []
-    return extra
-
-
-def grow(whole: Json | None, piece: Json | None) -> None:
-    """Appends a chunk's lists to the whole answer's."""
-    for key, values in (piece or {}).items():
-        assert whole is not None, "what was not asked for does not come"
-        whole.setdefault(key, []).extend(values)
-
-
-def joined(parts: list[Part]) -> Part:
-    """The parts of one chunk as one: neighbours of a kind together, in the order in which they came."""
-    out: Part = {}
-    for part in parts:
-        for kind, value in part.items():
-            out[kind] = out[kind] + value if kind in out else value
-    return out
+            tokens += (delta.prompt_logprobs or []) if self.request.echo else []
+        if self.request.logprobs is None:
+            return {"text": text, "logprobs": None}
+        tokens += delta.logprobs or []
+        return {"text": text, "logprobs": self._shapes[index].shape(tokens, self.prompts[number][0])}

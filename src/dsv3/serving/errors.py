@@ -1,4 +1,4 @@
-"""What goes wrong, in the shape in which OpenAI's clients read it: `{"error": {"message", "type", "param", "code"}}`."""
+"""Errors in OpenAI's form: `{"error": {"message", "type", "param", "code"}}`."""
 
 import json
 from http import HTTPStatus
@@ -11,18 +11,17 @@ from starlette.exceptions import HTTPException
 from dsv3.errors import RunError, UserError
 
 TYPES = {
-    400: "invalid_request_error",
     401: "authentication_error",
     404: "not_found_error",
     408: "timeout_error",
-    413: "invalid_request_error",
     429: "rate_limit_error",
     503: "service_unavailable_error",
 }
+"""By status; any other is an `invalid_request_error` below 500, else a `server_error`."""
 
 
 class ApiError(UserError):
-    """A refusal with a status and a code of its own; `UserError` is 400 without a code."""
+    """A refusal with its own status and code; any other `UserError` is a 400 without a code."""
 
     def __init__(self, message: str, status: int = 400, code: str | None = None, param: str | None = None):
         super().__init__(message)
@@ -30,36 +29,31 @@ class ApiError(UserError):
 
 
 class Overloaded(RunError):
-    """Too many requests are open: 429, worth another attempt."""
+    """Too many requests are open: worth another attempt."""
+
+    status, code = 429, "overloaded"
 
 
 class Unavailable(RunError):
-    """The engine has ended, or the server is about to: 503."""
+    """The engine has ended."""
+
+    status, code = 503, "unavailable"
 
 
 class Lost(RunError):
-    """A request that the engine had accepted got no answer: 500."""
+    """The engine did not finish a request that it had accepted: 500."""
 
 
 def body_of(error: Exception) -> tuple[int, dict[str, Any]]:
-    """(status, content) for what a request may raise."""
-    match error:
-        case ApiError():
-            status, code, param = error.status, error.code, error.param
-        case UserError():
-            status, code, param = 400, None, None
-        case Overloaded():
-            status, code, param = 429, "overloaded", None
-        case Unavailable():
-            status, code, param = 503, "unavailable", None
-        case _:
-            status, code, param = 500, None, None
-    kind = TYPES.get(status, "server_error" if status >= 500 else TYPES[400])
-    return status, {"error": {"message": str(error), "type": kind, "param": param, "code": code}}
+    """(status, content) for any exception of a request."""
+    status = getattr(error, "status", 400 if isinstance(error, UserError) else 500)
+    kind = TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    about = {name: getattr(error, name, None) for name in ("param", "code")}
+    return status, {"error": {"message": str(error), "type": kind, **about}}
 
 
 def encode(content: object) -> bytes:
-    """JSON in ASCII: also a lone surrogate, which a client may have sent and UTF-8 has no form for, can be written."""
+    """JSON in ASCII, which can also encode a lone surrogate that a client may have sent; UTF-8 cannot."""
     return json.dumps(content, separators=(",", ":")).encode()
 
 
@@ -73,7 +67,7 @@ def response_of(error: Exception) -> Response:
 
 
 def add_handlers(app: FastAPI) -> None:
-    """Every error of every route in one shape."""
+    """Gives every route's errors the same form."""
 
     async def ours(request: Request, error: Exception) -> Response:
         return response_of(error)

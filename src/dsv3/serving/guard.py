@@ -1,4 +1,4 @@
-"""Before any route: who may ask, for which host, and how much may come."""
+"""Checks before any route: the API key, the host name and the size of the body."""
 
 import asyncio
 import hashlib
@@ -11,11 +11,11 @@ from dsv3.serving.errors import ApiError, response_of
 from dsv3.serving.settings import Settings
 
 OPEN = ("/health", "/")
-"""Routes that ask for no key: they tell nothing."""
+"""Routes that need no key: they reveal nothing."""
 
 
 class Guard:
-    """ASGI middleware. Lets a request through with its whole body read, and its tenant in `scope["tenant"]`."""
+    """ASGI middleware. Passes a request on with its whole body read, and its tenant in `scope["tenant"]`."""
 
     def __init__(self, app: ASGIApp, settings: Settings):
         self.app, self.settings = app, settings
@@ -46,7 +46,7 @@ class Guard:
             raise ApiError(f"this server answers for the hosts {', '.join(self.settings.hosts)}")
 
     def _tenant(self, authorization: str) -> str:
-        """The digest of the key that was given; every known key is compared, each in constant time."""
+        """The digest of the given key; it is compared with every known key, in constant time."""
         if not self._keys:
             return ""
         scheme, _, given = authorization.partition(" ")
@@ -74,7 +74,7 @@ class Guard:
 
 
 def replay(body: bytes, receive: Receive) -> Receive:
-    """Gives the body once, and then what else comes: the client's leaving."""
+    """Returns the body first, and then what else is received: the disconnect."""
     given = False
 
     async def again() -> Message:

@@ -1,4 +1,4 @@
-"""Logprobs in OpenAI's two shapes."""
+"""Logprobs in OpenAI's two forms."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,7 +19,7 @@ def token_text(tokenizer: Tokenizer, token: int) -> str:
 
 
 def chat_logprobs(tokenizer: Tokenizer, tokens: Sequence[TokenLogprobs]) -> Json:
-    """Of a chat completion: a list with each token, its bytes and its likeliest alternatives."""
+    """For a chat completion: a list with each token, its bytes and its likeliest alternatives."""
 
     def entry(token: int, logprob: float) -> Json:
         return {
@@ -37,14 +37,14 @@ def chat_logprobs(tokenizer: Tokenizer, tokens: Sequence[TokenLogprobs]) -> Json
 
 
 class CompletionLogprobs:
-    """Of a completion: parallel lists. Offsets count the characters before a token in the text that is returned."""
+    """For a completion: parallel lists. Offsets count the characters of the returned text before a token."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer, self._stream = tokenizer, tokenizer.stream()
         self._offset = 0
 
     def shape(self, tokens: Sequence[TokenLogprobs | None], first: int | None = None) -> Json:
-        """The lists for the next tokens; None, for the first of a prompt, has no logprob, and `first` is its id."""
+        """The lists for the next tokens; a prompt's first token has no logprob: it is None, and `first` its id."""
         out: Json = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for each in tokens:
             token = each.token_id if each is not None else first

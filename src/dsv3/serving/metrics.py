@@ -1,39 +1,40 @@
-"""`/metrics`: Prometheus, under vLLM's names, so that its dashboards work.
+"""`/metrics` for Prometheus, under vLLM's names, so that its dashboards work.
 
-What the engine counts is read from its statistics when it is asked for; what one request took is observed as it goes.
+The engine's own figures are read from its last statistics; a request's are observed as it runs.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from dsv3.inference.engine import Delta, EngineStats
-from dsv3.serving.worker import Worker
 
 SECONDS = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560
 )  # fmt: skip
 COUNTS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000, 200000)
-GAUGES = {
-    "num_requests_running": ("running", "Requests in the batch."),
-    "num_requests_waiting": ("waiting", "Requests that wait for a place in it."),
-    "kv_cache_usage_perc": ("kv_cache_usage", "Share of the cache's blocks in use, 0 to 1."),
+ENGINE: dict[str, tuple[Any, str, str]] = {
+    "num_requests_running": (GaugeMetricFamily, "running", "Requests in the batch."),
+    "num_requests_waiting": (GaugeMetricFamily, "waiting", "Requests that wait for a place in it."),
+    "kv_cache_usage_perc": (GaugeMetricFamily, "kv_cache_usage", "Share of the cache's blocks in use, 0 to 1."),
+    "prompt_tokens": (CounterMetricFamily, "prompt_tokens", "Tokens of prompts that were computed or found."),
+    "prompt_tokens_cached": (
+        CounterMetricFamily,
+        "prefix_cache_hits",
+        "Tokens of prompts that were found in the cache.",
+    ),
+    "generation_tokens": (CounterMetricFamily, "generation_tokens", "Tokens generated."),
+    "prefix_cache_queries": (CounterMetricFamily, "prefix_cache_queries", "Tokens looked for in the cache."),
+    "prefix_cache_hits": (CounterMetricFamily, "prefix_cache_hits", "Tokens found in it."),
+    "num_preemptions": (CounterMetricFamily, "preemptions", "Requests put back for want of blocks."),
+    "spec_decode_num_drafts": (CounterMetricFamily, "drafts", "Times that tokens were drafted."),
+    "spec_decode_num_draft_tokens": (CounterMetricFamily, "draft_tokens", "Tokens drafted."),
+    "spec_decode_num_accepted_tokens": (CounterMetricFamily, "accepted_tokens", "Drafted tokens that were accepted."),
 }
-COUNTERS = {
-    "prompt_tokens": ("prompt_tokens", "Tokens of prompts that were computed or found."),
-    "prompt_tokens_cached": ("prefix_cache_hits", "Tokens of prompts that were found in the cache."),
-    "generation_tokens": ("generation_tokens", "Tokens generated."),
-    "prefix_cache_queries": ("prefix_cache_queries", "Tokens looked for in the cache."),
-    "prefix_cache_hits": ("prefix_cache_hits", "Tokens found in it."),
-    "num_preemptions": ("preemptions", "Requests put back for want of blocks."),
-    "spec_decode_num_drafts": ("drafts", "Times that tokens were drafted."),
-    "spec_decode_num_draft_tokens": ("draft_tokens", "Tokens drafted."),
-    "spec_decode_num_accepted_tokens": ("accepted_tokens", "Drafted tokens that were accepted."),
-}
-"""vLLM's names, the engine's fields, help."""
+"""By vLLM's name: kind, field of the engine's statistics, help."""
 
 HISTOGRAMS = {
     "time_to_first_token_seconds": "From the request to its first token.",
@@ -48,16 +49,16 @@ HISTOGRAMS = {
     "request_generation_tokens": "Tokens of a continuation.",
     "iteration_tokens_total": "Tokens read in a step.",
 }
-"""Those whose names end in `seconds` are of times, the others of counts."""
+"""Names that end in `seconds` are of times, others of counts."""
 
 
 class Metrics:
-    """All figures of one server."""
+    """All metrics of a server; `stats`: the engine's at its start."""
 
-    def __init__(self, worker: Worker, name: str):
+    def __init__(self, name: str, stats: EngineStats):
         self.registry = CollectorRegistry()
-        self._worker = worker
         self.labels = {"model_name": name, "engine": "0"}
+        self._stats = stats
         self.registry.register(self)
         self._histograms = {
             name: Histogram(
@@ -72,16 +73,20 @@ class Metrics:
             [*self.labels, "finished_reason"],
             registry=self.registry,
         )
+        self.rejected = Counter(
+            "vllm:admission_rejections", "Requests refused with 429.", list(self.labels), registry=self.registry
+        ).labels(**self.labels)
 
     def observe(self, **figures: float) -> None:
-        """One figure for each of these histograms."""
+        """Adds one observation to each of these histograms."""
         for name, figure in figures.items():
             self._histograms[name].observe(figure)
 
-    def step(self, before: EngineStats, after: EngineStats) -> None:
-        """Observes one step of the engine."""
-        if after.tokens_read > before.tokens_read:
-            self.observe(iteration_tokens_total=after.tokens_read - before.tokens_read)
+    def step(self, stats: EngineStats) -> None:
+        """Takes the engine's statistics after a step."""
+        if stats.tokens_read > self._stats.tokens_read:
+            self.observe(iteration_tokens_total=stats.tokens_read - self._stats.tokens_read)
+        self._stats = stats
 
     def success(self, reason: str) -> None:
         """Counts a continuation that ended."""
@@ -89,28 +94,17 @@ class Metrics:
 
     def collect(self) -> Iterator[Metric]:
         """The engine's own figures, as `prometheus_client` asks for them."""
-        stats = self._worker.stats
-        for name, (field, text) in GAUGES.items():
-            yield self._filled(GaugeMetricFamily, name, text, getattr(stats, field))
-        for name, (field, text) in COUNTERS.items():
-            yield self._filled(CounterMetricFamily, name, text, getattr(stats, field))
-        yield self._filled(
-            CounterMetricFamily, "admission_rejections", "Requests refused with 429.", self._worker.rejected
-        )
+        labels, values = list(self.labels), list(self.labels.values())
+        for name, (kind, field, text) in ENGINE.items():
+            family = kind(f"vllm:{name}", text, labels=labels)
+            family.add_metric(values, getattr(self._stats, field))
+            yield family
         positions = CounterMetricFamily(
-            "vllm:spec_decode_num_accepted_tokens_per_pos",
-            "Accepted drafts by position.",
-            labels=[*self.labels, "position"],
+            "vllm:spec_decode_num_accepted_tokens_per_pos", "Accepted drafts by position.", labels=[*labels, "position"]
         )
-        for position, count in enumerate(stats.accepted_per_position):
-            positions.add_metric([*self.labels.values(), str(position)], count)
+        for position, count in enumerate(self._stats.accepted_per_position):
+            positions.add_metric([*values, str(position)], count)
         yield positions
-
-    def _filled(self, kind: Any, name: str, text: str, value: float) -> Metric:
-        family = kind(f"vllm:{name}", text, labels=list(self.labels))
-        family.add_metric(list(self.labels.values()), value)
-        assert isinstance(family, Metric)
-        return family
 
     def text(self) -> bytes:
         """Prometheus's text format."""
@@ -118,12 +112,12 @@ class Metrics:
 
 
 class Meter:
-    """The times of one request's sequences; `began`: when it came, as all times by `time.perf_counter`."""
+    """Times one request's sequences; `began`: when it arrived, by `time.perf_counter` as all times."""
 
-    def __init__(self, metrics: Metrics, prompts: list[list[int]], began: float):
+    def __init__(self, metrics: Metrics, prompts: Sequence[list[int]], began: float):
         self._metrics, self._prompts, self._began = metrics, prompts, began
         self._seen: dict[tuple[int, int], tuple[float, float | None, int]] = {}
-        """Of each sequence: when its first and its last delta came, and its tokens so far."""
+        """Of each sequence: times of its first and last delta, and its tokens so far."""
 
     def observe(self, number: int, delta: Delta) -> None:
         """One delta of the prompt with that number."""

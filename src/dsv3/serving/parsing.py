@@ -1,12 +1,13 @@
-"""From an answer's text to its parts, piece by piece: reasoning, content, tool calls.
+"""Splits an answer's text into reasoning, content and tool calls while it streams.
 
 DeepSeek-V3 writes a call as `<｜tool▁call▁begin｜>function<｜tool▁sep｜>NAME`, a line break and its arguments between
-```` ```json ```` and ```` ``` ````; V3.1 leaves `function` and the fence out. Text that may still become markup is held
-back, so that the parts do not depend on the pieces in which the text comes.
+```` ```json ```` and ```` ``` ````; V3.1 leaves out `function` and the fence. Text that may still become markup is held
+back, so that the result does not depend on how the text is split.
 """
 
 import re
 import secrets
+from collections.abc import Sequence
 from typing import Any
 
 from dsv3.data.tokenizer import CALL_BEGIN, CALL_END, CALLS_BEGIN, CALLS_END, THINK_BEGIN, THINK_END, TOOL_SEPARATOR
@@ -21,12 +22,12 @@ Part = dict[str, Any]
 
 
 class Parser:
-    """One answer. `thinking`: the prompt has opened the reasoning already. `call`: the prompt has begun a call of that function, "" of any."""
+    """One answer. `thinking`: the prompt has opened the reasoning. `call`: the prompt has begun a call of this function, "" of any."""
 
     def __init__(self, thinking: bool = False, tools: bool = False, call: str | None = None):
-        self.tools, self.call = tools, call
+        self.tools = tools
         self.calls = 0
-        """Calls that have begun."""
+        """Calls begun so far."""
         self._held = ""
         self._out: list[Part] = []
         self._fenced = True
@@ -42,7 +43,7 @@ class Parser:
         return self._state == self._reasoning
 
     def push(self, text: str, last: bool = False) -> list[Part]:
-        """The parts that `text` completes; with `last`, everything that was held back."""
+        """The parts that `text` completes; with `last`, also all that was held back."""
         self._held += text
         while self._state(last):
             pass
@@ -105,20 +106,18 @@ class Parser:
         self._state = self._arguments
 
     def _arguments(self, last: bool) -> bool:
-        at = self._held.find(CALL_END)
-        ended = at >= 0 or last
-        text = self._held[: at if at >= 0 else None]
-        keep = 0 if ended else overlap(text, CALL_END)
+        text, found, after = self._held.partition(CALL_END)
+        keep = 0 if found or last else overlap(text, CALL_END)
         shown = text[: len(text) - keep]
         if self._fenced:
             bare = shown.rstrip()
             shown = bare[: max(len(bare) - 3, len(bare.rstrip("`")))].rstrip()
         if shown:
             self._out.append({"tool_calls": [{"index": self.calls - 1, "function": {"arguments": shown}}]})
-        self._held = self._held[at + len(CALL_END) :] if at >= 0 else "" if last else text[len(shown) :]
-        if at >= 0:
+        self._held = after if found else "" if last else text[len(shown) :]
+        if found:
             self._state = self._between
-        return at >= 0
+        return bool(found)
 
     def _until(self, marker: str, kind: str, then: Any, last: bool) -> bool:
         before, found, after = self._held.partition(marker)
@@ -134,24 +133,27 @@ class Parser:
             self._out.append({kind: text})
 
 
-def merge(parts: list[Part]) -> Part:
-    """The whole message that the parts of a stream add up to."""
-    texts = {kind: [part[kind] for part in parts if kind in part] for kind in ("content", "reasoning_content")}
-    calls = [call for part in parts for call in part.get("tool_calls", ())]
-    message: Part = {
-        "role": "assistant",
-        "content": "".join(texts["content"]) if texts["content"] or not calls else None,
-    }
-    if texts["reasoning_content"]:
-        message["reasoning_content"] = "".join(texts["reasoning_content"])
-    if calls:
-        arguments: dict[int, list[str]] = {}
-        for call in calls:
-            arguments.setdefault(call["index"], []).append(call["function"]["arguments"])
-        message["tool_calls"] = [
-            {"id": call["id"], "type": call["type"]}
-            | {"function": {"name": call["function"]["name"], "arguments": "".join(arguments[call["index"]])}}
-            for call in calls
-            if "id" in call
-        ]
-    return message
+def merge(parts: Sequence[Part]) -> Part:
+    """The whole message from the parts of a stream."""
+    message, pieces = joined([{}, *parts]), dict[int, list[Part]]()
+    for call in message.pop("tool_calls", ()):
+        pieces.setdefault(call["index"], []).append(call)
+    calls = [joined(each) for each in pieces.values()]
+    for call in calls:
+        del call["index"]
+    message = {"role": "assistant", "content": None if calls else "", **message}
+    return {**message, "tool_calls": calls} if calls else message
+
+
+def joined(pieces: Sequence[Any]) -> Any:
+    """Merges pieces of JSON: concatenates texts and lists, merges objects key by key, takes the last of anything else."""
+    pieces = [piece for piece in pieces if piece is not None]
+    match pieces:
+        case [str(), *_]:
+            return "".join(pieces)
+        case [list(), *_]:
+            return [item for piece in pieces for item in piece]
+        case [dict(), *_]:
+            keys = dict.fromkeys(key for piece in pieces for key in piece)
+            return {key: joined([piece[key] for piece in pieces if key in piece]) for key in keys}
+    return pieces[-1] if pieces else None

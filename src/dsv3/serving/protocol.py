@@ -1,30 +1,52 @@
-"""What clients send: OpenAI's requests with vLLM's and DeepSeek's additions, every size bounded.
+"""Requests: OpenAI's with vLLM's and DeepSeek's additions, every size bounded.
 
-A field that is not listed is refused, as OpenAI does; fields that change nothing here are listed and ignored.
+A field that is not listed is refused, as by OpenAI; fields that have no effect here are listed and ignored.
 """
 
 import json
+from dataclasses import fields
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from dsv3.inference.params import SamplingParams
 from dsv3.serving import settings
 
-Tokens = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
+Natural = Annotated[int, Field(ge=0, lt=2**31)]
+Tokens = Annotated[list[Natural], Field(min_length=1)]
 Stop = Annotated[str, Field(min_length=1, max_length=settings.MAX_STOP_LENGTH)]
 Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 Short = Annotated[str, Field(max_length=256)]
 
 
+def check_schema(schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema; raises `ValueError` for one that is too large or too deep to compile."""
+    if depth(schema, settings.MAX_SCHEMA_DEPTH) > settings.MAX_SCHEMA_DEPTH:
+        raise ValueError(f"expected at most {settings.MAX_SCHEMA_DEPTH} levels")
+    if len(json.dumps(schema)) > settings.MAX_SCHEMA_BYTES:
+        raise ValueError(f"expected at most {settings.MAX_SCHEMA_BYTES} bytes of JSON")
+    return schema
+
+
+def depth(value: object, limit: int) -> int:
+    """Nesting levels of a JSON value, counted up to `limit` + 1."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    if inner is None or limit < 0:
+        return 0
+    return 1 + max((depth(each, limit - 1) for each in inner), default=0)
+
+
+Schema = Annotated[dict[str, Any], AfterValidator(check_schema)]
+
+
 class Closed(BaseModel):
-    """A request: unknown fields are refused, and so are infinities."""
+    """Refuses unknown fields and infinities."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 class Message(BaseModel):
-    """One turn. What clients send back of an earlier answer beside it (`refusal`, `annotations`) is ignored."""
+    """One turn. Other fields of an earlier answer that clients send back (`refusal`, `annotations`) are ignored."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -34,51 +56,14 @@ class Message(BaseModel):
     tool_calls: "Annotated[list[ToolCall], Field(max_length=settings.MAX_TOOLS)] | None" = None
     tool_call_id: str | None = None
     prefix: bool = False
-    """DeepSeek's: the answer goes on from this last message of the assistant."""
+    """DeepSeek's: the answer continues this last message of the assistant."""
 
 
 class TextPart(BaseModel):
-    """The one kind of content that this model reads."""
+    """The only kind of content that this model reads."""
 
     type: Literal["text"]
     text: str
-
-
-class FunctionCall(BaseModel):
-    """`arguments` is JSON in a string."""
-
-    name: Name
-    arguments: str = ""
-
-
-class ToolCall(BaseModel):
-    """A call that the model made earlier."""
-
-    id: str = ""
-    type: Literal["function"] = "function"
-    function: FunctionCall
-
-
-class Function(BaseModel):
-    """What a tool does and takes; `parameters` is a JSON schema."""
-
-    name: Name
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
-
-    @field_validator("parameters")
-    @classmethod
-    def bounded(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
-        """See `check_schema`."""
-        return check_schema(value)
-
-
-class Tool(BaseModel):
-    """Something the model may call."""
-
-    type: Literal["function"]
-    function: Function
 
 
 class NamedFunction(BaseModel):
@@ -87,28 +72,51 @@ class NamedFunction(BaseModel):
     name: Name
 
 
+class FunctionCall(NamedFunction):
+    """`arguments` is JSON in a string."""
+
+    arguments: str = ""
+
+
+class ToolCall(BaseModel):
+    """An earlier call by the model."""
+
+    id: str = ""
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class Function(NamedFunction):
+    """A function's description; `parameters` is a JSON schema."""
+
+    description: str | None = None
+    parameters: Schema | None = None
+    strict: bool | None = None
+
+
+class Tool(BaseModel):
+    """A function that the model may call."""
+
+    type: Literal["function"]
+    function: Function
+
+
 class ToolChoice(BaseModel):
-    """The one function to call."""
+    """The function that has to be called."""
 
     type: Literal["function"]
     function: NamedFunction
 
 
 class JsonSchema(BaseModel):
-    """What an answer has to look like."""
+    """The schema that the answer has to match."""
 
     model_config = ConfigDict(populate_by_name=True)
 
     name: Short = ""
     description: str | None = None
     strict: bool | None = None
-    definition: dict[str, Any] = Field(alias="schema")
-
-    @field_validator("definition")
-    @classmethod
-    def bounded(cls, value: dict[str, Any]) -> dict[str, Any] | None:
-        """See `check_schema`."""
-        return check_schema(value)
+    definition: Schema = Field(alias="schema")
 
 
 class ResponseFormat(Closed):
@@ -119,7 +127,7 @@ class ResponseFormat(Closed):
 
     @model_validator(mode="after")
     def complete(self) -> "ResponseFormat":
-        """A schema is there when it is promised."""
+        """Requires a schema exactly where the type asks for it."""
         if (self.type == "json_schema") != (self.json_schema is not None):
             raise ValueError("json_schema belongs to the type json_schema, and has to be there with it")
         return self
@@ -134,7 +142,7 @@ class StreamOptions(Closed):
 
 
 class Sampling(Closed):
-    """What both kinds of completion share. None is the default everywhere, as clients send it for what was not chosen."""
+    """The fields of both kinds of completion. Nearly all may be None, which clients send for what was not chosen."""
 
     model: str | None = None
     n: Annotated[int, Field(ge=1, le=settings.MAX_N)] | None = None
@@ -142,10 +150,10 @@ class Sampling(Closed):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
-    min_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    max_tokens: Natural | None = None
+    min_tokens: Natural | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=settings.MAX_STOPS)] | None = None
-    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=128)] | None = None
+    stop_token_ids: Annotated[list[Natural], Field(max_length=128)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
@@ -161,9 +169,9 @@ class Sampling(Closed):
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
     return_routing: bool = False
-    """Ours: which experts every token went to."""
-    cache_salt: Annotated[str, Field(max_length=256)] = ""
-    """Cached prefixes are shared among equal ones."""
+    """Our own: the experts that every token was routed to."""
+    cache_salt: Short = ""
+    """Cached prefixes are shared only among requests with equal salts."""
     user: str | None = None
 
     @property
@@ -171,20 +179,18 @@ class Sampling(Closed):
         """Continuations of one prompt."""
         return self.n or 1
 
+    @property
+    def answer_schema(self) -> dict[str, Any] | None:
+        """The JSON schema that the answer has to match; None: any answer will do."""
+        form = self.response_format
+        if form is None or form.type == "text":
+            return None
+        return {"type": "object"} if form.json_schema is None else form.json_schema.definition
+
     def sampling_params(self, **fixed: Any) -> SamplingParams:
-        """For the engine; `fixed` are the fields that each kind decides on. Raises `UserError` for what it refuses."""
-        asked: dict[str, Any] = {
-            name: getattr(self, name)
-            for name in (
-                "n", "temperature", "top_p", "min_p", "min_tokens", "presence_penalty", "frequency_penalty",
-                "repetition_penalty", "logit_bias", "seed", "ignore_eos", "include_stop_str_in_output", "skip_special_tokens",
-            )
-        } | {
-            "top_k": max(self.top_k or 0, 0),
-            "stop": (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
-            "stop_token_ids": tuple(self.stop_token_ids or ()),
-        }  # fmt: skip
-        return SamplingParams(**{name: value for name, value in asked.items() if value is not None}, **fixed)
+        """For the engine; `fixed`: the fields that each kind sets itself. Raises `UserError` for values that do not fit together."""
+        asked = self.model_dump(include={each.name for each in fields(SamplingParams)}, exclude_none=True)
+        return SamplingParams(**(asked | fixed))
 
 
 class CompletionRequest(Sampling):
@@ -200,7 +206,7 @@ class CompletionRequest(Sampling):
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        """The prompt or prompts, as several."""
+        """The prompt or prompts as a list."""
         if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
             return [self.prompt]
         return self.prompt
@@ -210,7 +216,7 @@ class ChatRequest(Sampling):
     """`/v1/chat/completions`."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=settings.MAX_MESSAGES)]
-    max_completion_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    max_completion_tokens: Natural | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=settings.MAX_TOP_LOGPROBS)] | None = None
     tools: Annotated[list[Tool], Field(max_length=settings.MAX_TOOLS)] | None = None
@@ -224,7 +230,7 @@ class ChatRequest(Sampling):
 
     @model_validator(mode="after")
     def consistent(self) -> "ChatRequest":
-        """Fields that belong together."""
+        """Checks fields that depend on each other."""
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")
         if any(message.prefix for message in self.messages[:-1]):
@@ -241,12 +247,30 @@ class ChatRequest(Sampling):
 
     @property
     def logprob_count(self) -> int | None:
-        """Alternatives to report at each token; None: no logprobs at all."""
+        """Alternatives to return at each token; None: no logprobs at all."""
         return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def call(self) -> str | None:
+        """The function that has to be called; "": any of several; None: no call is required."""
+        if isinstance(self.tool_choice, ToolChoice):
+            return self.tool_choice.function.name
+        if self.tool_choice != "required":
+            return None
+        names = {tool.function.name for tool in self.tools or ()}
+        return names.pop() if len(names) == 1 else ""
+
+    @property
+    def answer_schema(self) -> dict[str, Any] | None:
+        """That of the arguments, where one function has to be called; else the answer's."""
+        if self.call is None:
+            return super().answer_schema
+        parameters = {tool.function.name: tool.function.parameters or {"type": "object"} for tool in self.tools or ()}
+        return parameters.get(self.call)
 
 
 class TokenizeRequest(Closed):
-    """`/tokenize`: a text, or messages as a chat completion would see them."""
+    """`/tokenize`: a text, or messages as in a chat completion."""
 
     model: str | None = None
     prompt: str | None = None
@@ -256,7 +280,7 @@ class TokenizeRequest(Closed):
 
     @model_validator(mode="after")
     def one(self) -> "TokenizeRequest":
-        """One of the two."""
+        """Requires exactly one of the two."""
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("expected either prompt or messages")
         return self
@@ -266,23 +290,4 @@ class DetokenizeRequest(Closed):
     """`/detokenize`."""
 
     model: str | None = None
-    tokens: list[Annotated[int, Field(ge=0, lt=2**31)]]
-
-
-def check_schema(schema: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The schema, unless it is larger or deeper than grammars are compiled for."""
-    if schema is None:
-        return None
-    if depth(schema, settings.MAX_SCHEMA_DEPTH) > settings.MAX_SCHEMA_DEPTH:
-        raise ValueError(f"expected at most {settings.MAX_SCHEMA_DEPTH} levels")
-    if len(json.dumps(schema)) > settings.MAX_SCHEMA_BYTES:
-        raise ValueError(f"expected at most {settings.MAX_SCHEMA_BYTES} bytes of JSON")
-    return schema
-
-
-def depth(value: object, limit: int) -> int:
-    """Levels of a JSON value, counted up to one more than `limit`."""
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
-    if inner is None or limit < 0:
-        return 0
-    return 1 + max((depth(each, limit - 1) for each in inner), default=0)
+    tokens: list[Natural]

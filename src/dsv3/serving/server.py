@@ -1,4 +1,4 @@
-"""An app on a port, until it is told to stop."""
+"""Serves an app on a port until a signal stops it."""
 
 import sys
 
@@ -10,14 +10,14 @@ from dsv3.serving.settings import MAX_HEADER_BYTES
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 SWITCH_SECONDS = 1e-4
 KEEP_ALIVE_SECONDS = 75
-"""Longer than clients keep an idle connection, so that none sends a request into one that is being closed."""
+"""Longer than clients keep idle connections, so that none sends a request on one that is being closed."""
 
 
 def run(app: FastAPI, host: str, port: int, drain_seconds: int) -> None:
-    """Serves until SIGTERM or SIGINT; then no connection is taken, and what is open may end within `drain_seconds`."""
-    # The engine's thread gives way to the loop after this time: by default it is 5 ms, for each piece that is sent.
+    """Serves until SIGTERM or SIGINT; then accepts no connections, and open requests have `drain_seconds` to finish."""
+    # How long the engine's thread keeps the GIL from the event loop: the default is 5 ms, for each piece sent.
     sys.setswitchinterval(SWITCH_SECONDS)
-    # h11 bounds what it holds of a request's headers; httptools does not.
+    # h11 limits the size of headers; httptools does not.
     uvicorn.run(
         app, host=host, port=port, http="h11", h11_max_incomplete_event_size=MAX_HEADER_BYTES, ws="none",
         log_level="warning", server_header=False, timeout_keep_alive=KEEP_ALIVE_SECONDS, timeout_graceful_shutdown=drain_seconds,
@@ -25,5 +25,5 @@ def run(app: FastAPI, host: str, port: int, drain_seconds: int) -> None:
 
 
 def local_hosts(host: str) -> tuple[str, ...] | None:
-    """The names by which a server bound to `host` is asked for: a local one by local names, another by any."""
+    """The `Host` names to accept for a server bound to `host`: local names for a local one, else any (None)."""
     return LOOPBACK if host in ("127.0.0.1", "localhost", "::1") else None

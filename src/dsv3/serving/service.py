@@ -1,78 +1,74 @@
 """From requests to answers: what each endpoint does, without HTTP.
 
-Tokenising and compiling grammars happen in threads of their own, with a time limit, after the request has got its place.
+Tokenising and compiling grammars run in threads of their own, with a time limit, after the request has got its place.
 """
 
 import asyncio
 import secrets
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from contextlib import ExitStack
+from functools import cached_property
+from typing import TypeVar
 
 from dsv3.data.chat import ChatTemplate, Prompt, text_of
 from dsv3.data.fim import gap_prompt
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.errors import UserError
 from dsv3.inference.grammar import Grammar, Grammars
-from dsv3.serving.answer import Answer, Choices, Usage
-from dsv3.serving.choices import ChatChoices, CompletionChoices
+from dsv3.inference.params import SamplingParams
+from dsv3.serving.answer import Answer
+from dsv3.serving.choices import ChatChoices, Choices, CompletionChoices
 from dsv3.serving.errors import ApiError, Overloaded
-from dsv3.serving.metrics import Meter, Metrics
+from dsv3.serving.metrics import Meter
 from dsv3.serving.parsing import Parser
-from dsv3.serving.protocol import ChatRequest, CompletionRequest, Message, Sampling, TokenizeRequest, Tool, ToolChoice
+from dsv3.serving.protocol import ChatRequest, CompletionRequest, Message, Sampling, TokenizeRequest, Tool
 from dsv3.serving.settings import Settings
-from dsv3.serving.worker import Job, Stream, Worker
+from dsv3.serving.worker import Stream, Worker
 
 T = TypeVar("T")
 THREADS = 2
-"""Of each kind: for tokenising, and for grammars."""
+"""For tokenising, and as many for grammars."""
 DEFAULT_MAX_TOKENS = 16
-"""Of a completion, as OpenAI's; a chat completion may fill the context."""
+"""Of a completion, as OpenAI's; a chat completion may fill the context window."""
 
 
 class Service:
-    """A model behind a worker, with its tokenizer, its template and its limits; `vocab_size` is the model's."""
+    """A worker's model with its tokenizer, chat template and limits; `vocab_size` is the model's."""
 
     def __init__(
-        self,
-        worker: Worker,
-        tokenizer: Tokenizer,
-        template: ChatTemplate,
-        vocab_size: int,
-        settings: Settings,
-        metrics: Metrics,
+        self, worker: Worker, tokenizer: Tokenizer, template: ChatTemplate, vocab_size: int, settings: Settings
     ):
         self.worker, self.tokenizer, self.template = worker, tokenizer, template
-        self.vocab_size, self.settings, self.metrics = vocab_size, settings, metrics
+        self.vocab_size, self.settings = vocab_size, settings
         self._texts = ThreadPoolExecutor(THREADS, thread_name_prefix="tokenize")
         self._grammars = ThreadPoolExecutor(THREADS, thread_name_prefix="grammar")
-        self._compiler: Grammars | None = None
         self._longest_token = max(len(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size))
 
     async def chat(self, request: ChatRequest, tenant: str) -> Answer:
-        """`/v1/chat/completions`. Raises what the request is refused with."""
+        """`/v1/chat/completions`. Raises an error for a request that is refused."""
         self.check_model(request.model)
-        with self.worker.open(f"chatcmpl-{secrets.token_hex(12)}", request.choices) as stream:
-            call, schema = self._constraint(request)
+        with ExitStack() as place:
+            stream = place.enter_context(self.worker.open(f"chatcmpl-{secrets.token_hex(12)}", request.choices))
             tools = () if request.tool_choice == "none" else request.tools or ()
-            grammar = await self._grammar(schema)
-            prompt = await self._tokenize(self._render, request.messages, tools, call, grammar is not None)
+            grammar = await self._grammar(request)
+            prompt = await self._tokenize(self._render, request.messages, tools, request.call, grammar is not None)
             chosen = request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
             if chosen == 0:
                 raise ApiError("max_tokens: expected 1 or more", param="max_tokens")
             room = self._room(prompt.ids, chosen or 1)
             params = request.sampling_params(max_tokens=chosen or room, logprobs=request.logprob_count, grammar=grammar)
-            await stream.submit([self._job(prompt.ids, params, request, tenant)])
-            usage = Usage([prompt.ids])
-            parsers = [Parser(prompt.thinking, bool(tools), call) for _ in range(request.choices)]
-            choices = ChatChoices(request, self.tokenizer, usage, parsers)
-            return self._answer(stream, choices, usage, [prompt.ids], request)
+            parsers = [Parser(prompt.thinking, bool(tools), request.call) for _ in range(request.choices)]
+            choices = ChatChoices(request, prompt.ids, self.tokenizer, parsers)
+            return await self._answer(place, stream, choices, params, tenant)
 
     async def complete(self, request: CompletionRequest, tenant: str) -> Answer:
-        """`/v1/completions`. Raises what the request is refused with."""
+        """`/v1/completions`. Raises an error for a request that is refused."""
         self.check_model(request.model)
-        with self.worker.open(f"cmpl-{secrets.token_hex(12)}", len(request.prompts) * request.choices) as stream:
-            grammar = await self._grammar(self._constraint(request)[1])
+        with ExitStack() as place:
+            sequences = len(request.prompts) * request.choices
+            stream = place.enter_context(self.worker.open(f"cmpl-{secrets.token_hex(12)}", sequences))
+            grammar = await self._grammar(request)
             ids = await self._tokenize(self._prompts, request)
             max_tokens = DEFAULT_MAX_TOKENS if request.max_tokens is None else request.max_tokens
             for each in ids:
@@ -82,19 +78,25 @@ class Service:
                 max_tokens=max(max_tokens, 1), logprobs=request.logprobs, grammar=grammar,
                 prompt_logprobs=request.logprobs if request.echo else None,
             )  # fmt: skip
-            await stream.submit([self._job(each, params, request, tenant) for each in ids])
-            usage = Usage(ids)
-            choices = CompletionChoices(request, self.tokenizer, usage, ids, echo)
-            return self._answer(stream, choices, usage, ids, request)
+            choices = CompletionChoices(request, ids, self.tokenizer, echo)
+            return await self._answer(place, stream, choices, params, tenant)
+
+    async def _answer(
+        self, place: ExitStack, stream: Stream, choices: Choices, params: SamplingParams, tenant: str
+    ) -> Answer:
+        """Starts a request and hands its place over to the answer."""
+        request, prompts = choices.request, choices.prompts
+        salt = f"{tenant}:{request.cache_salt}"
+        await self.worker.submit(stream, prompts, params, salt, request.return_routing)
+        meter = Meter(self.worker.metrics, prompts, stream.began)
+        return Answer(place.pop_all(), stream, choices, meter, self.settings)
 
     async def tokenize(self, request: TokenizeRequest) -> list[int]:
         """`/tokenize`."""
         self.check_model(request.model)
-        if request.messages is not None:
-            prompt = await self._tokenize(self._render, request.messages, request.tools or ())
-            return prompt.ids
-        asked = CompletionRequest(prompt=request.prompt or "", add_special_tokens=request.add_special_tokens)
-        return (await self._tokenize(self._prompts, asked))[0]
+        if request.messages is None:
+            return await self._tokenize(self._ids, request.prompt or "", None, request.add_special_tokens)
+        return (await self._tokenize(self._render, request.messages, request.tools or ())).ids
 
     async def detokenize(self, tokens: list[int]) -> str:
         """`/detokenize`."""
@@ -107,45 +109,21 @@ class Service:
                 f"the model {name!r} is not served here, but {self.settings.name!r} is", 404, "model_not_found", "model"
             )
 
-    def _answer(
-        self, stream: Stream, choices: Choices, usage: Usage, prompts: list[list[int]], request: Sampling
-    ) -> Answer:
-        meter = Meter(self.metrics, prompts, stream.began)
-        return Answer(stream.hand_over(), choices, usage, meter, request, self.settings)
+    async def _grammar(self, request: Sampling) -> Grammar | None:
+        schema = request.answer_schema
+        if schema is None:
+            return None
+        return await self._off_loop(self._grammars, lambda: self._compiler.json_schema(schema))
 
-    def _job(self, prompt: list[int], params: Any, request: Sampling, tenant: str) -> Job:
-        return Job(prompt, params, f"{tenant}:{request.cache_salt}", request.return_routing)
-
-    def _constraint(self, request: Sampling) -> tuple[str | None, dict[str, Any] | None]:
-        """(the function that has to be called, the schema that the answer has to follow)."""
-        tools = {tool.function.name: tool.function for tool in getattr(request, "tools", None) or ()}
-        choice = getattr(request, "tool_choice", None)
-        if isinstance(choice, ToolChoice):
-            name = choice.function.name
-        elif choice == "required" and len(tools) == 1:
-            [name] = tools
-        elif choice == "required":
-            return "", None
-        else:
-            form = request.response_format
-            if form is None or form.type == "text":
-                return None, None
-            return None, form.json_schema.definition if form.json_schema is not None else {"type": "object"}
-        return name, tools[name].parameters or {"type": "object"}
-
-    async def _grammar(self, schema: dict[str, Any] | None) -> Grammar | None:
-        return None if schema is None else await self._off_loop(self._grammars, self._compile, schema)
-
-    def _compile(self, schema: dict[str, Any]) -> Grammar:
-        if self._compiler is None:
-            self._compiler = Grammars(self.tokenizer, self.vocab_size, self.settings.prepare_seconds / 2)
-        return self._compiler.json_schema(schema)
+    @cached_property
+    def _compiler(self) -> Grammars:
+        return Grammars(self.tokenizer, self.vocab_size, self.settings.prepare_seconds / 2)
 
     async def _tokenize(self, work: Callable[..., T], *arguments: object) -> T:
         return await self._off_loop(self._texts, work, *arguments)
 
     async def _off_loop(self, pool: ThreadPoolExecutor, work: Callable[..., T], *arguments: object) -> T:
-        """In another thread; raises `Overloaded` when the time is up, while the thread goes on to its end."""
+        """Runs in another thread; raises `Overloaded` after the time limit, though the thread still runs to its end."""
         try:
             async with asyncio.timeout(self.settings.prepare_seconds):
                 return await asyncio.get_running_loop().run_in_executor(pool, work, *arguments)
@@ -161,20 +139,18 @@ class Service:
         return self.template.prompt(turns, [tool.model_dump(exclude_none=True) for tool in tools], call, answer_now)
 
     def _prompts(self, request: CompletionRequest) -> list[list[int]]:
-        out = []
-        for each in request.prompts:
-            if isinstance(each, list):
-                if request.suffix:
-                    raise UserError("suffix needs a prompt that is a text")
-                out.append(each)
-                continue
-            self._check_length(len(each) + len(request.suffix or ""))
-            if request.suffix:
-                out.append(gap_prompt(each, request.suffix, self.tokenizer))
-            else:
-                begin = [self.tokenizer.bos_id] if request.add_special_tokens else []
-                out.append(begin + self.tokenizer.encode(each))
-        return out
+        return [self._ids(each, request.suffix, request.add_special_tokens) for each in request.prompts]
+
+    def _ids(self, prompt: str | list[int], suffix: str | None, add_special_tokens: bool) -> list[int]:
+        if isinstance(prompt, list):
+            if suffix:
+                raise UserError("suffix needs a prompt that is a text")
+            return prompt
+        self._check_length(len(prompt) + len(suffix or ""))
+        if suffix:
+            return gap_prompt(prompt, suffix, self.tokenizer)
+        begin = [self.tokenizer.bos_id] if add_special_tokens else []
+        return begin + self.tokenizer.encode(prompt)
 
     def _echo(self, request: CompletionRequest, ids: list[list[int]]) -> list[str]:
         if not request.echo:
@@ -185,7 +161,7 @@ class Service:
         ]
 
     def _check_length(self, characters: int) -> None:
-        """Refuses a text that cannot fit whatever its tokens are, before it is tokenised."""
+        """Refuses, before tokenising, a text that is too long whatever its tokens are."""
         if characters > self._longest_token * self.settings.max_model_len:
             raise ApiError(
                 f"a prompt of {characters} characters is more than the {self.settings.max_model_len} tokens that fit",
@@ -193,7 +169,7 @@ class Service:
             )
 
     def _room(self, prompt: list[int], wanted: int) -> int:
-        """Tokens that fit behind a prompt, at least `wanted`."""
+        """How many tokens fit after a prompt; raises `ApiError` for fewer than `wanted`."""
         limit = self.settings.max_model_len
         if not prompt:
             raise ApiError("the prompt is empty: give it at least one token", param="prompt")

@@ -21,25 +21,25 @@ MAX_HEADER_BYTES = 32 * 1024
 
 @dataclass(frozen=True)
 class Settings:
-    """What the operator of a server chooses; `dsv3 serve --help` lists it."""
+    """A server's options and time limits; `dsv3 serve --help` lists them."""
 
     name: str
     """The model's name in requests and answers."""
     max_model_len: int
     """Tokens of a prompt and its continuation."""
     capacity: int = 320
-    """Sequences that may be in the engine, running and waiting; beyond, requests are refused with 429."""
+    """Sequences in the engine, running and waiting; requests beyond that are refused with 429."""
     api_keys: tuple[str, ...] = field(default=(), repr=False)
-    """Bearer tokens, one of which every route but `/health` and `/` asks for; none: no route asks. Each key is a tenant with
-    cached prefixes of its own."""
+    """Bearer tokens, one of which every route but `/health` and `/` requires; empty: none required. Each key is a tenant with its
+    own cached prefixes."""
     hosts: tuple[str, ...] | None = None
-    """Names in the `Host` header that are answered, so that no foreign page reaches a local server by a name of its own; None: all."""
+    """Accepted `Host` headers, so that no foreign page reaches a local server through DNS rebinding; None: all."""
     max_body_bytes: int = 4 * 1024 * 1024
     body_seconds: float = 30.0
     """Time for a body to arrive."""
     prepare_seconds: float = 10.0
     """Time to tokenise a request, and again to compile its grammar."""
     keep_alive_seconds: float = 15.0
-    """A silent stream sends a comment this often, so that proxies keep it."""
+    """A stream without tokens sends a comment this often, so that proxies keep it open."""
     send_seconds: float = 60.0
-    """A client that reads nothing for so long is given up."""
+    """A client that reads nothing for so long is disconnected."""

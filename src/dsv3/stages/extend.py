@@ -22,7 +22,8 @@ from dsv3.weights.checkpoint import flatten
 from dsv3.weights.fit import checked
 from dsv3.weights.loading import fill
 from dsv3.weights.opening import checkpoint_at, is_published, open_weights
-from dsv3.weights.tensor_directory import read_layout, read_tensors
+from dsv3.weights.parts import undivided
+from dsv3.weights.tensor_directory import ChunkReader
 
 LENGTH_FIELDS = ("rope_scaling", "max_position_embeddings")
 """What an extension may change of the network; no weight's shape depends on it."""
@@ -122,13 +123,13 @@ def load_start(trainer: Trainer, start: Start) -> None:
     if extension is not None and extension.optimizer_state == "fresh":
         return
     wanted = flatten({"optimizer": trainer.optimizer.tensors()})
-    found = {} if is_published(start.path) else read_layout(start.path)
-    places = trainer.places()
-    shapes = {name: tuple(each.shape) if places is None else places[name].shape for name, each in wanted.items()}
-    missing = [name for name, tensor in wanted.items() if found.get(name) != (tensor.dtype, shapes[name])]
-    if missing:
+    places = trainer.places() or undivided(wanted)
+    reader = None if is_published(start.path) else ChunkReader(start.path)
+    found = reader.layout if reader is not None else {}
+    missing = [name for name, tensor in wanted.items() if found.get(name) != (tensor.dtype, places[name].shape)]
+    if reader is None or missing:
         raise UserError(
             f"{start.path} lacks {len(missing)} of the {len(wanted)} tensors of this recipe's optimizer ({missing[0]}, ...): "
             "start with extension.optimizer_state = 'fresh', or with the [optimizer] it was trained with"
         )
-    read_tensors(start.path, wanted, places)
+    reader.fill(wanted, places)

@@ -29,7 +29,7 @@ def draw_schedule(schedule: Schedule, timeline: Timeline) -> Figure:
     axes = figure.add_subplot()
     boxes: dict[tuple[type[Chunk], bool], list[list[tuple[float, float]]]] = {}
     for rank, spans in enumerate(timeline.spans):
-        lowest = schedule.held(rank)[0]
+        lowest = schedule.placement[rank][0]
         for span in spans:
             for each, low, high in parts(span):
                 top, bottom = rank - 0.45 + 0.9 * low, rank - 0.45 + 0.9 * high

@@ -22,16 +22,12 @@ class AdamWInBF16(torch.optim.Optimizer):
         self.found_inf: Tensor | None = None
         for group in self.param_groups:
             for parameter in group["params"]:
-                self.state[parameter] = {
-                    "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                    "exp_avg": torch.zeros_like(parameter, dtype=torch.bfloat16),
-                    "exp_avg_sq": torch.zeros_like(parameter, dtype=torch.bfloat16),
-                }
+                self.state[parameter] = first_state(parameter, torch.bfloat16)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One update by gradients divided by `grad_scale`; `closure` is not used. Nothing changes where `found_inf`, as for torch's own
-        optimizers, is 1."""
+        """One update by gradients divided by `grad_scale`; nothing changes where `found_inf` is 1, as in torch's own optimizers.
+        `closure` is not used."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None:
@@ -44,3 +40,9 @@ class AdamWInBF16(torch.optim.Optimizer):
                     parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"], state["step"], keep, scale,
                     group["lr"], self.betas, self.eps, group["weight_decay"],
                 )  # fmt: skip
+
+
+def first_state(parameter: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """AdamW's state before the first step, with moments in `dtype`."""
+    step = torch.zeros((), dtype=torch.float32, device=parameter.device)
+    return {"step": step, **{name: torch.zeros_like(parameter, dtype=dtype) for name in ("exp_avg", "exp_avg_sq")}}

@@ -1,10 +1,9 @@
-"""Auxiliary-loss-free load balancing (report, section 2.1.2; Wang et al. 2024), and what one reads of any balancing.
+"""Auxiliary-loss-free load balancing (report, section 2.1.2; Wang et al. 2024), and the figures of any balancing.
 
 The auxiliary losses that it replaces (`training.balance`) are in `ops/router.py`.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -43,51 +42,33 @@ def routing_biases(model: DeepSeekV3, load: dict[str, Tensor], pipeline: Group |
     }
     if pipeline is None or pipeline.size == 1 or not load:
         return found
-    # With how many have it: DualPipe holds every block twice.
+    # With the number of ranks that hold it, as DualPipe holds every block twice.
     absent = torch.zeros(next(iter(load.values())).numel() + 1, device=next(model.parameters()).device)
     rows = [torch.cat([found[name], absent.new_ones(1)]) if name in found else absent for name in load]
     summed = pipeline.sum_(torch.stack(rows))
     return dict(zip(load, summed[:, :-1] / summed[:, -1:], strict=True))
 
 
-def mean_by_block(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """f of a whole batch from those of its equal parts (FP32 [E] by MoE block)."""
-    return {name: torch.stack([part[name] for part in parts]).mean(0) for name in parts[0]}
+def balance_figures(load: Mapping[str, ArrayLike], bias: Mapping[str, ArrayLike]) -> dict[str, dict[str, Any]]:
+    """How the experts of every block shared one batch, by figure and block name, from its load and bias (both [E], on the CPU).
 
-
-@dataclass(frozen=True)
-class BalanceFigures:
-    """How the experts of every block shared one batch; by block name."""
-
-    max_vio: dict[str, float]
-    """(maximum load - mean load) / mean load (Wang et al. 2024, section 4); 0 is perfect balance."""
-    bias_magnitude: dict[str, float]
-    """The largest absolute routing bias."""
-    bias_drift: dict[str, float]
-    """The mean routing bias: where all move together, which selects nothing."""
-    dead_experts: dict[str, int]
-    """Experts without a token."""
-    overloaded_experts: dict[str, int]
-    """Experts with more than `OVERLOADED` times the mean load."""
-
-
-def balance_figures(load: Mapping[str, ArrayLike], bias: Mapping[str, ArrayLike]) -> BalanceFigures:
-    """The figures of every block, from its load and its bias (both [E], on the CPU)."""
-    if not load:
-        return BalanceFigures({}, {}, {}, {}, {})
-    counts, biases = (np.stack([np.asarray(each[name], np.float64) for name in load]) for each in (load, bias))
-    mean = counts.mean(1, keepdims=True).clip(1e-9)
-
-    def by_block(values: np.ndarray) -> dict[str, Any]:
-        return dict(zip(load, values.tolist(), strict=True))
-
-    return BalanceFigures(
-        max_vio=by_block((counts / mean).max(1) - 1),
-        bias_magnitude=by_block(np.abs(biases).max(1)),
-        bias_drift=by_block(biases.mean(1)),
-        dead_experts=by_block((counts == 0).sum(1)),
-        overloaded_experts=by_block((counts > OVERLOADED * mean).sum(1)),
+    `max_vio`: (maximum load - mean load) / mean load (Wang et al. 2024, section 4), 0 in perfect balance. `bias_magnitude`: the
+    largest absolute routing bias. `bias_drift`: the mean routing bias, a move of all together, which selects nothing.
+    `dead_experts`: without a token. `overloaded_experts`: with more than `OVERLOADED` times the mean load.
+    """
+    counts, biases = (
+        np.stack([np.asarray(each[name], np.float64) for name in load]) if load else np.zeros((0, 1))
+        for each in (load, bias)
     )
+    mean = counts.mean(1, keepdims=True).clip(1e-9)
+    figures = {
+        "max_vio": (counts / mean).max(1) - 1,
+        "bias_magnitude": np.abs(biases).max(1),
+        "bias_drift": biases.mean(1),
+        "dead_experts": (counts == 0).sum(1),
+        "overloaded_experts": (counts > OVERLOADED * mean).sum(1),
+    }
+    return {name: dict(zip(load, values.tolist(), strict=True)) for name, values in figures.items()}
 
 
 def shares(counts: ArrayLike) -> list[float]:

@@ -1,4 +1,4 @@
-"""Where a run computes: what the device is called, how fast it could be, how much memory the run took."""
+"""The device of a run: its name, its peak speed, the memory that the run took."""
 
 import resource
 
@@ -13,7 +13,7 @@ PEAK_BF16 = {
 as in the published figures."""
 
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
-"""What activations have, by `training.precision`; in FP8 some layers quantise them."""
+"""The dtype of activations by `training.precision`; in FP8 some layers quantise them."""
 
 
 def peak_flops(name: str) -> float | None:
@@ -23,7 +23,7 @@ def peak_flops(name: str) -> float | None:
 
 
 def device_name(device: torch.device) -> str:
-    """As its driver tells it."""
+    """From its driver; `CPU` for a CPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
@@ -35,5 +35,5 @@ def peak_memory(device: torch.device) -> int:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the CPU there; to a GPU from pinned memory, which keeps nobody waiting."""
+    """A CPU tensor on the device; copied to a GPU from pinned memory, without waiting."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

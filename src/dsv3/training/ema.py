@@ -1,7 +1,7 @@
 """An exponential moving average of the weights in CPU memory, updated by a thread while the next step computes.
 
-The report keeps one to estimate early how good a model will be once its learning rate has decayed (section 3.2.3). Its decay
-is not published, nor how it begins: here the weights count evenly at first, `min(decay, (1 + n) / (10 + n))` at update n.
+The report keeps one to estimate early how good a model will be once its learning rate has decayed (section 3.2.3). Its decay and
+its start are not published: here early weights count evenly, with decay `min(decay, (1 + n) / (10 + n))` at update n.
 """
 
 import time
@@ -14,15 +14,15 @@ from torch import Tensor
 
 
 class Average:
-    """The average of a model's weights and routing biases, FP32: of a rank's, where its share alone is in FP32.
+    """The average of a model's weights and routing biases, FP32; where FP32 weights are sharded, of this rank's share.
 
-    `update` hands the values of this moment over and returns; on a GPU `before_change` then keeps the next change of the
-    weights (not the host) from overtaking the copy. All else waits for the thread.
+    `update` hands over the current values and returns; on a GPU `before_change` then keeps the next change of the weights (not
+    the host) from overtaking the copy. All other methods wait for the thread.
     """
 
     def __init__(self, weights: Mapping[str, Tensor], decay: float, written: Callable[[], None] = lambda: None):
-        """`weights` are the model's by name, as they are in its `state_dict` or `Shares.masters`; `written` is called when values
-        were written into them."""
+        """`weights` are the model's by name, from its `state_dict` or `Shares.masters`; `written` is called after values were
+        written into them."""
         self.decay, self.weights, self.written = decay, weights, written
         self.device = next(iter(weights.values())).device
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
@@ -37,7 +37,7 @@ class Average:
         self.restart()
 
     def restart(self) -> None:
-        """Begins with the weights of this moment."""
+        """Starts again from the current weights."""
         self.updates = 0
         self.stage()
         self.wait()
@@ -54,7 +54,7 @@ class Average:
         return {name: piece.view(each.shape) for (name, each), piece in zip(self.weights.items(), pieces, strict=True)}
 
     def stage(self) -> None:
-        """Copies the weights of this moment to the CPU, on a GPU beside what it computes next."""
+        """Copies the current weights to the CPU; from a GPU while it computes on."""
         self.wait()
         parts = self.parts(self.staged)
         if self.stream is None:
@@ -69,7 +69,7 @@ class Average:
             self.copied.record()
 
     def update(self) -> None:
-        """Averages the weights of this moment in."""
+        """Adds the current weights to the average."""
         self.stage()
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
@@ -88,7 +88,7 @@ class Average:
             torch.cuda.current_stream(self.device).wait_event(self.copied)
 
     def arrive(self) -> None:
-        """Waits for what is on its way from the GPU."""
+        """Waits for the copy from the GPU."""
         if self.copied is not None:
             self.copied.synchronize()
 
@@ -101,7 +101,7 @@ class Average:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Within it the model has the average for weights; afterwards, to the bit, its own again. All ranks do it together."""
+        """Within it the model has the average as weights; afterwards its own again, to the bit. All ranks enter it together."""
         self.stage()
         self.wait()
         self.write(self.average)

@@ -8,15 +8,14 @@ from torch import Tensor
 
 from dsv3.data.loader import Batch
 from dsv3.model.micro_batch import MicroBatch, targets
-from dsv3.model.transformer import DeepSeekV3, Losses
+from dsv3.model.transformer import DeepSeekV3
 from dsv3.ops.cross_entropy import IGNORE
 from dsv3.parallel.group import Group
-from dsv3.training.balance import mean_by_block
 from dsv3.training.device import to_device
 
 
 class Setting(NamedTuple):
-    """What the passes of all micro-batches of a step share."""
+    """What all micro-batches of a step share; see `MicroBatch.of`."""
 
     mtp_weight: float
     balance_alpha: float
@@ -32,39 +31,27 @@ class Inputs(NamedTuple):
     positions: Tensor
     segment_ids: Tensor | None
     divisor: Tensor
-    """FP32 scalar: see `DeepSeekV3.loss`."""
+    """FP32 scalar."""
 
 
 Passes = Callable[[DeepSeekV3, Inputs, Setting], tuple[Tensor, dict[str, Tensor]]]
-"""Adds a micro-batch's gradients to the parameters'; its figures and load, as `batch_gradients` returns the batch's."""
-
-
+"""Adds a micro-batch's gradients to the parameters'; its losses and load, as `batch_gradients` returns the batch's."""
 Together = Callable[[DeepSeekV3, Sequence[MicroBatch]], tuple[Tensor, dict[str, Tensor]]]
-"""The same of several micro-batches at once: their mean figures and summed load."""
+"""The same of several micro-batches at once: their mean losses and summed load."""
 
 
 def micro_batch(
     model: DeepSeekV3, inputs: Inputs, setting: Setting, frequency: Mapping[str, Tensor] | None = None
 ) -> MicroBatch:
     """The micro-batch as a network reads it."""
-    return MicroBatch.of(
-        model.config, inputs.tokens, valid=inputs.valid, positions=inputs.positions, segment_ids=inputs.segment_ids,
-        divisor=inputs.divisor, frequency=frequency, **setting._asdict(),
-    )  # fmt: skip
-
-
-def forward(
-    model: DeepSeekV3, inputs: Inputs, setting: Setting, frequency: Mapping[str, Tensor] | None = None
-) -> Losses:
-    """The losses of one micro-batch."""
-    return model.losses(micro_batch(model, inputs, setting, frequency))
+    return MicroBatch.of(model.config, **inputs._asdict(), **setting._asdict(), frequency=frequency)
 
 
 def passes(
     model: DeepSeekV3, inputs: Inputs, setting: Setting, frequency: Mapping[str, Tensor] | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """See `Passes`. For the batch-wise balance loss of several micro-batches, `frequency` is the batch's."""
-    losses = forward(model, inputs, setting, frequency)
+    losses = model.losses(micro_batch(model, inputs, setting, frequency))
     losses.total.backward()
     return torch.stack([losses.main, losses.balance, *losses.mtp]).detach(), losses.load
 
@@ -85,8 +72,8 @@ def batch_gradients(
     """Accumulates the batch's gradients in the parameters; waits for no GPU.
 
     Returns its losses (FP32 [2 + MTP depth]: the main one, the balance loss without alpha, MTP's) and its load (int64 [E]
-    by block). `batch_wise`: see `DeepSeekV3.loss`. `run` makes a micro-batch's passes, or `together` those of all. With the ranks
-    of `data`, the batch is all of theirs together: losses and load are its, and the sum of the ranks' gradients is its gradient.
+    by block). `batch_wise`: see `MicroBatch.of`. `run` computes one micro-batch's gradients; `together`, if given, those of all.
+    With several ranks in `data`, the batch is that of all ranks: so are losses and load, and its gradient is the sum of theirs.
     """
     data = data or Group("data")
     rows, device = len(batch.tokens), next(model.parameters()).device
@@ -98,13 +85,11 @@ def batch_gradients(
     setting = Setting(mtp_weight, balance_alpha, batch_wise, 1 / count)
 
     def inputs(start: int) -> Inputs:
-        part = slice(start, start + micro)
-        tokens, valid, positions = (
-            to_device(each[part], device) for each in (batch.tokens, batch.valid, batch.positions)
-        )
-        return Inputs(
-            tokens, valid, positions, None if segments is None else to_device(segments[part], device), divisor
-        )
+        def part(each: Tensor) -> Tensor:
+            return to_device(each[start : start + micro], device)
+
+        documents = None if segments is None else part(segments)
+        return Inputs(part(batch.tokens), part(batch.valid), part(batch.positions), documents, divisor)
 
     starts = range(0, rows, micro)
     if together is not None:
@@ -112,8 +97,9 @@ def batch_gradients(
     elif batch_wise and count > 1:
         # The first micro-batch's gradient needs the loads of the last one: they are counted in a pass of their own.
         with torch.no_grad():
-            frequency = mean_by_block([forward(model, inputs(start), setting).frequency for start in starts])
-            frequency = {name: data.sum_(each) / data.size for name, each in frequency.items()}
+            parts = [model.losses(micro_batch(model, inputs(start), setting)).frequency for start in starts]
+            means = {name: torch.stack([each[name] for each in parts]).mean(0) for name in parts[0]}
+            frequency = {name: data.sum_(each) / data.size for name, each in means.items()}
         found = [passes(model, inputs(start), setting, frequency) for start in starts]
     else:
         found = [run(model, inputs(start), setting) for start in starts]

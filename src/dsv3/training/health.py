@@ -40,7 +40,7 @@ class Window:
 
 
 class Health:
-    """What steps before this one say of it. `state` is all that it knows, as JSON can hold it."""
+    """Compares each step with those before it. `state` is all of its state, as JSON can hold it."""
 
     def __init__(self, state: dict[str, Any] | None = None):
         state = state or {}

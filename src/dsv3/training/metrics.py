@@ -3,24 +3,22 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 
 from dsv3.errors import RunError
-from dsv3.training.sinks import Sink
 
 
 class Metrics:
     """Writes `metrics.jsonl`, `evaluations.jsonl` and `tensorboard/` in a run's directory; a context manager.
 
-    `last_step` is the step the run continues after, None where it begins. What was recorded of later steps is dropped, so
-    that every step stands once. `sinks` hear of everything as well.
+    `last_step` is the step after which the run continues, None where it begins. Records of later steps are dropped, so
+    that every step is there once. `sinks` (see `open_sinks`) are given everything as well.
     """
 
-    def __init__(self, directory: Path, last_step: int | None = None, sinks: Sequence[Sink] = ()):
+    def __init__(self, directory: Path, last_step: int | None = None, sinks: Sequence[Any] = ()):
         self.directory, self.sinks = directory, sinks
         first = 0 if last_step is None else last_step + 1
         for name in ("metrics.jsonl", "evaluations.jsonl"):
@@ -35,33 +33,27 @@ class Metrics:
         """One evaluation."""
         self.write("evaluations.jsonl", "evaluation", record)
 
-    def write(self, file: str, group: str, record: dict[str, Any]) -> None:
-        """One record, everywhere."""
-        self.append(file, record)
-        figures = {f"{group}/{name}": value for name, value in flatten(record)}
-        # One event for all of them: by `add_scalar`, one by one, they would take as long as the rest of a record twice over.
-        values = [Summary.Value(tag=name, simple_value=value) for name, value in figures.items()]
-        self.board._get_file_writer().add_summary(Summary(value=values), record["step"])
-        for sink in self.sinks:
-            sink.log(figures, record["step"])
-
-    def append(self, name: str, record: dict[str, Any]) -> None:
-        """One line of a `.jsonl` file, on disk when this returns. Raises `RunError` when it cannot be written."""
+    def write(self, name: str, group: str, record: dict[str, Any]) -> None:
+        """One record, everywhere: on disk when this returns. Raises `RunError` when it cannot be written."""
         try:
             with (self.directory / name).open("a") as file:
                 file.write(json.dumps(record) + "\n")
         except OSError as error:
             raise RunError(f"cannot write {self.directory / name}: {error.strerror}") from error
+        figures = {f"{group}/{name}": value for name, value in flatten(record)}
+        # One event for all of them: one `add_scalar` each would take twice as long as the rest of a record.
+        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in figures.items()]
+        self.board._get_file_writer().add_summary(Summary(value=values), record["step"])
+        for sink in self.sinks:
+            sink.log(figures, step=record["step"])
 
     def __enter__(self) -> "Metrics":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.board.close()
         for sink in self.sinks:
-            sink.close()
+            sink.finish()
 
 
 def flatten(record: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:

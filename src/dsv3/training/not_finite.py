@@ -1,4 +1,4 @@
-"""Which tensor of which layer is the first that is not finite: a skipped step is computed again, and looked at this time."""
+"""Which tensor of which layer is the first that is not finite: a skipped step is computed again with hooks that look."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,15 +16,15 @@ class NotFinite:
     """A tensor that holds infinities or NaN."""
 
     what: str
-    """A weight by its name, the output of a module by the module's, a gradient by the name of whose it is, or a loss."""
+    """A weight by its name, the output of a module by the module's name, a gradient by its tensor's name, or a loss."""
     micro_batch: int = 0
-    """Which pass it was met in, from 0."""
+    """The pass it was found in, from 0."""
     place: tuple[int, int] | None = None
     """(row of the micro-batch, position) of the first such element, where the tensor is [B, T, ...]."""
 
 
 class Finder:
-    """Hooks of all modules that note the first of their outputs, and of the gradients of these, that is not finite."""
+    """Hooks on all modules that note the first output, or gradient of an output, that is not finite."""
 
     def __init__(self, model: DeepSeekV3):
         self.model, self.passes, self.in_backward = model, 0, False
@@ -42,10 +42,10 @@ class Finder:
         self.look("the output of embed_tokens", False, inputs[0])
 
     def after(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
-        """A module's output is there; those inside it came before."""
+        """A module has an output; the modules inside it came before."""
         first = output[0] if isinstance(output, tuple) else output
         tensor: Tensor = first.weight if isinstance(first, Routing) else first
-        # What experts make of the rows behind their groups is never read, and may be anything.
+        # Experts' outputs for rows after their groups are never read, and may be anything.
         rows = int(inputs[1].sum()) if isinstance(module, Experts) else len(tensor)
         self.look(f"the output of {name}", False, tensor[:rows])
         if tensor.requires_grad:
@@ -62,8 +62,8 @@ class Finder:
 
 
 def first_not_finite(model: DeepSeekV3, gradients: Callable[[], Tensor]) -> NotFinite | None:
-    """What is wrong first in the order of computing: a weight that is not finite; the output of a module, those inside a
-    module before its own; a loss; the gradient of an output, from the last backwards; a weight's gradient.
+    """The first that is not finite, in the order of computation: a weight; the output of a module, after those of the modules
+    inside it; a loss; the gradient of an output, from the last backwards; a weight's gradient.
 
     `gradients` computes a batch's gradients anew and returns its losses, the main one, the balance loss and MTP's. They are
     cleared at the end. Waits for the device at every tensor. None: everything is finite.

@@ -12,7 +12,7 @@ from dsv3.parallel.mesh import Mesh
 from dsv3.parallel.pipeline.parts import Holders
 from dsv3.parallel.zero import Shares
 from dsv3.recipe.schema import OptimizerSection
-from dsv3.training.adamw import AdamWInBF16
+from dsv3.training.adamw import AdamWInBF16, first_state
 from dsv3.weights.parts import Place
 
 NEWTON_SCHULZ = ((4.0848, -6.8946, 2.9270), (3.9505, -6.3029, 2.6377), (3.7418, -5.5913, 2.3037), (2.8769, -3.1427, 1.2046), (2.8366, -3.0525, 1.2012))  # fmt: skip
@@ -63,8 +63,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One update by gradients divided by `grad_scale`; `closure` is not used. Nothing changes where `found_inf`, as for torch's own
-        optimizers, is 1."""
+        """See `AdamWInBF16.step`."""
         for group in self.param_groups:
             by_shape: dict[tuple[int, int], list[nn.Parameter]] = defaultdict(list)
             for parameter in group["params"]:
@@ -94,9 +93,9 @@ class Muon(torch.optim.Optimizer):
 class Optimizer:
     """The optimizers of one model, stepped together; `learning_rate` is set before each step.
 
-    Weight decay spares norm gains (one-dimensional parameters), and the embedding if the recipe says so. Muon, where the recipe
-    chooses it, takes the matrices of all blocks and of `eh_proj`; embedding, head, routers and gains stay with AdamW. Of several
-    data-parallel ranks each keeps AdamW's state of its share alone (`parallel.zero`), and Muon's whole.
+    The recipe says whether norm gains (one-dimensional parameters) and the embedding have weight decay; all else has.
+    Muon, where the recipe chooses it, takes the matrices of all blocks and of `eh_proj`; embedding, head, routers and gains stay
+    with AdamW. With several data-parallel ranks each keeps AdamW's state of its share alone (`parallel.zero`), and Muon's whole.
     """
 
     def __init__(
@@ -112,14 +111,14 @@ class Optimizer:
             each for name, each in model.named_parameters() if section.kind == "muon" and is_hidden_matrix(each, name)
         }
         self.keep_gradients = False
-        """Whether gradients are cleared by zeros, in the memory where they are."""
+        """Whether gradients are cleared in place, by zeros."""
         self.shortening: Tensor | None = None
-        """How many times too long the gradient of the next step is, at least 1."""
+        """What the next step divides gradients by, to clip them: at least 1."""
         self.shares = Shares(model, self.mesh, hidden, holders)
         self.names = {share: name for name, share in self.shares.own.items() if share.numel()}
         own = [module_group(name, share.dim()) for name, share in self.shares.own.items()]
         self.groups = list(dict.fromkeys(group for each in self.mesh.pipeline.objects(own) for group in each))
-        """Those of the parameters of all stages."""
+        """The module groups of the parameters of all stages."""
         muon = [share for share in self.names if share in hidden]
         rest = [share for share in self.names if share not in hidden]
         groups = [
@@ -131,30 +130,24 @@ class Optimizer:
             adamw = AdamWInBF16(groups, section.betas, section.eps)
         else:
             adamw = torch.optim.AdamW(groups, lr=0.0, betas=section.betas, eps=section.eps, fused=True)
-            # What the first step would make, here and now: a checkpoint holds the same tensors whenever it is written, those
-            # of parameters that have had no gradient yet (MTP modules whose weight is 0) included.
+            # Torch makes this in the first step. Made here, a checkpoint holds the same tensors whenever it is written, also for
+            # parameters that have had no gradient yet (MTP modules whose weight is 0).
             for parameter in rest:
-                adamw.state[parameter] = {
-                    "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
+                adamw.state[parameter] = first_state(parameter, parameter.dtype)
         self.parts: list[tuple[torch.optim.Optimizer, float]] = [(adamw, 1.0)]
         if muon:
             part = Muon(muon, 0.0, section.muon_momentum, section.weight_decay, muon_dtype)
             self.parts.append((part, section.muon_scale))
 
     def decays(self, parameter: nn.Parameter) -> bool:
-        """Whether weight decay is for it."""
+        """Whether a parameter has weight decay."""
         if self.names[parameter] == "embed_tokens.weight":
             return self.section.decay_embedding
         return parameter.dim() > 1 or self.section.decay_norms
 
     def clip(self) -> dict[str, Tensor]:
-        """Sums the gradient over the ranks, and has the next `step` shorten it to the recipe's global norm where it is longer; its
-        norms, FP32 scalars.
-
-        One for each group of modules that has a gradient, of a pipeline each group, and that of them all as "all".
+        """Sums the gradient over the ranks, and has the next `step` clip it to the recipe's global norm. Returns its norms (FP32
+        scalars): of each group of modules that has a gradient, in a pipeline of every group, and of all together as "all".
         """
         self.shares.reduce()
         gradients: dict[str, list[Tensor]] = defaultdict(list)
@@ -171,20 +164,19 @@ class Optimizer:
         return norms
 
     def step(self, learning_rate: float, skip: Tensor | None = None) -> None:
-        """Updates the parameters from their gradients and clears those.
+        """Updates the parameters from their gradients, and clears the gradients.
 
-        Where `skip`, a bool scalar of the device, is True, weights and moments stay to the bit what they were; nobody waits
-        to learn which it was.
+        Where `skip`, a bool scalar on the device, is True, weights and moments stay the same to the bit; the host does not wait.
         """
         for part, scale in self.parts:
-            # GradScaler's protocol: gradients are divided by the one, and nothing is done where the other is 1.
+            # GradScaler's protocol: gradients are divided by the first, and nothing is updated where the second is 1.
             part.grad_scale = self.shortening  # type: ignore[attr-defined]
             part.found_inf = None if skip is None else skip.float()  # type: ignore[attr-defined]
             for group in part.param_groups:
                 group["lr"] = learning_rate * scale
             part.step()
         self.shortening = None
-        # Torch's fused AdamW does not; copies of weights in FP8 are made again when the version is another.
+        # Torch's fused AdamW does not do this; FP8 copies of weights are made again when the version has changed.
         torch.autograd.graph.increment_version(self.names)
         self.shares.gather()
         for part, _ in self.parts:
@@ -210,7 +202,7 @@ class Optimizer:
 
 
 def module_group(name: str, dimensions: int) -> str:
-    """Where a parameter belongs when gradients are told apart."""
+    """The group of modules that a parameter's gradient norm is reported under."""
     if name.startswith("mtp."):
         return "mtp"
     if dimensions == 1:

@@ -1,4 +1,4 @@
-"""A rank's stages of a network in training: what it builds and holds, and its passes."""
+"""A pipeline rank in training: its part of the network, and its passes."""
 
 from collections.abc import Callable, Sequence
 
@@ -14,16 +14,14 @@ from dsv3.planning.layout import divided, schedule_of
 from dsv3.precision.deferred import WeightGradients
 from dsv3.recipe.schema import Recipe
 
-Build = Callable[[], DeepSeekV3]
-
 
 class Pipelined:
-    """One rank of the pipeline that `group` is. `build` makes the network without values, on no device.
+    """One rank of the pipeline that `group` is. `build` makes the whole network on the meta device.
 
     Raises `UserError` for a network or a number of ranks that the recipe's schedule cannot divide.
     """
 
-    def __init__(self, recipe: Recipe, group: Group, build: Build):
+    def __init__(self, recipe: Recipe, group: Group, build: Callable[[], DeepSeekV3]):
         self.group, self.build, self.parallel = group, build, recipe.parallel
         fewest = schedule_of(recipe.parallel)
         self.layout = divided(recipe.model.config(), fewest.stages, recipe.data.sequence_length)
@@ -35,7 +33,7 @@ class Pipelined:
         self.executor: Executor | None = None
 
     def own(self) -> DeepSeekV3:
-        """This rank's part of the network, without values, on no device."""
+        """This rank's part of the network, on the meta device."""
         return hold(self.build(), self.parts)
 
     def passes(self, model: DeepSeekV3, batch: Sequence[MicroBatch]) -> tuple[Tensor, dict[str, Tensor]]:

@@ -17,7 +17,7 @@ from dsv3.training.transfer import Transfer
 
 @dataclass(frozen=True)
 class Step:
-    """A step that was made, its figures on their way."""
+    """A finished step, its figures still on their way to the host."""
 
     number: int
     """From 1."""
@@ -44,7 +44,7 @@ class Recorder:
     def record(self, step: Step, values: dict[str, np.ndarray], health: Health, seconds: float) -> dict[str, Any]:
         """One line. `seconds` is the training time up to now; what is not finite becomes None.
 
-        Speeds are those of the step itself: a GPU's figures are read when later ones may be there already. `mfu` is there where the device's peak is known.
+        Speeds are of the step itself, as a GPU's figures are read a step later. `mfu` is there where the device's peak is known.
         """
         groups = below(values, "norm ")
         norm = float(groups.pop("all"))
@@ -57,7 +57,7 @@ class Recorder:
             "step": step.number, "tokens": step.tokens, "seconds": round(seconds, 3),
             "loss": number(loss), "mtp_losses": [number(each) for each in mtp], "balance_loss": number(balance),
             "grad_norm": number(norm), **step.scheduled, "tokens_per_second": speed,
-            **vars(balance_figures(load, below(values, "bias "))),
+            **balance_figures(load, below(values, "bias ")),
             "grad_norms": {group: number(float(each)) for group, each in groups.items()},
             **health.step(step.number, loss, norm, bool(values["skipped"])),
             "flops_per_second": speed * self.flops, "peak_memory": peak_memory(self.device),

@@ -1,8 +1,8 @@
-"""A micro-batch's passes recorded as a CUDA graph: the host says once what it would say again for every micro-batch.
+"""A micro-batch's passes recorded as a CUDA graph: the host launches one graph in place of thousands of kernels.
 
-Small models train several times as fast so: launching thousands of kernels takes the host longer than computing them. The
-first passes of each kind run as they are and compile what there is to compile; the next one is recorded. A recording cannot
-wait for the device: so FP32, whose experts are a loop over counts that the host reads, has none.
+Small models train several times as fast with it: launching their kernels takes the host longer than computing them. The first
+passes of each kind run eagerly, to compile what there is to compile; the next one is recorded. A recording cannot wait for the
+device, so FP32, whose experts are a loop over counts that the host reads, has none.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from dsv3.model.transformer import DeepSeekV3
 from dsv3.training.gradients import Inputs, Setting, passes
 
 WARM_UP = 2
-"""Passes of a kind that are made as they are: they compile what there is to compile, the second with gradients to add to."""
+"""Eager passes of each kind: they compile what there is to compile, the second with gradients to add to."""
 
 
 @dataclass
@@ -32,8 +32,8 @@ class Recording:
 class Replay:
     """`Passes` on a GPU, replayed while neither shapes nor setting change.
 
-    The graph adds to gradients where they are: whoever clears them fills them with zeros (`Optimizer.keep_gradients`). All
-    micro-batches of a step are of one kind.
+    The graph adds to gradients in place, so they must be cleared by zeros (`Optimizer.keep_gradients`). All micro-batches of a
+    step are of one kind.
     """
 
     def __init__(self) -> None:
@@ -46,13 +46,13 @@ class Replay:
         kind = tuple(None if each is None else each.shape for each in inputs), setting
         if kind != self.kind:
             self.kind, self.seen, self.recording = kind, 0, None
-            # The first of its step. Parameters that get no gradient any more must have none.
+            # The first micro-batch of its step. Parameters that no longer get a gradient must have none.
             for parameter in model.parameters():
                 parameter.grad = None
         self.seen += 1
         if self.seen <= WARM_UP:
             return passes(model, inputs, setting)
-        # A graph reads the FP8 copies of weights where they are, and makes none.
+        # A graph reads the FP8 copies of weights in place, and makes none.
         model.refresh_fp8()
         if self.recording is None:
             self.recording = record(model, inputs, setting)
@@ -64,7 +64,7 @@ class Replay:
 
 
 def record(model: DeepSeekV3, inputs: Inputs, setting: Setting) -> Recording:
-    """Records the passes, which are not made by it. Parameters have the gradients that they add to.
+    """Records the passes without running them. Parameters must have the gradients that the passes add to.
 
     Raises `RunError` where something waits for the device.
     """

@@ -18,9 +18,9 @@ class Continuation:
     directory: Path
     state: dict[str, Any]
     accepted: list[str]
-    """What its recipe had otherwise and may, one sentence each."""
+    """Differences of its recipe that are harmless or allowed, one sentence each."""
     refused: list[str]
-    """What may not differ unless it is allowed by name."""
+    """Differences that must be allowed by name."""
 
 
 def find_continuation(parent: Path, recipe: Recipe, allow: Sequence[str] = ()) -> Continuation | None:

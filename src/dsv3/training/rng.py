@@ -1,4 +1,4 @@
-"""The state of every random generator that code of a run may draw from, as JSON can hold it."""
+"""The state of every random generator that a run may use, as JSON can hold it."""
 
 import base64
 import random

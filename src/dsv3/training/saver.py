@@ -1,9 +1,9 @@
-"""Checkpoints written while training goes on: the step waits for a copy in CPU memory, a thread brings that to the disk.
+"""Checkpoints written while training goes on: the step waits for a copy in CPU memory, a thread writes that to disk.
 
-saver.prepare(tensors)                         has a thread make room for the copy
+saver.prepare(tensors)                         has the thread allocate the copy
 saver.save(directory, tensors, state, files)   copies, and returns
-saver.check()                                  raises what went wrong in a save that is over
-saver.finish()                                 waits for the last one, and raises what went wrong
+saver.check()                                  raises the error of a save that has ended
+saver.finish()                                 waits for the last save, and raises its error
 """
 
 import logging
@@ -11,7 +11,6 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -28,8 +27,7 @@ log = logging.getLogger(__name__)
 class Saver:
     """One save at a time: a second one waits for the first. A context manager that leaves no save unfinished.
 
-    `keep_last` and `keep_every_steps` are the recipe's. The room for its copy of the tensors is made once. The ranks of `group` save
-    together.
+    `keep_last` and `keep_every_steps` are the recipe's. The CPU copy is allocated once. The ranks of `group` save together.
     """
 
     def __init__(self, keep_last: int | None = None, keep_every_steps: int | None = None, group: Group | None = None):
@@ -39,16 +37,16 @@ class Saver:
         self.worker = ThreadPoolExecutor(1, "checkpoint")
         self.pending: Future[None] | None = None
         self.spent: dict[str, float] = {}
-        """Seconds so far by what they went into: `waiting` for the thread, which the steps do; `copying` on the GPU between two
-        of them; and in the thread, `preparing` room for the copy, `writing`, and the `processor` time of that."""
+        """Seconds so far: of the steps, `waiting` for the thread; on the GPU between two steps, `copying`; in the thread,
+        `preparing` the copy's memory, `writing`, and the `processor` time of that."""
 
     def prepare(self, tensors: Mapping[str, Any]) -> None:
-        """Has the thread make room for the copy of tensors like these, the first time: a GPU's takes seconds to pin."""
+        """Has the thread allocate the copy of tensors like these, the first time: pinning it for a GPU takes seconds."""
         if not self.copy and self.pending is None:
             self.pending = self.worker.submit(self.make_room, flatten(tensors))
 
     def make_room(self, given: Mapping[str, Tensor]) -> None:
-        """Fits the copy to these tensors."""
+        """Allocates the copy of tensors like these."""
         with timed(self.spent, "preparing"):
             self.copy = {
                 name: torch.empty_like(each, device="cpu", pin_memory=each.is_cuda) for name, each in given.items()
@@ -89,12 +87,12 @@ class Saver:
         self.pending = self.worker.submit(work)
 
     def check(self) -> None:
-        """Raises the error of a save that is over, once; waits for nothing."""
+        """Raises the error of a save that has ended, once; does not wait."""
         if self.pending is not None and self.pending.done():
             self.finish()
 
     def wait(self) -> None:
-        """Waits for the save under way, whatever comes of it."""
+        """Waits for the save under way, and ignores its errors."""
         if self.pending is not None:
             wait([self.pending])
 
@@ -107,9 +105,7 @@ class Saver:
     def __enter__(self) -> "Saver":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is None:
             self.finish()
         elif self.pending is not None and (failure := self.pending.exception()) is not None:

@@ -8,22 +8,6 @@ from dsv3.errors import UserError
 from dsv3.recipe.schema import LoggingSection
 
 
-class Sink:
-    """A run at one service; both have the same four calls."""
-
-    def __init__(self, package: str, project: str, name: str, recipe: dict[str, Any]):
-        self.module = import_module(package)
-        self.module.init(project=project, name=name, config=recipe)
-
-    def log(self, figures: dict[str, float], step: int) -> None:
-        """Sends the figures of a step."""
-        self.module.log(figures, step=step)
-
-    def close(self) -> None:
-        """Sends what is left."""
-        self.module.finish()
-
-
 def check_sinks(section: LoggingSection) -> None:
     """Raises `UserError` for a service whose package is not installed."""
     for package in section.sinks:
@@ -34,6 +18,9 @@ def check_sinks(section: LoggingSection) -> None:
             )
 
 
-def open_sinks(section: LoggingSection, name: str, recipe: dict[str, Any]) -> list[Sink]:
-    """A run at every service that the recipe asks for."""
-    return [Sink(package, section.project, name, recipe) for package in section.sinks]
+def open_sinks(section: LoggingSection, name: str, recipe: dict[str, Any]) -> list[Any]:
+    """Begins a run at every service that the recipe asks for; their modules, which all have `log(figures, step=)` and `finish()`."""
+    sinks: list[Any] = [import_module(package) for package in section.sinks]
+    for sink in sinks:
+        sink.init(project=section.project, name=name, config=recipe)
+    return sinks

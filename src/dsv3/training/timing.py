@@ -1,4 +1,4 @@
-"""Seconds by what they went into."""
+"""Seconds spent, by what for."""
 
 import time
 from collections.abc import Callable, Iterator, MutableMapping

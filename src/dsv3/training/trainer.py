@@ -54,7 +54,7 @@ log = logging.getLogger(__name__)
 Progress = Callable[..., None]
 """Called as `progress(stage=..., done=..., total=..., **figures)` once a step."""
 Evaluate = Callable[[DeepSeekV3], dict[str, Any]]
-"""What `evaluations.jsonl` holds beside step, tokens and seconds."""
+"""Makes a record of `evaluations.jsonl`, but for step, tokens and seconds."""
 
 NAMED_DOCUMENTS = 50
 """Most documents that a message names."""
@@ -63,8 +63,8 @@ NAMED_DOCUMENTS = 50
 class Trainer:
     """One model, from a recipe and a loader to checkpoints in `directory/checkpoints`.
 
-    `files` (name -> path) are copied into each checkpoint, the tokenizer among them. Of the ranks of `mesh` each has a trainer and
-    a loader of its slice of the batches, and the first writes the records.
+    `files` (name -> path), the tokenizer among them, are copied into each checkpoint. Each rank of `mesh` has a trainer and a loader
+    of its slice of the batches; the first writes the records.
     """
 
     def __init__(
@@ -90,15 +90,15 @@ class Trainer:
                 self.device = torch.device("cuda", torch.cuda.current_device())  # as `parallel.launch` has set it
             torch.cuda.set_device(self.device)
         self.dtype = COMPUTE_DTYPES[training.precision]
-        pipeline = self.mesh.pipeline
-        self.pipelined = Pipelined(recipe, pipeline, self.skeleton) if pipeline.size > 1 else None
+        self.pipelined, gradients, holders = None, None, None
+        if self.mesh.pipeline.size > 1:
+            self.pipelined = Pipelined(recipe, self.mesh.pipeline, self.skeleton)
+            gradients, holders = self.pipelined.gradients, self.pipelined.holders
         model = self.skeleton() if self.pipelined is None else self.pipelined.own()
         self.model = model.to_empty(device=self.device).initialize(training.initialization, training.seed)
         self.model.recompute(training.recompute)
         if training.precision == "fp8":
-            gradients = None if self.pipelined is None else self.pipelined.gradients
             self.model.compute_in_fp8(gradients, training.fp8_scaling)
-        holders = None if self.pipelined is None else self.pipelined.holders
         self.optimizer = Optimizer(self.model, recipe.optimizer, self.dtype, self.mesh, holders)
         self.passes: Passes = passes
         if training.cuda_graphs and self.device.type == "cuda" and training.precision != "fp32":
@@ -108,7 +108,7 @@ class Trainer:
                 log.warning("training.cuda_graphs: passes are not recorded on several ranks, whose hosts read sizes")
         shares = self.optimizer.shares
         self.weights = shares.masters(self.model.state_dict())
-        """What is trained, in FP32: all of it, or of what is whole in BF16 alone this rank's rows."""
+        """What is trained, in FP32: whole, or this rank's rows of what is whole only in BF16."""
         self.average = None
         if training.ema_decay is not None:
             self.average = Average(self.weights, training.ema_decay, shares.spread_masters)
@@ -119,17 +119,17 @@ class Trainer:
         self.pending: deque[Step] = deque()
         """Steps whose figures are not read yet."""
         self.delay = 1 if self.device.type == "cuda" else 0
-        """How many steps their reading lags behind."""
+        """How many steps later they are read."""
         self.last: dict[str, Any] = {}
         """The newest record."""
         self.changes: list[str] = []
-        """What the recipe of the checkpoint that this run continues from had otherwise."""
+        """Accepted differences from the recipe of the checkpoint that this run continues from."""
         self.stop = False
         self.spent: dict[str, float] = {}
-        """Seconds of the loop in what is not the step itself, by name; see `dsv3 bench train --overhead`."""
+        """Seconds spent outside the step itself, by what for; see `dsv3 bench train --overhead`."""
 
     def skeleton(self) -> DeepSeekV3:
-        """The recipe's whole network, on no device."""
+        """The recipe's whole network, on the meta device."""
         fp8, parallel = self.recipe.training.precision == "fp8", self.recipe.parallel
         experts = None
         if self.mesh.expert.size > 1:
@@ -156,7 +156,9 @@ class Trainer:
                 self.step()
                 if self.step_count == first:
                     self.saver.prepare(self.tensors())
-                last, stop = self.token_count >= training.tokens, self.stopping()
+                last = self.token_count >= training.tokens
+                # On all ranks if on one. Read once a step, as Ctrl-C may come while we save.
+                stop = bool(self.mesh.world.sum_(torch.tensor(int(self.stop))))
                 score = last or due(self.step_count, training.evaluate_every_steps)
                 save = last or stop or due(self.step_count, training.checkpoint_every_steps)
                 self.record(metrics, 0 if score or save else self.delay)
@@ -176,16 +178,12 @@ class Trainer:
         sinks = open_sinks(self.recipe.logging, self.directory.resolve().parent.name, self.recipe.to_dict())
         return Metrics(self.directory, self.step_count or None, sinks)
 
-    def stopping(self) -> bool:
-        """Whether to stop after this step: on all ranks if on one. Read once a step, as Ctrl-C may come while we save."""
-        return bool(self.mesh.world.sum_(torch.tensor(int(self.stop))))
-
     def request_stop(self) -> None:
         """Has the run stop after this step, as Ctrl-C does."""
         self.stop = True
 
     def step(self) -> None:
-        """One optimizer step; what it measured joins `pending`."""
+        """One optimizer step; its figures join `pending`."""
         self.mesh.activity.begin(f"step {self.step_count + 1}")
         started, began = time.perf_counter(), moment(self.device)
         at = (self.step_count, self.token_count)
@@ -210,17 +208,14 @@ class Trainer:
         self.token_count += size * self.recipe.data.sequence_length
         with timed(self.spent, "metrics"):
             measured = {"losses": losses, "skipped": ~keep}
-            measured |= {f"norm {group}": norm for group, norm in norms.items()}
-            measured |= {f"load {name}": each for name, each in load.items()}
-            measured |= {
-                f"bias {name}": each for name, each in routing_biases(self.model, load, self.mesh.pipeline).items()
-            }
+            biases = routing_biases(self.model, load, self.mesh.pipeline)
+            for kind, values in (("norm", norms), ("load", load), ("bias", biases)):
+                measured |= {f"{kind} {name}": value for name, value in values.items()}
             scheduled = {
                 "learning_rate": learning_rate, "mtp_weight": mtp_weight, "bias_update_speed": speed, "batch_size": size,
             }  # fmt: skip
-            self.pending.append(
-                Step(self.step_count, self.token_count, first_row, scheduled, Transfer(measured, began))
-            )
+            transfer = Transfer(measured, began)
+            self.pending.append(Step(self.step_count, self.token_count, first_row, scheduled, transfer))
         self.seconds += time.perf_counter() - started
 
     def gradients(self, batch: Batch, mtp_weight: float, run: Passes = passes) -> tuple[Tensor, dict[str, Tensor]]:
@@ -254,27 +249,20 @@ class Trainer:
                 raise RunError(self.not_finite(step, first, why))
 
     def show(self) -> None:
-        """Tells whoever watches."""
+        """Reports progress."""
+        if not self.mesh.first:
+            return
         figures = {key: self.last[key] for key in ("loss", "tokens_per_second") if self.last.get(key) is not None}
         if self.health.skipped:
             figures["skipped"] = self.health.skipped
-        if not self.mesh.first:
-            return
         with timed(self.spent, "logging"):
             self.progress(
-                stage=self.directory.name,
-                done=self.token_count,
-                total=self.recipe.training.tokens,
-                step=self.step_count,
+                stage=self.directory.name, done=self.token_count, total=self.recipe.training.tokens, step=self.step_count,
                 **figures,
-            )
+            )  # fmt: skip
 
     def run_evaluation(self, metrics: Metrics | None) -> None:
-        """Calls the evaluation that was handed in, on the weights and on their average, and writes what it found.
-
-        The first rank does; where layers or experts are spread, all that have some of them do the same, because each computes
-        with its own for all.
-        """
+        """Runs the evaluation that was handed in, on the weights and on their average, and writes the result."""
         if self.evaluate is None:
             return
         self.mesh.activity.begin("evaluation")
@@ -287,7 +275,8 @@ class Trainer:
             metrics.evaluation({**at, **found})
 
     def scores(self, evaluate: Evaluate) -> dict[str, Any]:
-        """What the evaluation found in the weights of now; a rank that does none waits, as long as it takes."""
+        """The evaluation's result for the current weights, computed by the first data-parallel rank of every pipeline stage; with
+        experts spread over ranks, by all of them, as each computes its experts for all. Other ranks wait."""
         found = dict[str, Any]()
         if self.mesh.data.rank == 0 or self.mesh.expert.size > 1:
             model = self.model
@@ -304,7 +293,7 @@ class Trainer:
         return self.directory / "checkpoints" / f"step-{self.step_count:08d}"
 
     def save(self) -> None:
-        """Begins to write a checkpoint; `RunError` when the one before could not be written."""
+        """Starts writing a checkpoint; `RunError` when the one before could not be written."""
         state = {
             "step": self.step_count, "tokens": self.token_count, "rows": self.row_count, "seconds": self.seconds,
             "updates of the average": 0 if self.average is None else self.average.updates,
@@ -364,7 +353,7 @@ class Trainer:
         return True
 
     def named(self, step: Step) -> str:
-        """Which tensor of a skipped step is the first that is not finite, and what the step was made of."""
+        """Which tensor of a skipped step is the first that is not finite, and which rows and documents the step had."""
         size = step.scheduled["batch_size"]
         batch, last = self.loader.rows(step.first_row, size), step.first_row + size - 1
         found = None
@@ -374,7 +363,7 @@ class Trainer:
             first = "Computed again with the weights of now, all of it is finite"
             found = first_not_finite(self.model, lambda: self.gradients(batch, step.scheduled["mtp_weight"])[0])
         if isinstance(self.passes, Replay):
-            self.passes = Replay()  # what was recorded adds to gradients that are no more
+            self.passes = Replay()  # the recording adds to gradients that are gone
         if found is not None:
             first = f"The first that is not is {found.what}"
         if found is not None and found.place is not None:
@@ -391,7 +380,7 @@ class Trainer:
         )
 
     def not_finite(self, step: Step, first: int, why: str) -> str:
-        """What to say of a loss or a gradient that is not finite in `step` and all steps from `first` on; see `named`."""
+        """The message for a loss or a gradient that is not finite in `step` and all steps from `first` on; see `named`."""
         self.saver.wait()
         what = "loss" if self.last["loss"] is None else "gradient"
         kept = latest_checkpoint(self.directory / "checkpoints")

@@ -1,4 +1,4 @@
-"""Tensors of a device read on the host without making it wait: packed into one, copied beside the work that follows."""
+"""Reading a device's tensors without making the host wait: they are packed into one, which is copied while the device works on."""
 
 from collections.abc import Mapping
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def moment(device: torch.device) -> torch.cuda.Event | None:
-    """This point of a GPU's work, to measure from; None for a CPU."""
+    """An event at this point of a GPU's work, to measure from; None for a CPU."""
     if device.type != "cuda":
         return None
     event = torch.cuda.Event(enable_timing=True)
@@ -17,14 +17,14 @@ def moment(device: torch.device) -> torch.cuda.Event | None:
 
 
 class Transfer:
-    """Named tensors on their way to the CPU, in one copy, to be read as NumPy arrays, whose small ones cost the host far less.
+    """Named tensors on their way to the CPU in one copy, in FP64, which holds every figure and count exactly enough.
 
-    FP64, which holds every figure and count exactly enough.
+    They are read as NumPy arrays: small ones cost the host far less than tensors.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], began: torch.cuda.Event | None = None):
-        """`began` is where the step that made them began."""
-        # Those of one dtype together: a few launches, where each tensor's own would delay the next step.
+        """`began` is the start of the step that made them."""
+        # Those of one dtype together: a few launches, where one for each tensor would delay the next step.
         self.shapes = {name: tensors[name].shape for name in sorted(tensors, key=lambda name: str(tensors[name].dtype))}
         by_dtype: dict[torch.dtype, list[Tensor]] = {}
         for name in self.shapes:

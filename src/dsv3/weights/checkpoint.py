@@ -3,8 +3,8 @@
     checkpoints/step-00000930/   .metadata, *.distcp (torch.distributed.checkpoint), state.json, sha256.json, tokenizer/...
     checkpoints/latest           the name of the newest one
 
-A checkpoint is written under another name, brought to the disk and renamed when it is whole; `latest` moves last. At
-whatever moment the machine stops, the directory under a checkpoint's name is a whole one.
+A checkpoint is written under another name, synced to disk and renamed when it is complete; `latest` moves last. Whenever
+the machine stops, a directory under a checkpoint's name is a complete one.
 """
 
 import json
@@ -19,8 +19,8 @@ from torch import Tensor
 
 from dsv3.disk import replace_file, sha256, sync
 from dsv3.errors import RunError, UserError, nearest
-from dsv3.weights.parts import Place, all_regions
-from dsv3.weights.tensor_directory import ChunkWriter, check_files, read_layout, read_tensors
+from dsv3.weights.parts import Place, all_regions, undivided
+from dsv3.weights.tensor_directory import ChunkReader, ChunkWriter
 
 log = logging.getLogger(__name__)
 STATE = "state.json"
@@ -29,9 +29,9 @@ LATEST = "latest"
 PARTIAL, REPLACED, REMOVED = ".partial", ".replaced", ".removed"
 TOKENIZER = "tokenizer"
 MODEL_GROUP, EMA_GROUP = "model", "ema"
-"""What a checkpoint calls the model's tensors, and the average of its weights..."""
+"""Groups of a checkpoint's tensors: the model's, and the moving average of its weights."""
 MODEL, EMA = f"{MODEL_GROUP}.", f"{EMA_GROUP}."
-"""...and what their names begin with."""
+"""What the names in these groups begin with."""
 NUMBERED = re.compile(r"[^.].*?(\d+)")
 
 
@@ -41,24 +41,22 @@ def save_checkpoint(
 ) -> None:  # fmt: skip
     """Writes a checkpoint, replacing one of the same name, and points `latest` to it.
 
-    `tensors` is a dict of tensors, nested to any depth; `state` is what JSON can hold; `files` are contents, or files and
-    directories to copy, by their name in the checkpoint. Raises `RunError` when it cannot be written; then whatever was
-    there is there still.
+    `tensors` is a dict of tensors, nested to any depth; `state` is what JSON can hold; `files` are contents, or directories to
+    copy, by their name in the checkpoint. Raises `RunError` when it cannot be written; what was there stays.
 
-    Several ranks that share a file system call it together, each with its own tensors and, in `places`, where these lie in the
-    whole ones; `exchange` gives each what all ranks passed to it, in their order. Where one rank fails, all raise `RunError`.
+    Ranks that share a file system call it together, each with its own tensors and, in `places`, where these lie in the full
+    ones; `exchange` is an all-gather of objects, in the order of ranks. Where one rank fails, all raise `RunError`.
     """
     tensors = flatten(tensors)
-    if places is None:
-        places = {name: Place(tuple(each.shape)) for name, each in tensors.items()}
+    places = places or undivided(tensors)
     partial = directory.parent / PARTIAL
     own = all_regions(tensors, places)
 
-    def together(work: Callable[[], Any], wanted: bool = True) -> list[Any]:
-        """What `work` returned on every rank where it was wanted; raises what one of them failed with."""
+    def together(work: Callable[[], Any]) -> list[Any]:
+        """What `work` returned on every rank; raises what one of them failed with."""
         result: Any = None
         try:
-            result = work() if wanted else None
+            result = work()
         except (OSError, RunError) as error:
             result = error
         results = exchange(result)
@@ -68,19 +66,19 @@ def save_checkpoint(
         return results
 
     try:
-        together(lambda: begin(partial), rank == 0)
+        together(lambda: begin(partial) if rank == 0 else None)
         layouts = exchange(
             ({region.name: (values.dtype, places[region.name].shape) for region, values in own.items()}, list(own))
         )
         layout = {name: each for names, _ in layouts for name, each in names.items()}
         writer = ChunkWriter(partial, layout, [boxes for _, boxes in layouts])
-        written = together(lambda: writer.write(rank, own.__getitem__), bool(own))
+        written = together(lambda: writer.write(rank, own.__getitem__) if own else [])
 
         def finish() -> None:
-            writer.finish([each for each in written if each is not None])
+            writer.finish(written)
             commit(partial, directory, state, files)
 
-        together(finish, rank == 0)
+        together(lambda: finish() if rank == 0 else None)
     except (OSError, RunError) as error:
         raise RunError(
             f"could not save the checkpoint {directory} ({error}). Earlier checkpoints are untouched; "
@@ -98,7 +96,7 @@ def begin(partial: Path) -> None:
 
 
 def commit(partial: Path, directory: Path, state: Mapping[str, Any], files: Mapping[str, Path | bytes]) -> None:
-    """Adds what is no tensor, brings all to the disk, and gives it its name."""
+    """Adds everything that is not a tensor, syncs it all to disk, and renames it into place."""
     for name, content in files.items():
         add_file(partial / name, content)
     (partial / STATE).write_text(json.dumps(state, indent=1))
@@ -112,14 +110,12 @@ def commit(partial: Path, directory: Path, state: Mapping[str, Any], files: Mapp
 
 def checksums(directory: Path) -> dict[str, str]:
     """The SHA-256 of every file of a checkpoint, by its path within."""
-    found = {}
-    for path in sorted(path for path in directory.rglob("*") if path.is_file() and path.name != CHECKSUMS):
-        found[path.relative_to(directory).as_posix()] = sha256(path)
-    return found
+    files = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != CHECKSUMS)
+    return {path.relative_to(directory).as_posix(): sha256(path) for path in files}
 
 
 def check_content(directory: Path) -> None:
-    """`UserError` where a file of a checkpoint is not what was written. Imported weights have no checksums to compare."""
+    """Raises `UserError` where a checkpoint's file is not what was written. Imported weights have no checksums to compare."""
     if not (directory / CHECKSUMS).is_file():
         return
     try:
@@ -137,10 +133,8 @@ def add_file(path: Path, content: Path | bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(content, bytes):
         path.write_bytes(content)
-    elif content.is_dir():
-        shutil.copytree(content, path)
     else:
-        shutil.copyfile(content, path)
+        shutil.copytree(content, path)
 
 
 def replace_directory(new: Path, directory: Path) -> None:
@@ -181,21 +175,19 @@ def load_checkpoint(
 ) -> dict[str, Any]:  # fmt: skip
     """Fills the given tensors (as for `save_checkpoint`) in place and returns the state.
 
-    Those that `places` names are parts of what the checkpoint holds, however that was divided when it was written. Tensors
-    that are `elsewhere` on other ranks, or whose names begin with one of `leave`, may be there and are not read. Raises
+    With `places`, they are shards of what the checkpoint holds, however that was sharded when it was written. Tensors that
+    other ranks hold (`elsewhere`), or whose names begin with one of `leave`, may be there and are not read. Raises
     `UserError` when the checkpoint is incomplete, or its other tensors have other names, shapes or dtypes than those given; then
     nothing was loaded.
     """
-    state = read_state(directory)
-    check_files(directory)
-    found, wanted = read_layout(directory), flatten(tensors)
+    state, reader, wanted = read_state(directory), ChunkReader(directory), flatten(tensors)
+    places, found = places or undivided(wanted), reader.layout
     for name, tensor in wanted.items():
         if name not in found:
             raise UserError(
                 f"{directory} has no tensor {name}: it is a checkpoint of another config. {nearest(name, found)}"
             )
-        dtype, shape = found[name]
-        expected = tuple(tensor.shape) if places is None else places[name].shape
+        (dtype, shape), expected = found[name], places[name].shape
         if (dtype, shape) != (tensor.dtype, expected):
             raise UserError(
                 f"{directory}: {name} is {dtype} {list(shape)}, expected {tensor.dtype} {list(expected)}: "
@@ -208,7 +200,7 @@ def load_checkpoint(
             f"{directory} holds {len(unexpected)} tensors that this run has no place for ({', '.join(unexpected[:3])}): "
             "it is a checkpoint of another config"
         )
-    read_tensors(directory, wanted, places)
+    reader.fill(wanted, places)
     return state
 
 
@@ -226,7 +218,7 @@ def latest_checkpoint(parent: Path, every_byte: bool = False) -> Path | None:
             read_state(candidate)
             if every_byte:
                 check_content(candidate)
-            check_files(candidate)
+            ChunkReader(candidate)
         except UserError as error:
             log.warning("%s is passed over: %s", candidate, error)
             continue

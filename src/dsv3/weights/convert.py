@@ -1,7 +1,6 @@
 """Published files into checkpoints, and checkpoints into published files: streamed, several files at a time, resumable.
 
-Memory holds what the files being written take, never the model: a checkpoint's file gathers at most `FILE_BYTES`, and an
-exported shard is written tensor by tensor.
+Files are written tensor by tensor: memory holds one tensor for each of them that is being written, never the model.
 """
 
 import json
@@ -18,20 +17,20 @@ from dsv3.disk import sync
 from dsv3.errors import RunError, UserError
 from dsv3.model.config import ModelConfig
 from dsv3.weights.checkpoint import MODEL, STATE, TOKENIZER
-from dsv3.weights.chunks import Region
 from dsv3.weights.fit import checked
 from dsv3.weights.huggingface import MAX_SHARD_BYTES, as_json, config_of
 from dsv3.weights.jobs import Job, Journal, Progress, grouped, run_jobs
 from dsv3.weights.loading import compare_copies, dtype_of, skeleton_for
-from dsv3.weights.names import Part, released
+from dsv3.weights.names import released
 from dsv3.weights.opening import open_weights
+from dsv3.weights.parts import Region
 from dsv3.weights.released import Converted, Released
 from dsv3.weights.safetensors import Layout
 from dsv3.weights.safetensors_writer import write_shards
 from dsv3.weights.tensor_directory import ChunkWriter
 
 FILE_BYTES = 512 * 10**6
-"""Of a checkpoint's file; torch's writer holds all of one while it writes it."""
+"""In one file of an imported checkpoint: what has to be written again after a stop."""
 COMPANIONS = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
     "tokenizer.model", "tiktoken.model", "chat_template.jinja", "chat_template.json", "generation_config.json",
@@ -49,7 +48,8 @@ class ImportPlan:
     """As it will be written: in the dtype asked for."""
     config: ModelConfig
     tokenizer: Path
-    parts: Mapping[Region, Part]
+    names: Mapping[Region, str]
+    """Which of the source's tensors each region of the checkpoint is."""
     layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
     """Of the checkpoint's tensors."""
     files: list[list[Region]]
@@ -57,15 +57,14 @@ class ImportPlan:
 
     def bytes_of(self, regions: Iterable[Region]) -> int:
         """Of the tensors there."""
-        return sum(self.source.layout[self.parts[region].name].bytes for region in regions)
+        return sum(self.source.layout[self.names[region]].bytes for region in regions)
 
     def write(self, writer: ChunkWriter, number: int, path: Path, advance: Callable[[int], None]) -> Any:
         """Writes one of the files; a `Job`'s work."""
 
         def read(region: Region) -> Tensor:
-            part = self.parts[region]
-            advance(self.source.layout[part.name].bytes)
-            return self.source.read(part.name).to(self.layout[region.name][0]).view(region.size)
+            advance(self.bytes_of([region]))
+            return self.source.read(self.names[region]).to(self.layout[region.name][0]).view(region.size)
 
         return writer.write(number, read)
 
@@ -78,18 +77,17 @@ def plan_import(path: Path, dtype: torch.dtype | None = None, config: Path | Non
     source, tokenizer = open_weights(path, config)
     fitting = checked(source)
     stored, source = source.layout, converted(source, dtype)
-    parts: dict[Region, Part] = {}
-    layout = {}
+    names, layout = {}, {}
     for ours, tensor in skeleton_for(source, fitting).state_dict().items():
         layout[MODEL + ours] = dtype_of(ours, tensor, source, fitting), tuple(tensor.shape)
         for part in released(ours, tuple(tensor.shape), fitting):
             if not part.copy:
-                parts[Region(MODEL + ours, part.start, part.size)] = part
+                names[Region(MODEL + ours, part.start, part.size)] = part.name
     order = {name: i for i, name in enumerate(source.layout)}
     # In the order in which tensors are stored, so that a file is read once.
-    ordered = sorted(parts, key=lambda region: order[parts[region].name])
-    files = grouped(((region, source.layout[parts[region].name].bytes) for region in ordered), FILE_BYTES)
-    return ImportPlan(stored, source, fitting, tokenizer, parts, layout, files)
+    ordered = sorted(names, key=lambda region: order[names[region]])
+    files = grouped(((region, source.layout[names[region]].bytes) for region in ordered), FILE_BYTES)
+    return ImportPlan(stored, source, fitting, tokenizer, names, layout, files)
 
 
 def import_weights(plan: ImportPlan, directory: Path, workers: int = 2, progress: Progress = lambda *_: None) -> None:
@@ -146,7 +144,9 @@ def export_weights(
         raise UserError(f"{directory} is where the weights are read from: name another directory")
     config = checked(source)
     source = converted(source, dtype)
-    files = {"generation_config.json": as_json(generation_config(config)), **companions(tokenizer)}
+    # What transformers and servers take as the first and the last token of a text.
+    ends = {"_from_model_config": True, "bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
+    files = {"generation_config.json": as_json(ends), **companions(tokenizer)}
     files["config.json"] = as_json(config_of(source, config))
     write_shards(directory, source, files, max_shard_bytes, resume=True, workers=workers, progress=progress)
 
@@ -160,8 +160,3 @@ def converted(source: Released, dtype: torch.dtype | None) -> Released:
 def companions(directory: Path) -> dict[str, bytes]:
     """The files that go with the weights."""
     return {name: (directory / name).read_bytes() for name in COMPANIONS if (directory / name).is_file()}
-
-
-def generation_config(config: ModelConfig) -> dict[str, Any]:
-    """What transformers and servers take as the first and the last token of a text."""
-    return {"_from_model_config": True, "bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}

@@ -17,33 +17,27 @@ from typing import Any, NamedTuple
 
 from dsv3.errors import UserError, nearest
 from dsv3.model.config import ModelConfig, RopeScaling, read_object
+from dsv3.weights.huggingface import QUANTIZATION
 from dsv3.weights.safetensors import Stored, read_header
 
 FILE = re.compile(r"model(0|[1-9]\d*)-mp([1-9]\d*)\.safetensors")
-MODULES: dict[str, tuple[str, int | None]] = {
-    "attn_norm": ("input_layernorm", None),
-    "attn.wq": ("self_attn.q_proj", 0),
-    "attn.wq_a": ("self_attn.q_a_proj", None),
-    "attn.q_norm": ("self_attn.q_a_layernorm", None),
-    "attn.wq_b": ("self_attn.q_b_proj", 0),
-    "attn.wkv_a": ("self_attn.kv_a_proj_with_mqa", None),
-    "attn.kv_norm": ("self_attn.kv_a_layernorm", None),
-    "attn.wkv_b": ("self_attn.kv_b_proj", 0),
-    "attn.wo": ("self_attn.o_proj", 1),
-    "ffn_norm": ("post_attention_layernorm", None),
-    "ffn.gate": ("mlp.gate", None),
-    **{
-        f"ffn.{part}{theirs}": (f"mlp.{part}{ours}_proj", dimension)
-        for part in ("", "shared_experts.")
-        for theirs, ours, dimension in (("w1", "gate", 0), ("w2", "down", 1), ("w3", "up", 0))
-    },
-}
-"""A block's modules: the released name, and the dimension that is cut among ranks (None: whole in every file)."""
-OUTER: dict[str, tuple[str, int | None]] = {
-    "embed": ("model.embed_tokens", 0),
-    "norm": ("model.norm", None),
-    "head": ("lm_head", 0),
-}
+NAME = re.compile(
+    r"""(embed | norm | head | layers\.\d+\.(
+          attn_norm | ffn_norm | attn\.(wq | wq_a | q_norm | wq_b | wkv_a | kv_norm | wkv_b | wo)
+        | ffn\.(gate | ((experts\.(?P<expert>\d+) | shared_experts)\.)?w[123])
+        ))\.(weight | scale) | layers\.\d+\.ffn\.gate\.bias""",
+    re.VERBOSE,
+)
+"""The names of tensors that `convert.py` writes."""
+RELEASED = {
+    "embed": "embed_tokens", "head": "lm_head", "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+    "attn": "self_attn", "wq": "q_proj", "wq_a": "q_a_proj", "q_norm": "q_a_layernorm", "wq_b": "q_b_proj",
+    "wkv_a": "kv_a_proj_with_mqa", "kv_norm": "kv_a_layernorm", "wkv_b": "kv_b_proj", "wo": "o_proj", "ffn": "mlp",
+    "w1": "gate_proj", "w2": "down_proj", "w3": "up_proj", "scale": "weight_scale_inv", "bias": "e_score_correction_bias",
+}  # fmt: skip
+"""The released word for each of theirs that is another one."""
+CUT = {"embed": 0, "head": 0, "wq": 0, "wq_b": 0, "wkv_b": 0, "w1": 0, "w3": 0, "wo": 1, "w2": 1}
+"""The dimension of a module's matrix that is cut among ranks; others are whole in every file."""
 FIELDS: dict[str, tuple[str, Any]] = {
     "vocab_size": ("vocab_size", 102400), "dim": ("hidden_size", 2048), "inter_dim": ("intermediate_size", 10944),
     "moe_inter_dim": ("moe_intermediate_size", 1408), "n_layers": ("num_hidden_layers", 27),
@@ -103,38 +97,24 @@ def rank_files(directory: Path) -> list[Path]:
         found = f"files of {' and '.join(map(str, sizes))} ranks" if sizes else "no model{rank}-mp{N}.safetensors"
         raise UserError(f"{directory} has {found}: expected those of one conversion, model0-mpN to model(N-1)-mpN")
     files = [directory / f"model{rank}-mp{sizes[0]}.safetensors" for rank in range(sizes[0])]
-    missing = [file.name for file in files if not file.is_file()]
-    if missing:
+    if missing := [file.name for file in files if not file.is_file()]:
         raise UserError(
             f"{directory} lacks {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}: expected the files of all "
             f"{sizes[0]} ranks"
         )
-    beyond = sorted(match[0] for match in matches if int(match[1]) >= sizes[0])
-    if beyond:
+    if beyond := sorted(match[0] for match in matches if int(match[1]) >= sizes[0]):
         raise UserError(f"{directory} has {beyond[0]}: expected ranks 0 to {sizes[0] - 1}")
     return files
 
 
 def place(theirs: str, file: Path) -> Place:
     """The released name of a tensor, and how it is cut; `UserError` for a name that `convert.py` does not write."""
-    module, _, tensor = theirs.rpartition(".")
-    layer = re.fullmatch(r"layers\.(\d+)\.(.+)", module)
-    inner = layer[2] if layer else ""
-    routed = re.fullmatch(r"ffn\.experts\.(\d+)\.(w[123])", inner)
-    found = MODULES.get(f"ffn.{routed[2]}" if routed else inner) if layer else OUTER.get(module)
-    endings = {"weight": "weight", "scale": "weight_scale_inv"}
-    if inner == "ffn.gate":
-        endings["bias"] = "e_score_correction_bias"
-    if found is None or tensor not in endings:
+    known = NAME.fullmatch(theirs)
+    if known is None:
         raise UserError(f"{file}: unknown tensor {theirs}: expected the names that DeepSeek's convert.py writes")
-    name, dimension = found
-    if routed:
-        name = name.replace("mlp.", f"mlp.experts.{routed[1]}.")
-    return Place(
-        f"model.layers.{layer[1]}.{name}.{endings[tensor]}" if layer else f"{name}.{endings[tensor]}",
-        dimension,
-        routed is not None,
-    )
+    words = theirs.split(".")
+    name = ".".join(RELEASED.get(word, word) for word in words)
+    return Place(name if words[0] == "head" else f"model.{name}", CUT.get(words[-2]), known["expert"] is not None)
 
 
 def whole(at: Place, ranks: Mapping[int, Stored], files: list[Path]) -> Stored:
@@ -264,13 +244,7 @@ def storage(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(f"{path}: dtype = {values['dtype']!r}: expected 'bf16' or 'fp8'")
     if values["scale_fmt"] not in (None, "ue8m0"):
         raise UserError(f"{path}: scale_fmt = {values['scale_fmt']!r}: expected 'ue8m0', or none")
-    stored: dict[str, Any] = {"torch_dtype": "bfloat16"}
-    if values["dtype"] == "fp8":
-        stored["quantization_config"] = {
-            "activation_scheme": "dynamic",
-            "fmt": "e4m3",
-            "quant_method": "fp8",
-            **({"scale_fmt": values["scale_fmt"]} if values["scale_fmt"] else {}),
-            "weight_block_size": [128, 128],
-        }
-    return stored
+    if values["dtype"] == "bf16":
+        return {"torch_dtype": "bfloat16"}
+    scales = {"scale_fmt": values["scale_fmt"]} if values["scale_fmt"] else {}
+    return {"torch_dtype": "bfloat16", "quantization_config": {**QUANTIZATION, **scales}}

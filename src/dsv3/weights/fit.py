@@ -1,4 +1,4 @@
-"""Stored tensors against the network that their config announces: what is missing, what is too much, what does not fit."""
+"""Stored tensors against the network that their config describes: which are missing, unexpected, or of the wrong shape."""
 
 import logging
 from collections.abc import Iterable, Mapping
@@ -31,10 +31,10 @@ class Fit:
 
 
 def fit(config: ModelConfig, stored: Mapping[str, Layout], announced: Iterable[str] = ()) -> Fit:
-    """Compares; `announced` are names that an index promises, stored or not.
+    """Compares; `announced` are names that an index lists, stored or not.
 
-    FP8 weights have scales; those are weights that are stored in FP8 and, under a `quantization_config`, those that the
-    released checkpoints keep so.
+    FP8 weights need scales: weights that are stored in FP8 and, under a `quantization_config`, those that the released
+    checkpoints have in FP8.
     """
     if not any(is_mtp(name, config) for name in (*stored, *announced)):
         config = config.replace(num_nextn_predict_layers=0)

@@ -14,7 +14,7 @@ from dsv3.disk import sha256, sync
 T = TypeVar("T")
 JOURNAL = ".journal"
 Progress = Callable[[int, int], None]
-"""Told how many bytes are done, and of how many."""
+"""Called with the bytes that are done, and the bytes in all."""
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,11 @@ class Job:
     bytes: int
     """Of tensors in it, for the progress."""
     run: Callable[[Path, Callable[[int], None]], Any]
-    """Writes the file at this path, says of every few bytes that they are done, and returns what the journal shall keep,
-    as JSON can hold it."""
+    """Writes the file at this path, reports bytes as they are written, and returns what the journal keeps (JSON-able)."""
 
 
 class Journal:
-    """Which files of a directory are complete, with their hashes; one line a file, on the disk before the next begins.
+    """Which files of a directory are complete, with their hashes; one line per file, synced before the next file begins.
 
     A directory of another `key`, or without a journal, is emptied.
     """
@@ -45,13 +44,10 @@ class Journal:
             lines = []
         self.kept = {line["file"]: line for line in lines[1:]}
 
-    def result(self, file: str) -> tuple[bool, Any]:
-        """(whether an earlier try completed the file and it still is what was written, what that job returned)."""
-        line = self.kept.get(file)
+    def done(self, file: str) -> bool:
+        """Whether an earlier try completed the file, and it still is what was written: `kept[file]["result"]` is the job's."""
         path = self.directory / file
-        if line is None or not path.is_file() or sha256(path) != line["sha256"]:
-            return False, None
-        return True, line["result"]
+        return file in self.kept and path.is_file() and sha256(path) == self.kept[file]["sha256"]
 
     def add(self, file: str, result: Any) -> None:
         """Notes that a file is complete."""
@@ -80,7 +76,7 @@ def read_lines(path: Path) -> list[Any]:
 
 def run_jobs(jobs: Sequence[Job], journal: Journal, workers: int, progress: Progress) -> list[Any]:
     """What every job returned, in order; those that the journal knows are not run again. The first error stops the rest."""
-    total, lock, stopped = sum(job.bytes for job in jobs), threading.Lock(), threading.Event()
+    total, lock = sum(job.bytes for job in jobs), threading.Lock()
     done = 0
 
     def advance(count: int) -> None:
@@ -90,12 +86,9 @@ def run_jobs(jobs: Sequence[Job], journal: Journal, workers: int, progress: Prog
             progress(done, total)
 
     def work(job: Job) -> Any:
-        if stopped.is_set():
-            return None
-        known, result = journal.result(job.file)
-        if known:
+        if journal.done(job.file):
             advance(job.bytes)
-            return result
+            return journal.kept[job.file]["result"]
         result = job.run(journal.directory / job.file, advance)
         journal.add(job.file, result)
         return result
@@ -106,18 +99,18 @@ def run_jobs(jobs: Sequence[Job], journal: Journal, workers: int, progress: Prog
         try:
             wait(futures, return_when=FIRST_EXCEPTION)
         finally:
-            stopped.set()
+            pool.shutdown(wait=False, cancel_futures=True)
         return [future.result() for future in futures]
 
 
 def grouped(sized: Iterable[tuple[T, int]], most: int) -> list[list[T]]:
-    """Things with their bytes, in order, as many a group as fit; one that is larger than a group gets its own."""
+    """Items, given with their bytes, in groups of at most `most` bytes, in order; a larger item gets a group of its own."""
     groups: list[list[T]] = [[]]
     size = 0
-    for thing, count in sized:
+    for item, count in sized:
         if groups[-1] and size + count > most:
             groups.append([])
             size = 0
-        groups[-1].append(thing)
+        groups[-1].append(item)
         size += count
     return groups

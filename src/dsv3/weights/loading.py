@@ -11,9 +11,9 @@ from dsv3.model.config import ModelConfig
 from dsv3.model.feed_forward import Experts
 from dsv3.model.linear import Linear
 from dsv3.model.transformer import DeepSeekV3
-from dsv3.weights.chunks import STACK, part_of
 from dsv3.weights.fit import checked, file_of
 from dsv3.weights.names import KEPT_FLOAT32, released
+from dsv3.weights.parts import STACK, part_of
 from dsv3.weights.released import FP8, Converted, Released, places_of, skeleton
 from dsv3.weights.safetensors import DTYPES
 
@@ -42,7 +42,8 @@ def load(source: Released, dtype: torch.dtype | None, device: torch.device | str
 def skeleton_for(source: Released, config: ModelConfig) -> DeepSeekV3:
     """A model without values, with room for FP8 where weights are stored in it: in attention, feed-forward and experts."""
     model = skeleton(config)
-    stored = {ours for name, (ours, _) in places_of(model).items() if is_fp8(name, source)}
+    in_fp8 = {name for name, each in source.layout.items() if each.dtype == FP8}
+    stored = {ours for name, (ours, _) in places_of(model).items() if name in in_fp8}
     inside = {module for block in model.blocks() for module in block.modules() if isinstance(module, Linear | Experts)}
     for name, module in model.named_modules():
         weights = {f"{name}.{each}" for each, _ in module.named_parameters(recurse=False)}
@@ -56,11 +57,6 @@ def skeleton_for(source: Released, config: ModelConfig) -> DeepSeekV3:
         assert isinstance(module, Linear | Experts)
         module.keep_in_fp8()
     return model
-
-
-def is_fp8(name: str, source: Released) -> bool:
-    """Whether a released tensor is stored, and in FP8."""
-    return name in source.layout and source.layout[name].dtype == FP8
 
 
 def dtype_of(ours: str, tensor: Tensor, source: Released, config: ModelConfig) -> torch.dtype:

@@ -11,10 +11,13 @@ from dsv3.model.config import ModelConfig
 
 KEPT_FLOAT32 = "e_score_correction_bias"
 """The routing bias is FP32 whatever the rest is: steps of 0.001 are lost in BF16."""
-
-
 SCALE = "_scale_inv"
 """What the name of an FP8 weight's scales ends with, behind the weight's own name."""
+SHARED = {
+    "embed_tokens.weight": ("model.embed_tokens.weight", "embed_tokens.weight"),
+    "lm_head.weight": ("lm_head.weight", "shared_head.head.weight"),
+}
+"""What MTP modules share with the main model: its released name, and that of the copy in a module's layer."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +42,10 @@ def released(name: str, shape: tuple[int, ...], config: ModelConfig) -> list[Par
     """The released tensors that our tensor `name` of this shape is stored as; copies come last."""
     first, depth = config.num_hidden_layers, config.num_nextn_predict_layers
     origin = (0,) * len(shape)
-    if name == "embed_tokens.weight":
-        copies = [f"model.layers.{first + k}.embed_tokens.weight" for k in range(depth)]
-        return [Part(f"model.{name}", shape, origin), *(Part(copy, shape, origin, copy=True) for copy in copies)]
-    if name == "lm_head.weight":
-        copies = [f"model.layers.{first + k}.shared_head.head.weight" for k in range(depth)]
-        return [Part(name, shape, origin), *(Part(copy, shape, origin, copy=True) for copy in copies)]
+    if name in SHARED:
+        original, copy = SHARED[name]
+        copies = [Part(f"model.layers.{first + k}.{copy}", shape, origin, copy=True) for k in range(depth)]
+        return [Part(original, shape, origin), *copies]
     if mtp := re.fullmatch(r"mtp\.(\d+)\.(?:block\.)?(.+)", name):
         name = f"layers.{first + int(mtp[1])}.{mtp[2]}"
     name = f"model.{name}"

@@ -1,26 +1,45 @@
-"""Tensors of which a rank holds some rows: experts that are spread over ranks, and shares of the optimizer's state."""
+"""Parts of tensors: experts in their stack, which are stored one by one, and the rows of a tensor that one rank holds."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
-from dsv3.weights.chunks import Region
+STACK = 3
+"""Dimensions of a stack of experts; no other tensor has as many."""
+
+
+class Region(NamedTuple):
+    """A part of a tensor: `size` elements from `start` on in every dimension."""
+
+    name: str
+    start: tuple[int, ...]
+    size: tuple[int, ...]
+
+
+def part_of(tensor: Tensor, start: Sequence[int], size: Sequence[int]) -> Tensor:
+    """A view of a region."""
+    return tensor[tuple(slice(first, first + count) for first, count in zip(start, size, strict=True))]
 
 
 class Place(NamedTuple):
-    """Where a tensor lies in the whole one that a checkpoint holds. Rows are counted through all dimensions but the last."""
+    """Where a shard lies in the full tensor that a checkpoint holds. Rows are counted over all dimensions but the last."""
 
     shape: tuple[int, ...]
-    """Of the whole."""
+    """Of the full tensor."""
     first: int = 0
-    """The whole one's row that is this one's first."""
+    """The row of the full tensor that is the shard's first."""
     written: bool = True
-    """Whether this rank is the one that writes it: others may hold the same."""
+    """Whether this rank writes it: others may hold the same rows."""
+
+
+def undivided(tensors: Mapping[str, Tensor]) -> dict[str, Place]:
+    """The places of tensors that are not sharded."""
+    return {name: Place(tuple(each.shape)) for name, each in tensors.items()}
 
 
 def regions(name: str, tensor: Tensor, place: Place) -> Iterator[tuple[Region, Tensor]]:
-    """The boxes that the rows make in the whole tensor, each within one matrix of a stack, and views of their values."""
+    """The boxes of the full tensor that a shard's rows cover, each within one matrix of a stack, and views of their values."""
     if len(place.shape) < 2 or 0 in place.shape:
         if tensor.numel() or 0 in place.shape:
             yield Region(name, (place.first,) * len(place.shape), tuple(tensor.shape)), tensor

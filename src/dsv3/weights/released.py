@@ -1,12 +1,12 @@
 """A model in its released form, wherever it is stored: tensors by their released names, read one at a time.
 
-What loads, imports or exports asks for this form alone, so that it does not matter whether the weights lie in Hugging
-Face's layout, in DeepSeek's, in a training checkpoint or in memory.
+Loading, importing and exporting use this form only, so that it does not matter whether the weights are in Hugging Face's
+layout, in DeepSeek's, in a training checkpoint or in memory.
 """
 
 import hashlib
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -18,8 +18,8 @@ from dsv3.model.config import ModelConfig
 from dsv3.model.transformer import DeepSeekV3
 from dsv3.ops.block_scaled import dequantize, quantize, scale_shape
 from dsv3.weights.checkpoint import EMA, MODEL
-from dsv3.weights.chunks import Region, part_of
 from dsv3.weights.names import KEPT_FLOAT32, SCALE, Part, is_block_scaled, released
+from dsv3.weights.parts import Region, part_of
 from dsv3.weights.safetensors import DTYPES, HEADER_NAMES, Layout, Stored, read_tensor
 from dsv3.weights.tensor_directory import ChunkReader
 
@@ -73,68 +73,69 @@ class ReleasedFiles:
     @property
     def fingerprint(self) -> str:
         """See `Released`: names, layouts, and the files' sizes and times."""
-        files = sorted({piece.file for each in self.layout.values() for piece in each.pieces})
-        times = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-        return digest(self.layout, times)
+        return digest(self.layout, stamps({piece.file for each in self.layout.values() for piece in each.pieces}))
 
     def read(self, name: str) -> Tensor:
         """See `Released`."""
         return read_tensor(self.layout[name])
 
 
-class ReleasedCheckpoint:
+class ReleasedTensors:
+    """Tensors of ours (name -> dtype, shape) under their released names. Raises `UserError` for dtypes that weights do not have."""
+
+    def __init__(self, where: str, config: ModelConfig, tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]]):
+        self.where, self.config = where, config
+        self.places: dict[str, tuple[str, Part]] = {}
+        layout = {}
+        for ours, (dtype, shape) in tensors.items():
+            if dtype not in HEADER_NAMES:
+                raise UserError(f"{where}: {ours} is {dtype}, expected one of {', '.join(map(str, HEADER_NAMES))}")
+            for part in released(ours, tuple(shape), config):
+                self.places[part.name] = ours, part
+                layout[part.name] = Layout(HEADER_NAMES[dtype], part.shape)
+        # Scales right behind their weights, as they are written and read.
+        weights = (name for name in layout if not name.endswith(SCALE))
+        self.layout = {each: layout[each] for name in weights for each in (name, name + SCALE) if each in layout}
+
+
+class ReleasedCheckpoint(ReleasedTensors):
     """The model of a training checkpoint, or with `EMA` the average of its weights; whatever else that holds is left alone.
 
     Raises `UserError` when the checkpoint holds none.
     """
 
     def __init__(self, directory: Path, config: ModelConfig, prefix: str = MODEL):
-        self.where, self.config = str(directory), config
-        self.reader = ChunkReader(directory)
-        self.places: dict[str, tuple[str, Part]] = {}
-        self.layout: dict[str, Layout] = {}
-        order = {f"{prefix}{ours}": i for i, ours in enumerate(skeleton(config).state_dict())}
-        names = [ours for ours in self.reader.layout if ours.startswith(prefix)]
-        if prefix == EMA and not names:
+        self.reader, self.prefix = ChunkReader(directory), prefix
+        found = {
+            name.removeprefix(prefix): each for name, each in self.reader.layout.items() if name.startswith(prefix)
+        }
+        if prefix == EMA and not found:
             raise UserError(
                 f"{directory} holds no average of the weights: its run had no training.ema_decay. Leave --ema out"
             )
-        for ours in sorted(names, key=lambda ours: order.get(ours.removesuffix(SCALE), len(order))):
-            dtype, shape = self.reader.layout[ours]
-            if dtype not in HEADER_NAMES:
-                raise UserError(f"{directory}: {ours} is {dtype}, expected one of {', '.join(map(str, HEADER_NAMES))}")
-            for part in released(ours.removeprefix(prefix), tuple(shape), config):
-                self.places[part.name] = ours, part
-                self.layout[part.name] = Layout(HEADER_NAMES[dtype], part.shape)
-        self.layout = in_order(self.layout)
+        order = {ours: i for i, ours in enumerate(skeleton(config).state_dict())}
+        names = sorted(found, key=lambda ours: order.get(ours.removesuffix(SCALE), len(order)))
+        super().__init__(str(directory), config, {ours: found[ours] for ours in names})
 
     @property
     def fingerprint(self) -> str:
-        """See `Released`."""
-        return digest(self.layout, self.reader.identity)
+        """See `Released`: another one after every save."""
+        return digest(self.layout, stamps(each for each in self.reader.directory.iterdir() if each.is_file()))
 
     def read(self, name: str) -> Tensor:
         """See `Released`."""
         ours, part = self.places[name]
-        return self.reader.read(Region(ours, part.start, part.size)).view(part.shape)
+        return self.reader.read(Region(self.prefix + ours, part.start, part.size)).view(part.shape)
 
 
-class ReleasedModel:
+class ReleasedModel(ReleasedTensors):
     """A model in memory; what is read shares its storage where that lies on the CPU."""
 
     def __init__(self, model: DeepSeekV3):
-        self.where, self.config, self.fingerprint = "the model", model.config, secrets.token_hex()
         self.state = model.state_dict()
-        self.places = places_of(model)
-        for ours, tensor in self.state.items():
-            if tensor.dtype not in HEADER_NAMES:
-                raise UserError(f"{ours} is {tensor.dtype}: expected one of {', '.join(map(str, HEADER_NAMES))}")
-        self.layout = in_order(
-            {
-                name: Layout(HEADER_NAMES[self.state[ours].dtype], part.shape)
-                for name, (ours, part) in self.places.items()
-            }
-        )
+        tensors = {ours: (tensor.dtype, tensor.shape) for ours, tensor in self.state.items()}
+        super().__init__("the model", model.config, tensors)
+        self.fingerprint = secrets.token_hex()
 
     def read(self, name: str) -> Tensor:
         """See `Released`."""
@@ -196,10 +197,9 @@ class Converted:
         return values
 
 
-def in_order(layout: Mapping[str, Layout]) -> dict[str, Layout]:
-    """The same with scales right behind their weights, as they are written and read."""
-    weights = [name for name in layout if not name.endswith(SCALE)]
-    return {each: layout[each] for name in weights for each in (name, name + SCALE) if each in layout}
+def stamps(files: Iterable[Path]) -> list[tuple[str, int, int]]:
+    """Names, sizes and times of files, in the order of names."""
+    return [(file.name, (known := file.stat()).st_size, known.st_mtime_ns) for file in sorted(files)]
 
 
 def digest(layout: Mapping[str, Layout], more: object) -> str:

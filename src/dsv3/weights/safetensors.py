@@ -3,7 +3,6 @@
 import json
 import math
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +35,7 @@ class Layout:
 
     @property
     def bytes(self) -> int:
-        """Of its values. A dtype's name holds the bits of an element, whoever named it: F8_E4M3, BF16, int64; bool has eight."""
+        """Size of its values. A dtype's name tells the bits of an element, torch's names too: F8_E4M3, BF16, int64; bool has eight."""
         bits = re.search(r"\d+", self.dtype)
         return math.prod(self.shape) * (int(bits[0]) if bits else 8) // 8
 
@@ -97,7 +96,9 @@ def survey(directory: Path) -> Survey:
     """The same with a list of all that is wrong. Raises `UserError` where there is no file to look for."""
     index = directory / INDEX
     placed = read_index(index) if index.exists() else {}
-    files = files_of(directory, placed)
+    if not placed and not (directory / SINGLE).exists():
+        raise UserError(no_weights(directory))
+    files = [directory / file for file in sorted(set(placed.values())) or [SINGLE]]
     tensors: dict[str, Stored] = {}
     problems, whole = [], set()
     for file in files:
@@ -140,13 +141,6 @@ def read_index(path: Path) -> dict[str, str]:
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
             raise UserError(f"{path} places tensor {name} in {file!r}: expected a .safetensors file beside the index")
     return placed
-
-
-def files_of(directory: Path, placed: Mapping[str, str]) -> list[Path]:
-    """The files that hold a directory's tensors, there or not; `UserError` when it has neither index nor single file."""
-    if not placed and not (directory / SINGLE).exists():
-        raise UserError(no_weights(directory))
-    return [directory / file for file in sorted(set(placed.values())) or [SINGLE]]
 
 
 def refuse_escape(file: Path) -> None:

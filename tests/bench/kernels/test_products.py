@@ -14,6 +14,7 @@ CPU = torch.device("cpu")
         (lambda: products.grouped(CPU, "reference", 2, 8, 136, 256), (16, 136)),
         (lambda: products.masked(CPU, 2, 3, 8, 136, 256), (2, 8, 136)),
         (lambda: products.grouped_wgrad(CPU, "reference", 2, 128, 24, 16), (2, 24, 16)),
+        (lambda: products.added_wgrad(CPU, 2, 5, 24, 16), (2, 24, 16)),
     ],
 )
 def test_what_is_timed_is_the_product(case, shape):

@@ -144,6 +144,10 @@ def run(module, kernel, programs, *arguments, **constants):
         load=lambda pointer: Number(pointer.values[pointer.at]),
         cdiv=lambda a, b: -(-a // b),
         minimum=min,
+        where=torch.where,
+        arange=lambda start, end, layout: torch.arange(start, end),
+        split=lambda values: values.unbind(-1),
+        convert_layout=lambda values, layout, assert_trivial: values,
         full=lambda shape, value, *_: torch.full(shape, float(value)),
         static_range=range,
         num_programs=lambda _: programs,
@@ -158,6 +162,8 @@ def run(module, kernel, programs, *arguments, **constants):
         int64=torch.int64,
         float32=torch.float32,
     )
+    from triton.language import constexpr
+
     names = dict(vars(module)) | {
         "gl": gl,
         "mbarrier": SimpleNamespace(
@@ -165,17 +171,19 @@ def run(module, kernel, programs, *arguments, **constants):
             init=lambda barrier, count: setattr(barrier, "count", count),
             wait=lambda barrier, parity: barrier.wait(parity),
             expect=lambda barrier, bytes: barrier.change(arrivals=1, bytes=bytes),
-            arrive=lambda barrier: barrier.change(arrivals=1),
+            arrive=lambda barrier, pred=True: barrier.change(arrivals=int(pred)),
         ),
         "tma": SimpleNamespace(
             async_copy_global_to_shared=load_block, async_copy_shared_to_global=store_block, store_wait=lambda _: None
         ),
         "add_shared_to_global": add_block,
         "fence_async_shared": lambda: None,
-        "warpgroup_mma": lambda a, b, *_, **__: a.values @ b.values,
+        "warpgroup_mma": lambda a, b, sums, use_acc=True, **_: a.values @ b.values + (sums if use_acc else 0),
         "warpgroup_mma_wait": lambda _, deps: deps[0],
     }
     for name, each in vars(module).items():
+        if isinstance(each, constexpr):
+            names[name] = each.value
         if hasattr(each, "is_gluon"):
             names[name] = FunctionType(each.fn.__code__, names)
     for program in range(programs):

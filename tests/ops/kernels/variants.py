@@ -38,6 +38,7 @@ def variants() -> Iterator[Variant]:
     yield from router()
     yield from cross_entropy()
     yield from products_fp8()
+    yield from of_tail()
     yield from of_adamw()
     yield from of_accumulate()
     yield from attention()
@@ -95,8 +96,8 @@ def of_tiles() -> Iterator[Variant]:
             {"num_warps": warps},
         )
     strides = i32("x_stride x_scale_row_stride x_scale_stride scale_stride turned_scale_stride")
-    turned = {"turned": e4m3, "turned_scale": scale} | sizes | strides
-    shape = {"POWER_OF_TWO": False, "COLUMNS": columns, "TILE": 128}
+    turned = {"turned": e4m3, "turned_scale": scale} | sizes | strides | i32("words")
+    shape = {"IN_WORDS": True, "POWER_OF_TWO": False, "COLUMNS": columns, "TILE": 128}
     nothing = dict.fromkeys(("values", "scale"))
     for types, constants in (
         ({"x": "*bf16"}, {"x_scale": None, "FROM_TILES": False, "WITH_ROWS": False} | nothing),
@@ -119,7 +120,7 @@ def of_e5m6() -> Iterator[Variant]:
     rows, warps = e5m6.CONFIG
     sizes, constants = i32("rows columns packed_stride scale_stride"), {"DROPPED": 4, "ROWS": rows, "TILE": 128}
     for x in ("*bf16", "*fp32"):
-        pointers = {"packed": "*u8", "scale": "*fp32"} | sizes
+        pointers = {"packed": "*i32", "scale": "*fp32"} | sizes
         yield Variant(e5m6.pack_kernel, {"x": x} | pointers | i32("x_stride"), constants, {"num_warps": warps})
         types = {"out": x} | pointers | i32("scale_row_stride")
         yield Variant(e5m6.unpack_kernel, types, constants, {"num_warps": warps})
@@ -294,6 +295,7 @@ def products_fp8() -> Iterator[Variant]:
         grouped_gemm_fp8_masked,
         grouped_wgrad_fp8,
         grouped_wgrad_fp8_gluon,
+        grouped_wgrad_gluon,
     )
 
     def tile(rows: int) -> str:
@@ -362,6 +364,22 @@ def products_fp8() -> Iterator[Variant]:
     ):
         constants = shape | {"ACCUMULATE": accumulate}
         yield Variant(gluon.wgrad_kernel, types, constants, {"num_warps": 4}, contains=written)
+    in_bf16 = grouped_wgrad_gluon
+    tokens, types = in_bf16.TOKENS, {"counts": "*i64", "out": types["out"]} | i32("E N K")
+    for side, block in (("grad", 64), ("x", columns)):
+        types[side] = f"tensordesc<bf16[{tokens}, {block}],{in_bf16.OPERAND!r}>"
+    constants = shape | {"STAGES": in_bf16.STAGES, "BLOCK_T": tokens}
+    yield Variant(in_bf16.add_wgrad_kernel, types, constants, {"num_warps": 4}, contains="m64n256k16.f32.bf16.bf16")
+
+
+def of_tail() -> Iterator[Variant]:
+    """Zeros behind the last of four experts, and of 256."""
+    from dsv3.ops.kernels import tail
+
+    rows, columns = tail.BLOCK
+    types = {"out": "*bf16", "counts": "*i64"} | i32("rows columns E")
+    for experts in (4, 256):
+        yield Variant(tail.clear_kernel, types, {"EXPERTS": experts, "ROWS": rows, "COLUMNS": columns})
 
 
 def attention() -> Iterator[Variant]:

@@ -5,7 +5,7 @@ from dsv3 import DeepSeekV3, ModelConfig
 from dsv3.data.tokenizer import train_tokenizer
 from dsv3.model.block import Pass
 from dsv3.model.config import RopeScaling
-from dsv3.model.rope import Rope
+from dsv3.model.rope import rotations
 from dsv3.recipe.schema import Recipe
 from tools.interop.network import LEFT_OUT, PROMPT_TOKENS, RECIPE, describe, effects, examine, make_prompts
 
@@ -36,7 +36,7 @@ def step_by_step(model, prompt, tokens, blank):
         hidden, embeddings = model(known[:, :-1]).hidden, model.embed(known[:, 1:])
         if blank:
             embeddings = embeddings * (torch.arange(embeddings.shape[1]) > 0)[:, None]
-        shared = Pass(Rope.at(model.config, torch.arange(embeddings.shape[1])[None]))
+        shared = Pass(rotations(model.config, torch.arange(embeddings.shape[1])[None]))
         drafts.append(int(model.head(model.mtp[0](hidden, embeddings, shared)[0])[0, -1].argmax()))
     return torch.stack(logprobs), drafts
 

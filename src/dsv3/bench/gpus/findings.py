@@ -1,4 +1,4 @@
-"""What the ranks found together."""
+"""What several GPUs measured."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,15 +32,15 @@ class Part:
     title: str
     shapes: Mapping[str, Any]
     times: Mapping[str, Spread] = field(default_factory=dict)
-    """Milliseconds of each side's turn, until the last rank was through; over the rounds."""
+    """Milliseconds of each side's turn, until the slowest rank had finished, over the rounds."""
     figures: Sequence[Figure] = ()
     checks: Mapping[str, str] = field(default_factory=dict)
-    """What says that the sides computed the same."""
+    """Evidence that the sides computed the same."""
 
 
 @dataclass(frozen=True)
 class Findings:
-    """Of one command, as its JSON file holds them."""
+    """All of one command, as its JSON file holds it."""
 
     gpus: int
     parts: Sequence[Part]

@@ -21,11 +21,10 @@ from torch import Tensor
 from dsv3.bench.gpus.findings import Figure, Part, milliseconds
 from dsv3.bench.gpus.rank import Rank
 from dsv3.bench.gpus.sizes import Size, Sizes
-from dsv3.bench.measure import Spread, Work
+from dsv3.bench.measure import Spread, Work, clear, times_faster
 from dsv3.errors import RunError
-from dsv3.model.feed_forward import Dispatched, Dispatcher, Routing
+from dsv3.model.feed_forward import Dispatcher, Routing
 from dsv3.model.micro_batch import MicroBatch
-from dsv3.model.transformer import DeepSeekV3
 from dsv3.parallel.bounded import BoundedExpertParallel, Slabs
 from dsv3.parallel.copies import symmetric
 from dsv3.parallel.dispatch import ExpertParallel
@@ -39,10 +38,10 @@ from dsv3.precision.deferred import WeightGradients
 
 log = logging.getLogger(__name__)
 HIDDEN_SHARE = 0.9
-"""What the issue asks for."""
+"""The target."""
 APART = "one after the other"
 MIDDLE = 1
-"""The stage between the embedding's and the head's, which nobody holds here."""
+"""The stage between those of embedding and head, which no rank holds here."""
 
 
 class Instead(torch.autograd.Function):
@@ -50,18 +49,19 @@ class Instead(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, given: Tensor, made: Tensor, gradient: Tensor) -> Tensor:
-        """Costs nothing."""
+        """Free of cost."""
         ctx.gradient = gradient
         return made.view_as(made)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        """Nor does this."""
+        """Free of cost as well."""
         return ctx.gradient.view_as(ctx.gradient), None, None
 
 
-class Remembered(Dispatcher):
-    """The dispatcher of one block whose communicating phases bring again what those of `real` brought at the first time."""
+class Remembered:
+    """The dispatcher of one block whose communicating phases bring again what those of `real` brought at the first time. All
+    else is `real`'s."""
 
     def __init__(self, real: Dispatcher):
         self.real = real
@@ -70,21 +70,8 @@ class Remembered(Dispatcher):
         self.back: Tensor | None = None
         """What `send_back` brought."""
 
-    def held(self, experts: int) -> range:
-        """See `Dispatcher`."""
-        return self.real.held(experts)
-
-    def dispatch(self, x_TD: Tensor, routing: Routing, alignment: int = 0) -> Dispatched:
-        """See `Dispatcher`."""
-        return self.unpack(self.send(self.pack(x_TD, routing, alignment)))
-
-    def combine(self, rows_RD: Tensor, handle: Any) -> Tensor:
-        """See `Dispatcher`."""
-        return self.unpack_back(self.send_back(self.pack_back(rows_RD, handle), handle), handle)
-
-    def pack(self, x_TD: Tensor, routing: Routing, alignment: int = 0) -> Any:
-        """See `Dispatcher`."""
-        return self.real.pack(x_TD, routing, alignment)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.real, name)
 
     def send(self, parcel: Any) -> Any:
         """See `Dispatcher`."""
@@ -95,26 +82,13 @@ class Remembered(Dispatcher):
         triples = zip(parts(parcel), parts(self.arrived), parts(self.sent), strict=True)
         return with_parts(self.arrived, [Instead.apply(*each) for each in triples])
 
-    def unpack(self, parcel: Any) -> Dispatched:
-        """See `Dispatcher`."""
-        return self.real.unpack(parcel)
-
-    def pack_back(self, rows_RD: Tensor, handle: Any) -> Tensor:
-        """See `Dispatcher`."""
-        return self.real.pack_back(rows_RD, handle)
-
-    def send_back(self, rows: Tensor, handle: Any) -> Tensor:
+    def send_back(self, rows: Tensor, handle: Any) -> Any:
         """See `Dispatcher`."""
         if self.back is None:
             self.returned, self.handle = rows.detach(), handle
             with torch.no_grad():
                 self.back = self.real.send_back(self.returned, handle)
-        made: Tensor = Instead.apply(rows, self.back, self.returned)
-        return made
-
-    def unpack_back(self, rows: Tensor, handle: Any) -> Tensor:
-        """See `Dispatcher`."""
-        return self.real.unpack_back(rows, handle)
+        return Instead.apply(rows, self.back, self.returned)
 
     def alone(self) -> None:
         """The real communicating phases of one micro-batch, forward and backward, with nothing between."""
@@ -144,15 +118,15 @@ def with_parts(parcel: Any, new: Sequence[Tensor]) -> Any:
 
 @dataclass
 class Stream:
-    """Pairs of passes of like micro-batches through the same blocks; one forward pass is always a pair ahead."""
+    """Pairs of passes of equal micro-batches through the same blocks; forward is always one micro-batch ahead."""
 
     executor: Executor
     batch: list[MicroBatch]
     x: Tensor
     """[1, T, D]: what every micro-batch enters with, so that all have the same rows."""
     gradient: Tensor
-    dispatchers: Sequence[Dispatcher]
-    """By block."""
+    dispatchers: Sequence[Any]
+    """By block; a `Remembered` stands for a `Dispatcher`."""
 
     def __post_init__(self) -> None:
         self.run = Run(self.executor, Schedule("pairs", ((MIDDLE,),), ((),)), self.batch)
@@ -175,7 +149,7 @@ class Stream:
         self.run.mail.put(("gradient", MIDDLE, number), self.gradient)
 
     def collect(self) -> list[Tensor]:
-        """What goes to the stages around: nobody reads it but the check."""
+        """What would go to the stages around; only the check reads it."""
         found, self.run.mail.here = self.run.mail.here, {}
         self.run.mail.here = {key: each for key, each in found.items() if key[:2] == ("gradient", MIDDLE)}
         return [each for key, (each, _) in found.items() if key[:2] != ("gradient", MIDDLE)]
@@ -207,13 +181,13 @@ def measure_overlap(rank: Rank, sizes: Sizes) -> Sequence[Part]:
         if fp8:
             model.compute_in_fp8(gradients)
         model.zero_grad()
-        rank.clear()
+        clear()
         kinds = {"": ExpertParallel(mesh, fp8), ", bounded": BoundedExpertParallel(mesh, fp8)}
         if copies:
             kinds[", copied"] = BoundedExpertParallel(mesh, fp8, symmetric)
-        found.append(
-            compare(rank, size, precision, Executor(model, layout(model), Group("pipeline"), gradients), kinds)
-        )
+        # All blocks are in the stage between two that are elsewhere.
+        layout = Layout(((), tuple(block.name for block in model.blocks()), ()))
+        found.append(compare(rank, size, precision, Executor(model, layout, Group("pipeline"), gradients), kinds))
     return found
 
 
@@ -231,21 +205,12 @@ def can_copy(rank: Rank, mesh: Mesh) -> bool:
     return not refused
 
 
-def layout(model: DeepSeekV3) -> Layout:
-    """All blocks in the stage between two that are elsewhere."""
-    return Layout(((), tuple(block.name for block in model.blocks()), ()))
-
-
 def compare(rank: Rank, size: Size, precision: str, executor: Executor, kinds: Mapping[str, ExpertParallel]) -> Part:
     """The sides in one precision: each kind of exchange overlapped, left out and alone, the first also one after the other."""
     config, count, sides = size.config, size.micro_batches, dict[str, Work]()
     generator = torch.Generator(rank.device).manual_seed(rank.number)
-    x, gradient = (
-        torch.randn(1, size.length, config.hidden_size, device=rank.device, generator=generator).to(
-            executor.model.compute_dtype
-        )
-        for _ in range(2)
-    )
+    shape, dtype = (1, size.length, config.hidden_size), executor.model.compute_dtype
+    x, gradient = (torch.randn(shape, device=rank.device, dtype=dtype, generator=generator) for _ in range(2))
     tokens = torch.zeros(1, size.length + 1, dtype=torch.long, device=rank.device)
     batch = [MicroBatch.of(config, tokens, divisor=1.0)] * 2
     streams: dict[str, Stream] = {}
@@ -260,10 +225,10 @@ def compare(rank: Rank, size: Size, precision: str, executor: Executor, kinds: M
     figures, checks = [], {}
     for kind, real in kinds.items():
         names = (f"overlapped{kind}", f"overlapped{kind}, nothing exchanged", f"dispatch and combine alone{kind}")
-        rounds = list(zip(*(seconds[name] for name in (*names, APART, "overlapped")), strict=True))
+        rounds = zip(*(seconds[name] for name in names), strict=True)
         figures += [
-            Figure(f"dispatch and combine hidden{kind}", Spread.of([1 - (o - w) / e for o, w, e, _, _ in rounds]), "%", HIDDEN_SHARE),
-            Figure(f"overlapped{kind}, times faster than {APART}", Spread.of([a / o for o, _, _, a, _ in rounds])),
+            Figure(f"dispatch and combine hidden{kind}", Spread.of([1 - (o - w) / e for o, w, e in rounds]), "%", HIDDEN_SHARE),
+            Figure(f"overlapped{kind}, times faster than {APART}", times_faster(seconds[names[0]], seconds[APART])),
             Figure(f"sent by a rank a pair{kind}", Spread.of([wire(streams[names[0]], real)]), "MB"),
         ]  # fmt: skip
         checks[f"output and input's gradient, overlapped{kind}"] = agreement(streams[names[0]], streams[APART])

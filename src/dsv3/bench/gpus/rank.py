@@ -1,6 +1,5 @@
 """One rank of a measurement: its place, its device, and a clock that all ranks read at the same moment."""
 
-import gc
 import hashlib
 import time
 from collections.abc import Mapping
@@ -10,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dsv3.bench.measure import Progress, Work, take_turns
+from dsv3.bench.measure import Progress, Work, synchronize, take_turns
 from dsv3.model.config import ModelConfig
 from dsv3.model.feed_forward import Dispatcher
 from dsv3.model.transformer import DeepSeekV3
@@ -35,26 +34,11 @@ class Rank:
         """All ranks, on one node, as `[parallel]` would have them."""
         return make_mesh(ParallelSection(data=data, expert=expert, pipeline=pipeline), self.size)
 
-    def wait(self) -> None:
-        """Until every rank's device has done all that it was given."""
-        self.synchronize()
-        dist.all_reduce(torch.zeros(1, device=self.device))
-        self.synchronize()
-
-    def synchronize(self) -> None:
-        """Until this rank's has."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-    def clear(self) -> None:
-        """Gives back the memory of what is no longer there."""
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-
     def clock(self) -> float:
-        """Seconds, when the last rank is through."""
-        self.wait()
+        """Seconds, when every rank's device has done all that it was given."""
+        synchronize(self.device)
+        dist.all_reduce(torch.zeros(1, device=self.device))
+        synchronize(self.device)
         return time.perf_counter()
 
     def turns(self, sides: Mapping[str, Work], stage: str) -> dict[str, list[float]]:

@@ -7,9 +7,8 @@ import torch
 from dsv3.bench.gpus.findings import Figure, Part, milliseconds
 from dsv3.bench.gpus.rank import Rank
 from dsv3.bench.gpus.sizes import Size, Sizes
-from dsv3.bench.measure import Spread, Work
+from dsv3.bench.measure import Spread, agree, times_faster
 from dsv3.data.loader import Batch
-from dsv3.errors import RunError
 from dsv3.parallel.bounded import BoundedExpertParallel
 from dsv3.parallel.dispatch import ExpertParallel
 from dsv3.parallel.mesh import Mesh
@@ -35,17 +34,21 @@ def measure_scaling(rank: Rank, sizes: Sizes) -> Sequence[Part]:
         f"data = {n}, expert = {n}": stepper(rank, size, spread, batch),
         f"data = {n}, expert = {n}, bounded": stepper(rank, size, spread, batch, True),
     }
-    checks = agreement(rank, {name: step() for name, step in steps.items()})
-    sides: dict[str, Work] = dict(steps)
-    seconds = rank.turns(sides, "steps")
+    # By itself a GPU has the loss of its own rows; the mean of these is that of all.
+    everyone = spread.world.objects({name: step() for name, step in steps.items()})
+    losses = {name: sum(each[name] for each in everyone) / n for name in steps}
+    agree("loss", losses, TOLERANCE)
+    checks = {f"loss of the first step, {name}": f"{loss:.4f}" for name, loss in losses.items()}
+    seconds = rank.turns(steps, "steps")
     alone, *together = seconds
     figures = [
-        Figure(f"tokens a second and GPU, {name}", Spread.of([size.tokens / each for each in turns])) for name, turns in seconds.items()
-    ]  # fmt: skip
+        Figure(f"tokens a second and GPU, {name}", Spread.of([size.tokens / each for each in turns]))
+        for name, turns in seconds.items()
+    ]
     figures += [
-        Figure(f"of the speed of a GPU by itself, {name}", Spread.of([a / b for a, b in zip(seconds[alone], seconds[name], strict=True)]), "%", TARGET)
+        Figure(f"of the speed of a GPU by itself, {name}", times_faster(seconds[name], seconds[alone]), "%", TARGET)
         for name in together
-    ]  # fmt: skip
+    ]
     return [Part("scaling", f"weak scaling from 1 to {n} GPUs", size.shapes, milliseconds(seconds), figures, checks)]
 
 
@@ -72,16 +75,3 @@ def stepper(rank: Rank, size: Size, mesh: Mesh, batch: Batch, bounded: bool = Fa
         return float(losses[0])
 
     return step
-
-
-def agreement(rank: Rank, first: dict[str, float]) -> dict[str, str]:
-    """The first losses: by itself, a GPU has that of its own rows, and their mean is that of all."""
-    everyone = rank.mesh(data=rank.size).world.objects(first)
-    means = {name: sum(each[name] for each in everyone) / rank.size for name in first}
-    expected = next(iter(means.values()))
-    for name, loss in means.items():
-        if not abs(loss - expected) <= TOLERANCE * expected:
-            raise RunError(
-                f"the layouts do not compute the same: the loss with {name} is {loss:.4f}, not {expected:.4f}"
-            )
-    return {f"loss of the first step, {name}": f"{loss:.4f}" for name, loss in means.items()}

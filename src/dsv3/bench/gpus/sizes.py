@@ -1,7 +1,7 @@
 """What is measured, and how much of it: the sizes of two H200s, which a test replaces by tiny ones."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from dsv3.model.config import ModelConfig
@@ -50,11 +50,11 @@ THREE_BLOCKS = {"num_hidden_layers": 3, "vocab_size": 32768}
 class Sizes:
     """Of all parts."""
 
-    overlap: Size = field(default_factory=lambda: Size("deepseek-v3", THREE_WIDE, 4096, 3))
+    overlap: Size = Size("deepseek-v3", THREE_WIDE, 4096, 3)
     """Its micro-batches are pairs of passes."""
-    pipeline: Size = field(default_factory=lambda: Size("lite", EIGHT_DENSE, 4096, 12))
-    zero: Size = field(default_factory=lambda: Size("lite", THREE_BLOCKS, 4096, 1))
-    scaling: Size = field(default_factory=lambda: Size("lite", THREE_BLOCKS, 4096, 16, 2))
+    pipeline: Size = Size("lite", EIGHT_DENSE, 4096, 12)
+    zero: Size = Size("lite", THREE_BLOCKS, 4096, 1)
+    scaling: Size = Size("lite", THREE_BLOCKS, 4096, 16, 2)
     rounds: int = 5
     device: str = "cuda"
     threads: int | None = None

@@ -1,4 +1,4 @@
-"""The peer of our pipelines: `torch.distributed.pipelining` with the same blocks, as its documentation has one use it."""
+"""The peer of our pipelines: `torch.distributed.pipelining` with the same blocks, used as its documentation says."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,21 +7,18 @@ import torch
 import torch.distributed.pipelining as pipelining
 from torch import Tensor, nn
 
-from dsv3.bench.gpus.rank import Rank
-from dsv3.bench.gpus.sizes import Size
 from dsv3.model.block import Pass
 from dsv3.model.micro_batch import default_positions
-from dsv3.model.rope import Rope
+from dsv3.model.rope import rotations
 from dsv3.model.transformer import DeepSeekV3
 from dsv3.ops.cross_entropy import linear_cross_entropy
 from dsv3.parallel.group import Group
-from dsv3.parallel.pipeline.schedule import Schedule
-from dsv3.planning.layout import divided
+from dsv3.parallel.pipeline.layout import Layout
 
 
 class StageModule(nn.Module):
-    """Some blocks, behind the embedding or before the final norm. The head is the loss's: whole logits would be its largest
-    tensor."""
+    """Some blocks, with the embedding in the first stage and the final norm in the last. The head belongs to the loss, which
+    never holds all logits."""
 
     def __init__(self, model: DeepSeekV3, blocks: Sequence[str], first: bool, last: bool, shared: Pass):
         super().__init__()
@@ -50,21 +47,18 @@ class StageModule(nn.Module):
 
 
 class TorchPipeline:
-    """One of torch's schedules, its stages those of ours."""
+    """One of torch's schedules over our stages."""
 
-    def __init__(self, rank: Rank, size: Size, group: Group, schedule: Schedule, rows: Tensor, words: str):
-        layout, held = divided(size.config, schedule.stages, size.length), schedule.held(rank.number)
-        parts = set().union(*map(layout.parts, held))
-        self.group, self.rows = group, rows
-        self.model = rank.network(size.config, torch.bfloat16, parts=parts)
-        shared = Pass(Rope.at(size.config, default_positions(rows[:1, :-1])))
+    def __init__(self, model: DeepSeekV3, layout: Layout, group: Group, held: Sequence[int], rows: Tensor, words: str):
+        self.model, self.group, self.rows = model, group, rows
+        shared = Pass(rotations(model.config, default_positions(rows[:1, :-1])))
         modules = {
-            each: StageModule(self.model, layout.stages[each], each == 0, each == layout.last, shared) for each in held
+            each: StageModule(model, layout.stages[each], each == 0, each == layout.last, shared) for each in held
         }
         self.first, self.last = 0 in modules, layout.last in modules
         loss = modules[layout.last].loss if self.last else absent_loss
         stages = [
-            pipelining.PipelineStage(module, each, schedule.stages, rank.device, group=group.handle)
+            pipelining.PipelineStage(module, each, len(layout.stages), rows.device, group=group.handle)
             for each, module in modules.items()
         ]
         self.schedule: Any = (
@@ -87,5 +81,5 @@ class TorchPipeline:
 
 
 def absent_loss(hidden: Tensor, target: Tensor) -> Tensor:
-    """Of ranks that do not hold the last stage, which are never asked."""
+    """For ranks without the last stage; never called."""
     raise AssertionError("the loss is the last stage's")

@@ -1,6 +1,7 @@
-"""Memory of the optimizer's state with one data-parallel rank and with all: measured, and as `dsv3 plan` reckons it."""
+"""Memory of the optimizer's state with one data-parallel rank and with all: measured, and by the formula of `dsv3 plan`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 import torch
@@ -8,12 +9,12 @@ import torch
 from dsv3.bench.gpus.findings import Figure, Part
 from dsv3.bench.gpus.rank import Rank
 from dsv3.bench.gpus.sizes import Size, Sizes
-from dsv3.bench.measure import Spread
+from dsv3.bench.measure import Spread, synchronize, track
 from dsv3.errors import RunError
 from dsv3.model.transformer import DeepSeekV3
 from dsv3.ops.cast import gradient_dtype
 from dsv3.parallel.mesh import Mesh
-from dsv3.planning.layout import Holding, holdings
+from dsv3.planning.layout import holdings
 from dsv3.recipe.schema import Recipe
 from dsv3.training.optimizer import Optimizer
 
@@ -23,19 +24,22 @@ MOMENTS = ("fp32", "bf16")
 
 
 def measure_zero(rank: Rank, sizes: Sizes) -> Sequence[Part]:
-    """Weights, moments, and what is there after a step, in bytes a rank."""
+    """Weights, moments, and what is there after a step, in bytes a rank; `RunError` where the formula is too far off."""
     size, figures, checks = sizes.zero, list[Figure](), dict[str, str]()
     precision = "bf16" if rank.device.type == "cuda" else "fp32"
-    for moments in MOMENTS:
-        for ranks in (1, rank.size):
-            mesh = Mesh() if ranks == 1 else rank.mesh(data=ranks)
-            recipe = recipe_of(size, ranks, precision, moments)
-            found, (holding, *_) = memory(rank, size, mesh, recipe), holdings(recipe)
-            figures += compared(f"moments in {moments}, data = {ranks}", found, holding, checks)
-            rank.progress(stage="memory", done=len(figures) // 3, total=2 * len(MOMENTS))
-    return [
-        Part("zero", "memory of weights and optimizer", {**size.shapes, "precision": precision}, {}, figures, checks)
-    ]
+    for moments, ranks in track(list(product(MOMENTS, (1, rank.size))), "memory", rank.progress):
+        mesh = Mesh() if ranks == 1 else rank.mesh(data=ranks)
+        recipe = recipe_of(size, ranks, precision, moments)
+        found, (holding, *_) = memory(rank, size, mesh, recipe), holdings(recipe)
+        expected = (holding.weights, holding.moments, holding.weights + holding.moments)
+        for (what, measured), wanted in zip(found.items(), expected, strict=True):
+            title = f"{what}, moments in {moments}, data = {ranks}"
+            figures.append(Figure(title, Spread.of([measured / 1e9]), "GB"))
+            checks[f"{title}, beside the formula's {wanted / 1e9:.4f} GB"] = f"{measured / wanted:.4f}"
+            if abs(measured / wanted - 1) > TOLERANCE:
+                raise RunError(f"{title}: {measured:,} bytes allocated, and the formula says {wanted:,}")
+    shapes = {**size.shapes, "precision": precision}
+    return [Part("zero", "memory of weights and optimizer", shapes, {}, figures, checks)]
 
 
 def recipe_of(size: Size, ranks: int, precision: str, moments: str) -> Recipe:
@@ -67,21 +71,9 @@ def memory(rank: Rank, size: Size, mesh: Mesh, recipe: Recipe) -> dict[str, int]
 
 
 def allocated(rank: Rank, model: DeepSeekV3, optimizer: Optimizer) -> int:
-    """Bytes held on the GPU; on the CPU, which nobody counts, those of the tensors themselves."""
+    """Bytes held on the GPU; on the CPU, which has no counter, those of the tensors themselves."""
     if rank.device.type == "cuda":
-        torch.cuda.synchronize(rank.device)
+        synchronize(rank.device)
         return torch.cuda.memory_allocated(rank.device)
     masters = [optimizer.shares.own[name] for name in optimizer.shares.narrow]
     return sum(each.nbytes for each in [*model.parameters(), *masters, *optimizer.tensors().values()])
-
-
-def compared(title: str, found: Mapping[str, int], holding: Holding, checks: dict[str, str]) -> list[Figure]:
-    """The figures in gigabytes; notes how far they are from the formula, and raises `RunError` where it is too far."""
-    expected = (holding.weights, holding.moments, holding.weights + holding.moments)
-    figures = []
-    for (what, measured), wanted in zip(found.items(), expected, strict=True):
-        figures.append(Figure(f"{what}, {title}", Spread.of([measured / 1e9]), "GB"))
-        checks[f"{what}, {title}, beside the formula's {wanted / 1e9:.4f} GB"] = f"{measured / wanted:.4f}"
-        if abs(measured / wanted - 1) > TOLERANCE:
-            raise RunError(f"{what}, {title}: {measured:,} bytes allocated, and the formula says {wanted:,}")
-    return figures

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 Work = Callable[[], object]
-"""Does the work once, on tensors that were made before."""
+"""One call, on tensors that were made before."""
+Unit = Literal["of the peer", "TB/s", "TFLOP/s", "us"]
+"""`of the peer`: the peer's time over ours, or our share of the copy rate. Only `us` is better when lower."""
 
 
 @dataclass(frozen=True)
@@ -24,10 +26,9 @@ class Case:
     flops: float | None = None
     """For operations that arithmetic limits: a multiply-add is two."""
     peer_flops: float | None = None
-    """Of the peer's work where it is other work than ours: rates are compared then, and not times."""
+    """Of the peer's work where it differs from ours: then rates are compared, not times."""
     target: float | None = None
     """The figure to reach, in `unit`."""
-    unit: Literal["of the peer", "TB/s", "TFLOP/s", "us"] = "of the peer"
-    """"of the peer": the peer's time over ours, or our share of the copy rate. Only "us" is better when lower."""
+    unit: Unit = "of the peer"
     or_of_the_peer: float | None = None
     """For targets in other units: also met at this share of the peer."""

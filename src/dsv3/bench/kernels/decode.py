@@ -2,19 +2,19 @@
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dsv3.bench.kernels.case import Case, Work
+from dsv3.bench.kernels.case import Case, Unit, Work
 from dsv3.ops.kernels import flash_mla
 from dsv3.ops.latent_pages import PAGE, packed_size, store_latents
 from dsv3.ops.paged_attention import paged_latent_attention
 
 LATENT, ROTATED = 512, 64
 SCALE = 192**-0.5
-SHAPES: tuple[tuple[int, int, int, int, bool, float, Literal["TB/s", "TFLOP/s", "us"]], ...] = (
+SHAPES: tuple[tuple[int, int, int, int, bool, float, Unit], ...] = (
     (128, 1, 16, 8192, False, 3.2, "TB/s"),
     (128, 1, 128, 4096, False, 350, "TFLOP/s"),
     (128, 2, 128, 4096, False, 350, "TFLOP/s"),
@@ -44,7 +44,7 @@ def pages_of(device: torch.device, count: int, packed: bool) -> Tensor:
 
 
 def recorded(work: Work, device: torch.device) -> Work:
-    """What a server does with its passes: launched from Python, the smallest would measure Python."""
+    """As a CUDA graph, which is how the engine decodes: small calls launched from Python would measure Python."""
     if device.type != "cuda":
         return work
     work()
@@ -55,14 +55,7 @@ def recorded(work: Work, device: torch.device) -> Work:
 
 
 def attention(
-    device: torch.device,
-    batch: int,
-    tokens: int,
-    heads: int,
-    length: int,
-    packed: bool,
-    target: float,
-    unit: Literal["TB/s", "TFLOP/s", "us"],
+    device: torch.device, batch: int, tokens: int, heads: int, length: int, packed: bool, target: float, unit: Unit
 ) -> Case:
     """Our own kernels, over pages in any order; both sides recorded."""
     held = length // PAGE

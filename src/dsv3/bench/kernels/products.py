@@ -1,6 +1,7 @@
 """Products in FP8 at DeepSeek-V3's shapes: dense beside the bare call of torch, grouped beside DeepGEMM where it is installed."""
 
 from collections.abc import Iterator
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from dsv3.bench.kernels.case import Case, Work
 from dsv3.ops.gemm_fp8 import gemm_fp8, gemm_fp8_columns, prepared_scale
 from dsv3.ops.grouped_gemm_fp8 import grouped_gemm_fp8, grouped_gemm_fp8_masked, grouped_wgrad_fp8
+from dsv3.ops.grouped_linear import grouped_weight_gradient, weight_gradient_grouped_mm
 from dsv3.ops.kernels.deep_gemm import expert_of_rows, no_deep_gemm
 from dsv3.ops.tiles import TILE, Tiles, empty_scale
 
@@ -28,6 +30,8 @@ DENSE = (
 """N and K of the linear layers in FP8."""
 EXPERT = ((4096, 7168), (7168, 2048))
 """N and K of an expert's."""
+MANY, MANY_EXPERTS = (64, 768), ((2816, 2048), (2048, 1408))
+"""Experts and rows of each in `dsv3 bench train --lite`, and their N and K."""
 
 
 def cases(device: torch.device) -> Iterator[Case]:
@@ -46,6 +50,9 @@ def cases(device: torch.device) -> Iterator[Case]:
     for name in ("triton", "gluon"):
         for across, inner in EXPERT:
             yield grouped_wgrad(device, name, 8, 4096, across, inner)
+    for (experts, rows), sizes in ((MANY, MANY_EXPERTS), ((8, 4096), EXPERT)):
+        for across, inner in sizes:
+            yield added_wgrad(device, experts, rows, across, inner)
 
 
 def values(device: torch.device, *shape: int) -> Tensor:
@@ -118,11 +125,8 @@ def grouped(device: torch.device, name: str, experts: int, rows: int, across: in
     if no_deep_gemm() is None:
         library: Any = import_module("deep_gemm")
         out = torch.empty(experts * rows, across, dtype=torch.bfloat16, device=device)
-        layout = expert_of_rows(counts, experts * rows)
-
-        def peer() -> None:
-            library.m_grouped_fp8_gemm_nt_contiguous((x.values, x.scale), (weight, scale), out, layout)
-
+        operands = (x.values, x.scale), (weight, scale), out, expert_of_rows(counts, experts * rows)
+        peer = partial(library.m_grouped_fp8_gemm_nt_contiguous, *operands)
     return Case(
         op=f"grouped_gemm_fp8, {name}",
         shape=f"{experts}x{rows} {across}x{inner}",
@@ -170,4 +174,19 @@ def grouped_wgrad(device: torch.device, name: str, experts: int, rows: int, acro
         flops=2 * experts * rows * across * inner,
         target=600,
         unit="TFLOP/s",
+    )
+
+
+def added_wgrad(device: torch.device, experts: int, rows: int, across: int, inner: int) -> Case:
+    """BF16, added to FP32, beside a product and an addition."""
+    grad, x = (torch.randn(experts * rows, size, device=device, dtype=torch.bfloat16) for size in (across, inner))
+    counts = torch.full((experts,), rows, device=device)
+    total = torch.zeros(experts, across, inner, device=device)
+    return Case(
+        op="grouped_weight_gradient, added",
+        shape=f"{experts}x{rows} {across}x{inner}",
+        ours=lambda: grouped_weight_gradient(grad, x, counts, total),
+        peer_name="torch grouped_mm, then added",
+        peer=lambda: weight_gradient_grouped_mm(grad, x, counts, total),
+        flops=2 * experts * rows * across * inner,
     )

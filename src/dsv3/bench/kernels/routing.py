@@ -4,9 +4,11 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 
 from dsv3.bench.kernels.case import Case
 from dsv3.ops.cross_entropy import IGNORE, Chunked, linear_cross_entropy
+from dsv3.ops.linear_fp32 import linear_fp32
 from dsv3.ops.permute import permute, sort_by_expert, sort_reference, unpermute
 from dsv3.ops.router import select, select_experts
 
@@ -26,8 +28,15 @@ def cases(device: torch.device) -> Iterator[Case]:
 
 
 def router(device: torch.device) -> Iterator[Case]:
-    """Eight groups of which four are kept; then the gradient."""
+    """The logits of one sequence; the choice, with eight groups of which four are kept; its gradient."""
     from dsv3.ops.kernels.router import gradient_of_affinity
+
+    x = torch.randn(TOKENS, HIDDEN, device=device, dtype=torch.bfloat16)
+    weight = torch.randn(EXPERTS, HIDDEN, device=device)
+    yield Case(
+        "linear_fp32", f"{TOKENS} {EXPERTS}x{HIDDEN}", partial(linear_fp32, x, weight), "FP32", lambda: F.linear(x.float(), weight),
+        flops=2 * TOKENS * EXPERTS * HIDDEN,
+    )  # fmt: skip
 
     shape = f"{ROUTED_TOKENS}x{EXPERTS}, {CHOSEN} of 4 of 8 groups"
     affinity = torch.rand(ROUTED_TOKENS, EXPERTS, device=device)

@@ -28,12 +28,14 @@ def no_deep_gemm() -> str | None:
 
 def contiguous(x: Tiles, weight_ENK: Tensor, scale_EPQ: Tensor, counts_E: Tensor) -> Tensor:
     """BF16 [R, N]: see `dsv3.ops.grouped_gemm_fp8`; counts are multiples of 128."""
+    from dsv3.ops.kernels.tail import clear_behind
+
     library: Any = import_module("deep_gemm")
-    # The package leaves rows of no group as they were.
-    out = torch.zeros(len(x.values), weight_ENK.shape[1], dtype=torch.bfloat16, device=x.values.device)
+    out = torch.empty(len(x.values), weight_ENK.shape[1], dtype=torch.bfloat16, device=x.values.device)
     layout = expert_of_rows(counts_E, len(x.values))
     library.m_grouped_fp8_gemm_nt_contiguous((x.values, x.scale), (weight_ENK, scale_EPQ.contiguous()), out, layout)
-    return out
+    # The package leaves rows of no group as they were.
+    return clear_behind(out, counts_E)
 
 
 def expert_of_rows(counts_E: Tensor, rows: int) -> Tensor:

@@ -10,7 +10,7 @@ from dsv3.ops.tiles import TILE, Tiles, empty_tiles
 
 ROWS = (32, 4)
 """Of kernels that go along rows: rows of a program's tiles, warps."""
-TRANSPOSING = (128, 8)
+TRANSPOSING = (64, 4)
 """Of kernels that transpose: columns of a program's 128 rows, warps."""
 BOTH = (4, None)
 """Warps of a program that makes both kinds of tiles, of 128 rows of 128 columns; most registers a thread, None for no limit."""
@@ -50,39 +50,89 @@ def dequantize_kernel(
 
 
 @triton.jit
-def transposing_kernel(
-    x, x_scale, values, scale, turned, turned_scale, rows, columns,
-    x_stride, x_scale_row_stride, x_scale_stride, scale_stride, turned_scale_stride,
-    FROM_TILES: tl.constexpr, WITH_ROWS: tl.constexpr, POWER_OF_TWO: tl.constexpr,
-    COLUMNS: tl.constexpr, TILE: tl.constexpr,
+def read_rows(
+    x, x_scale, row, column, rows, columns, x_stride, x_scale_row_stride, FROM_TILES: tl.constexpr,
 ):  # fmt: skip
-    across = tl.cdiv(columns, COLUMNS)
-    part = tl.program_id(0) % across
-    tile = tl.program_id(0) // across
-    row = (tile * TILE + tl.arange(0, TILE)).to(tl.int64)
-    column = part * COLUMNS + tl.arange(0, COLUMNS)
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     wide = tl.load(x + row[:, None] * x_stride + column[None, :], inside, other=0.0).to(tl.float32)
     if FROM_TILES:
-        of_row = x_scale + row * x_scale_row_stride + (part * COLUMNS // TILE).to(tl.int64) * x_scale_stride
-        factor = tl.load(of_row, row < rows, other=0.0)
-        wide = wide * factor[:, None]
+        factor = tl.load(x_scale + row * x_scale_row_stride, row < rows, other=0.0)
         # What lies beyond the last column is no part of a tile, even where a scale is NaN.
-        wide = tl.where(inside, wide, 0.0)
-    bits = magnitude_bits(wide)
-    turned_factor = scale_of(tl.max(bits, axis=0), POWER_OF_TWO)
-    tl.store(turned_scale + tile.to(tl.int64) * turned_scale_stride + column, turned_factor, column < columns)
-    if WITH_ROWS:
-        factor = scale_of(tl.max(bits, axis=1), POWER_OF_TWO)
-        tl.store(scale + part.to(tl.int64) * scale_stride + row, factor, row < rows)
-        out = quotient(wide, factor[:, None], POWER_OF_TWO, x.dtype.element_ty == tl.bfloat16).to(
-            values.dtype.element_ty
-        )
-        tl.store(values + row[:, None] * columns + column[None, :], out, inside)
-    out = quotient(wide, turned_factor[None, :], POWER_OF_TWO, x.dtype.element_ty == tl.bfloat16).to(
-        turned.dtype.element_ty
-    )
+        wide = tl.where(inside, wide * factor[:, None], 0.0)
+    return wide
+
+
+@triton.jit
+def write_rows(
+    wide, values, scale, row, column, rows, columns, POWER_OF_TWO: tl.constexpr, SHORT: tl.constexpr
+):  # fmt: skip
+    factor = scale_of(tl.max(magnitude_bits(wide), axis=1), POWER_OF_TWO)
+    tl.store(scale + row, factor, row < rows)
+    out = quotient(wide, factor[:, None], POWER_OF_TWO, SHORT).to(values.dtype.element_ty)
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    tl.store(values + row[:, None] * columns + column[None, :], out, inside)
+
+
+@triton.jit
+def in_byte(wide, factor, number: tl.constexpr, POWER_OF_TWO: tl.constexpr, SHORT: tl.constexpr):
+    out = quotient(wide, factor[None, :], POWER_OF_TWO, SHORT).to(tl.float8e4nv)
+    return out.to(tl.uint8, bitcast=True).to(tl.uint32) << 8 * number
+
+
+@triton.jit
+def write_columns(
+    wide, factor, turned, row, column, rows, columns, POWER_OF_TWO: tl.constexpr, SHORT: tl.constexpr
+):  # fmt: skip
+    out = quotient(wide, factor[None, :], POWER_OF_TWO, SHORT).to(turned.dtype.element_ty)
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
     tl.store(turned + column.to(tl.int64)[None, :] * rows + row[:, None], out, inside)
+
+
+@triton.jit
+def transposing_kernel(
+    x, x_scale, values, scale, turned, turned_scale, rows, columns, words,
+    x_stride, x_scale_row_stride, x_scale_stride, scale_stride, turned_scale_stride,
+    FROM_TILES: tl.constexpr, WITH_ROWS: tl.constexpr, IN_WORDS: tl.constexpr, POWER_OF_TWO: tl.constexpr,
+    COLUMNS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    short: tl.constexpr = x.dtype.element_ty == tl.bfloat16
+    across = tl.cdiv(columns, COLUMNS)
+    part = tl.program_id(0) % across
+    tile = (tl.program_id(0) // across).to(tl.int64)
+    # Every fourth row four times: a thread has four of a column, which become one word before threads exchange them.
+    four = tile * (TILE // 4) + tl.arange(0, TILE // 4)
+    row = four * 4
+    column = part * COLUMNS + tl.arange(0, COLUMNS)
+    if FROM_TILES:
+        x_scale += (part * COLUMNS // TILE).to(tl.int64) * x_scale_stride
+    wide0 = read_rows(x, x_scale, row, column, rows, columns, x_stride, x_scale_row_stride, FROM_TILES)
+    wide1 = read_rows(x, x_scale, row + 1, column, rows, columns, x_stride, x_scale_row_stride, FROM_TILES)
+    wide2 = read_rows(x, x_scale, row + 2, column, rows, columns, x_stride, x_scale_row_stride, FROM_TILES)
+    wide3 = read_rows(x, x_scale, row + 3, column, rows, columns, x_stride, x_scale_row_stride, FROM_TILES)
+    bits = tl.maximum(
+        tl.maximum(magnitude_bits(wide0), magnitude_bits(wide1)),
+        tl.maximum(magnitude_bits(wide2), magnitude_bits(wide3)),
+    )
+    factor = scale_of(tl.max(bits, axis=0), POWER_OF_TWO)
+    tl.store(turned_scale + tile * turned_scale_stride + column, factor, column < columns)
+    if WITH_ROWS:
+        scale += part.to(tl.int64) * scale_stride
+        write_rows(wide0, values, scale, row, column, rows, columns, POWER_OF_TWO, short)
+        write_rows(wide1, values, scale, row + 1, column, rows, columns, POWER_OF_TWO, short)
+        write_rows(wide2, values, scale, row + 2, column, rows, columns, POWER_OF_TWO, short)
+        write_rows(wide3, values, scale, row + 3, column, rows, columns, POWER_OF_TWO, short)
+    if IN_WORDS:
+        word = in_byte(wide0, factor, 0, POWER_OF_TWO, short) | in_byte(wide1, factor, 1, POWER_OF_TWO, short)
+        word |= in_byte(wide2, factor, 2, POWER_OF_TWO, short) | in_byte(wide3, factor, 3, POWER_OF_TWO, short)
+        place = (
+            turned.to(tl.pointer_type(tl.uint32), bitcast=True) + column.to(tl.int64)[None, :] * words + four[:, None]
+        )
+        tl.store(place, word, (four < words)[:, None] & (column < columns)[None, :])
+    else:
+        write_columns(wide0, factor, turned, row, column, rows, columns, POWER_OF_TWO, short)
+        write_columns(wide1, factor, turned, row + 1, column, rows, columns, POWER_OF_TWO, short)
+        write_columns(wide2, factor, turned, row + 2, column, rows, columns, POWER_OF_TWO, short)
+        write_columns(wide3, factor, turned, row + 3, column, rows, columns, POWER_OF_TWO, short)
 
 
 def quantize_rows(
@@ -166,8 +216,8 @@ def launch_transposing(
     strides = (0, 0) if x_scale is None else x_scale.stride()
     grid = (triton.cdiv(rows, TILE) * triton.cdiv(columns, block),)
     transposing_kernel[grid](
-        x, x_scale, values, scale, turned.values, turned.scale, rows, columns,
+        x, x_scale, values, scale, turned.values, turned.scale, rows, columns, rows // 4,
         x.stride(0), *strides, scale_stride, turned.scale.stride(1),
-        x_scale is not None, out is not None, power_of_two, block, TILE,
+        x_scale is not None, out is not None, turned.values.element_size() == 1 and rows % 4 == 0, power_of_two, block, TILE,
         num_warps=warps, maxnreg=registers,
     )  # fmt: skip

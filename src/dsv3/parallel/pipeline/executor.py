@@ -1,4 +1,4 @@
-"""Runs one rank's program of a schedule: forward and backward passes of stages, overlapped pairs, deferred weight gradients.
+"""Runs one rank's program: forward and backward passes of its stages, overlapped pairs, deferred weight gradients.
 
 Its twin is the serial run: losses and gradients are the same up to the order of sums.
 """
@@ -9,7 +9,6 @@ from itertools import zip_longest
 import torch
 from torch import Tensor
 
-from dsv3.errors import UserError
 from dsv3.model.micro_batch import MicroBatch
 from dsv3.model.transformer import DeepSeekV3, count
 from dsv3.ops.cast import gradient_dtype
@@ -44,7 +43,7 @@ class Executor:
         self.gradients = gradients or WeightGradients()
         model.defer_weight_gradients(self.gradients)
         self.device = next(model.parameters()).device
-        # What communicates is short, and all wait for it: its kernels go before those of products that are yet to begin.
+        # Communication is short and everything waits for it: its kernels go before those of products that have not started.
         self.side = torch.cuda.Stream(self.device, priority=-1) if self.device.type == "cuda" else None
 
     def run(self, schedule: Schedule, batch: Sequence[MicroBatch]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -52,19 +51,9 @@ class Executor:
 
         Every rank is given all micro-batches, as many as the schedule has. Returns on every rank what the serial
         `batch_gradients` does: the means of main loss, balance loss without alpha and MTP losses (FP32), and the load (int64
-        [E] by MoE block). Raises `UserError` for a batch-wise balance loss and a schedule for another pipeline, and `RunError`
-        when another rank has gone.
+        [E] by MoE block). Raises `RunError` when another rank has gone. A batch-wise balance loss, which recipes refuse with a
+        pipeline, would be wrong: it needs the loads of all micro-batches before the first gradient.
         """
-        if (len(self.layout.stages), self.group.size) != (schedule.stages, schedule.ranks):
-            raise UserError(
-                f"{schedule.name} has {schedule.stages} stages on {schedule.ranks} ranks; the layout has "
-                f"{len(self.layout.stages)} stages, and the group {self.group.size} ranks"
-            )
-        if any(rows.shared.batch_wise for rows in batch):
-            raise UserError(
-                "a balance loss over the whole batch needs the loads of all micro-batches before the first gradient, and a "
-                "pipeline does not know them: use training.balance = 'bias' or 'sequence', or parallel.pipeline = 1"
-            )
         run, activity = Run(self, schedule, batch), self.group.activity
         before = activity.instruction
         for instructions in grouped(schedule.programs[self.group.rank]):
@@ -73,7 +62,7 @@ class Executor:
         activity.begin(before)
         run.mail.finish()
         for name, parameter in self.model.named_parameters():
-            # Where only the other rank that holds it had passes through it. MTP that takes no part has no gradient anywhere.
+            # For parameters that only the other rank holding them has used. MTP modules that take no part have no gradient anywhere.
             if parameter.grad is None and (batch[0].mtp_weight > 0 or not name.startswith("mtp.")):
                 parameter.grad = torch.zeros_like(parameter, dtype=gradient_dtype(parameter))
         return run.figures()
@@ -87,7 +76,7 @@ class Run:
         model, layout, mtp = executor.model, executor.layout, batch[0].mtp_weight > 0
         self.steps = {
             stage: segments(model, layout.stages[stage], stage == 0, stage == layout.last, mtp)
-            for stage in schedule.held(executor.group.rank)
+            for stage in schedule.placement[executor.group.rank]
         }
         self.mail = Mail(executor.group)
         self.under_way: dict[tuple[int, int], Passage] = {}
@@ -102,7 +91,7 @@ class Run:
         self.losses = torch.zeros(2 + depth, device=executor.device)
 
     def do(self, instructions: list[Instruction]) -> None:
-        """Messages that go together, or one instruction."""
+        """One instruction, or several messages sent together."""
         each = instructions[0]
         if isinstance(each, Message):
             self.mail.exchange([each for each in instructions if isinstance(each, Message)], self.empty)
@@ -115,16 +104,14 @@ class Run:
             perform(self.turn(each))
             self.returned(each)
         elif isinstance(each, InputGradient):
-            with self.executor.gradients.deferred() as later:
-                perform(self.turn(each))
-            self.later[each.stage, each.micro_batch] = later
+            self.later[each.stage, each.micro_batch] = self.deferring(*self.turn(each))
             self.returned(each)
         else:
             perform(self.later.pop((each.stage, each.micro_batch)))
 
     def overlap(self, pair: Overlapped) -> None:
-        """The order of DeepSeek's training trace: each pass communicates while the other computes; what weight gradients the
-        backward pass leaves behind are computed while its next communication runs."""
+        """The order of DeepSeek's training trace: each pass communicates while the other computes. The backward pass's weight
+        gradients are computed while its next communication runs."""
         ahead, back = self.start(pair.forward).forwards(), self.turn(pair.backward)
         later = self.deferring(back[0])
         for forth, returning in zip_longest(
@@ -140,14 +127,14 @@ class Run:
         self.forwarded(pair.forward)
         self.returned(pair.backward)
 
-    def deferring(self, work: Work) -> list[Work]:
-        """Does it but for the weights' gradients, which it gives back."""
+    def deferring(self, *work: Work) -> list[Work]:
+        """Runs it, and returns the weight gradients left for later."""
         with self.executor.gradients.deferred() as later:
-            work()
+            perform(work)
         return later
 
     def start(self, chunk: Chunk) -> Passage:
-        """The passage of a forward pass, before its first step."""
+        """A forward pass before its first step."""
         flow = Flow(self.batch[chunk.micro_batch])
         if chunk.stage:
             flow.stream = self.mail.take(("activation", chunk.stage, chunk.micro_batch))
@@ -156,7 +143,7 @@ class Run:
         return passage
 
     def forwarded(self, chunk: Chunk) -> None:
-        """Behind its last step: notes what it found, and posts what it made."""
+        """After its last step: adds up its losses and loads, and posts its output."""
         flow, made = self.under_way[chunk.stage, chunk.micro_batch].close()
         balance, load, _ = count(flow.routings)
         for name, each in load.items():
@@ -169,7 +156,7 @@ class Run:
         self.losses[0] += flow.losses[0]
         for k, loss in enumerate(flow.losses[1:]):
             self.losses[2 + k] += loss
-        # The loss's own gradient is what a stage behind it would have sent.
+        # The gradient of the loss itself, in place of one from a next stage.
         self.mail.put(("gradient", chunk.stage, chunk.micro_batch), torch.ones_like(made))
 
     def turn(self, chunk: Chunk) -> list[Work]:
@@ -178,13 +165,13 @@ class Run:
         return self.under_way[chunk.stage, chunk.micro_batch].backwards(gradient)
 
     def returned(self, chunk: Chunk) -> None:
-        """Behind its last step: posts the input's gradient."""
+        """After its last step: posts the input's gradient."""
         anchor = self.under_way.pop((chunk.stage, chunk.micro_batch)).anchor
         if anchor is not None and anchor.grad is not None:
             self.mail.put(("gradient", chunk.stage - 1, chunk.micro_batch), anchor.grad)
 
     def empty(self, message: Message) -> Tensor:
-        """Room for an activation or its gradient."""
+        """A buffer for an activation or its gradient."""
         model, (sequences, length) = self.executor.model, self.batch[message.micro_batch].inputs.shape
         dtype = model.compute_dtype or next(model.parameters()).dtype
         return torch.empty(sequences, length, model.config.hidden_size, dtype=dtype, device=self.executor.device)

@@ -1,7 +1,7 @@
-"""What a pipeline schedule is made of: one rank's list of these is its program for one batch.
+"""The instructions of a pipeline schedule: one rank's list of them is its program for one batch.
 
-Stages are numbered from the embedding (0) to the head, micro-batches from 0. Every instruction is about one micro-batch in
-one stage, its chunk; a rank may hold several stages.
+Stages are numbered from the embedding (0) to the head, micro-batches from 0. An instruction is about one micro-batch in one
+stage, its chunk; a rank may hold several stages.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,7 +28,7 @@ class Backward(Chunk):
 
 
 class InputGradient(Chunk):
-    """The first half of `Backward`: what the stage before waits for."""
+    """The first half of `Backward`, which the stage before waits for."""
 
 
 class WeightGradient(Chunk):
@@ -56,11 +56,11 @@ class Message:
 
 
 class Send(Message):
-    """Begins to send what an instruction before this one has made; nobody waits."""
+    """Starts sending the result of an earlier instruction, without waiting."""
 
 
 class Receive(Message):
-    """Makes room for a message that an instruction after this one waits for."""
+    """Starts receiving a message that a later instruction waits for."""
 
 
 Compute = Forward | Backward | InputGradient | WeightGradient | Overlapped

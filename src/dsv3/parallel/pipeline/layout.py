@@ -24,8 +24,7 @@ class Layout:
         return len(self.stages) - 1
 
     def parts(self, stage: int) -> set[str]:
-        """What a stage holds, by the names of parameters without what comes after the block's: the embedding too where MTP
-        modules read it."""
+        """What a stage holds: prefixes of parameter names, the embedding's too where MTP modules read it."""
         blocks = self.stages[stage]
         held = {name if name.startswith("mtp.") else f"layers.{name}" for name in blocks}
         if stage == 0 or any(name.startswith("mtp.") for name in blocks):
@@ -33,8 +32,8 @@ class Layout:
         return held | {"norm", "lm_head"} if stage == self.last else held
 
     def holders(self, schedule: Schedule) -> dict[str, tuple[int, ...]]:
-        """The ranks of each part. Where there are several, its gradient is the sum of theirs; the first counts it."""
-        held = [set().union(*map(self.parts, schedule.held(rank))) for rank in range(schedule.ranks)]
+        """The ranks that hold each part. Where there are several, its gradient is the sum of theirs, and the first one's counts."""
+        held = [set().union(*map(self.parts, stages)) for stages in schedule.placement]
         return {part: tuple(r for r, own in enumerate(held) if part in own) for part in sorted(set().union(*held))}
 
 

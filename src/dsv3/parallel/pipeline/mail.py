@@ -13,12 +13,12 @@ Key = tuple[What, int, int]
 
 
 class Mail:
-    """One rank's post. A tensor is put there by the stage that made it, and taken by the one it is for."""
+    """One rank's messages. A tensor is put here by the stage that made it, and taken by the stage it is for."""
 
     def __init__(self, group: Group):
         self.group = group
         self.here: dict[Key, tuple[Tensor, list[Any]]] = {}
-        """With what must be waited for first."""
+        """Tensors, with the works to wait for before they are read."""
         self.leaving: list[tuple[Tensor, list[Any]]] = []
 
     def put(self, key: Key, tensor: Tensor) -> None:
@@ -26,13 +26,13 @@ class Mail:
         self.here[key] = tensor.contiguous(), []
 
     def take(self, key: Key) -> Tensor:
-        """What is for a stage here; a rank waits for it as long as the process group allows, a GPU's host does not wait."""
+        """A tensor for a stage here. On the CPU this waits for it, up to the process group's timeout; a GPU's host does not wait."""
         tensor, works = self.here.pop(key)
         self.group.wait(works, f"waiting for the {key[0]} of micro-batch {key[2]}")
         return tensor
 
     def exchange(self, messages: Sequence[Message], empty: Callable[[Message], Tensor]) -> None:
-        """Begins to send and to receive, all at once; `empty` makes room for a message."""
+        """Starts sending and receiving, all at once; `empty` makes the buffer for a message."""
         self.leaving = [(tensor, works) for tensor, works in self.leaving if not all(w.is_completed() for w in works)]
         sent, received, arriving = [], [], {}
         for each in messages:
@@ -47,7 +47,7 @@ class Mail:
         self.here |= {key: (tensor, works) for key, tensor in arriving.items()}
 
     def finish(self) -> None:
-        """Waits until all that was sent has left."""
+        """Waits until everything is sent."""
         for _, works in self.leaving:
             self.group.wait(works, "waiting for what was sent to leave")
         self.leaving = []

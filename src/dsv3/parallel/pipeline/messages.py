@@ -1,9 +1,9 @@
-"""Who must send what to whom, and when: it follows from what the ranks compute.
+"""The messages of a schedule: which rank sends what to which, and when, follows from what the ranks compute.
 
-All passes and messages of a batch are put into one order in time, that of a run in which every pass takes what the report
-assumes, a message right behind the pass that makes it. Every rank sends and receives in that order. So the first message of
-those not yet through always finds both its ranks ready for it, even where each waits for every message before it goes on:
-there can be no deadlock, and two ranks agree on the order of what they exchange.
+All passes and messages of a batch are put into one order in time, that of a run with the report's durations, each message right
+after the pass that makes it. Every rank sends and receives in that order. So the first message still to come always finds both
+its ranks ready for it, even if each rank waits for every message before it goes on: there can be no deadlock, and two ranks
+agree on the order of what they exchange.
 """
 
 from collections.abc import Sequence
@@ -48,7 +48,7 @@ def with_messages(programs: Sequence[Sequence[Compute]]) -> list[list[Instructio
 
 
 def grouped(program: Program) -> list[list[Instruction]]:
-    """A program in groups: a pass alone, messages that nothing lies between together."""
+    """A program in groups: a pass alone, consecutive messages together."""
     groups: list[list[Instruction]] = []
     for before, each in pairwise([None, *program]):
         if isinstance(before, Message) and isinstance(each, Message):

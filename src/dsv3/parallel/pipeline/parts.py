@@ -1,4 +1,4 @@
-"""A rank's part of a network: what it builds, and how all ranks of a pipeline compute with the whole of it."""
+"""A rank's part of a network, and the whole of it on every rank of a pipeline, for evaluation."""
 
 from collections.abc import Mapping
 
@@ -21,9 +21,9 @@ def part_of(name: str) -> str:
 
 
 def hold(model: DeepSeekV3, parts: set[str]) -> DeepSeekV3:
-    """The model without what is not among these parts (names as of `Layout.parts`): blocks, embedding, final norm, head.
+    """The model without the blocks, embedding, final norm and head that are not among these parts (named as in `Layout.parts`).
 
-    What is left keeps its names, so that whatever walks `model.blocks()` or the parameters meets what is here and no more.
+    The rest keeps its names: whatever walks `model.blocks()` or the parameters sees what this rank holds.
     """
     for owner, prefix in ((model, ""), (model.layers, "layers."), (model.mtp, "mtp.")):
         assert isinstance(owner, nn.Module)
@@ -34,7 +34,7 @@ def hold(model: DeepSeekV3, parts: set[str]) -> DeepSeekV3:
 
 
 class Relay(nn.Module):
-    """A block in the place where it is in the whole network, on every rank: the one that has it computes, and tells the others."""
+    """A block's place in the whole network, on every rank: the rank that holds the block computes it and sends the result."""
 
     def __init__(self, block: Block, own: Block | None, source: int, group: Group):
         """`block` is a skeleton; `own` the block itself, on `source` alone."""
@@ -44,7 +44,7 @@ class Relay(nn.Module):
         self.source, self.group = source, group
 
     dispatcher = None
-    """Not the local one: what other ranks take part in is not to be recorded (`inference.recording`)."""
+    """Not the local one: passes with collectives must not be recorded (`inference.recording`)."""
 
     @property
     def moe(self) -> "Relay":
@@ -67,9 +67,9 @@ class Relay(nn.Module):
 
 
 def spread(model: DeepSeekV3, skeleton: DeepSeekV3, holders: Holders, group: Group) -> DeepSeekV3:
-    """The whole network, on every rank of a pipeline, to compute with at once and in the same way; every rank calls it.
+    """The whole network on every rank of a pipeline, which must all call this, and then use it together and in the same way.
 
-    `model` is the rank's part of it, `skeleton` the whole on no device. Blocks stay where they are; what is beside them is copied.
+    `model` is the rank's part of it, `skeleton` the whole on the meta device. Blocks stay where they are; the rest is copied.
     """
     own = {block.name: block for block in model.blocks()}
 

@@ -1,4 +1,4 @@
-"""One micro-batch through one stage, forwards and later backwards, step by step: what two of may be run alternately."""
+"""One micro-batch through one stage, forward and later backward, step by step, so that two of them can alternate."""
 
 from collections.abc import Callable
 from functools import partial
@@ -21,7 +21,7 @@ class Passage:
         self.model, self.steps, self.flow, self.side = model, steps, flow, side
         self.cuts: list[Cut] = []
         self.anchor: Tensor | None = None
-        """Where the gradient of what came from the stage before arrives."""
+        """Where the gradient of the stage's input arrives."""
         if flow.stream is not None:
             flow.stream, self.anchor = port(flow.stream)
         self.before: torch.cuda.Event | None = None
@@ -31,7 +31,7 @@ class Passage:
         return [partial(self.perform, partial(self.forward, i), i % 2 == 1) for i in range(len(self.steps))]
 
     def backwards(self, gradient: Tensor) -> list[Work]:
-        """The steps of the backward pass, from the gradient of what the forward pass gave: as many, and in turn as well."""
+        """The steps of the backward pass, from the gradient of the forward pass's output: as many, alternating as well."""
         cuts, self.cuts = self.cuts[::-1], []
         work: list[Work] = [
             partial(torch.autograd.backward, [self.output], [gradient]),
@@ -40,7 +40,7 @@ class Passage:
         return [partial(self.perform, each, i % 2 == 1) for i, each in enumerate(work)]
 
     def perform(self, work: Work, communicates: bool) -> None:
-        """One step, behind the one before it."""
+        """One step, after the one before it."""
         if self.side is None:
             work()
             return
@@ -51,7 +51,7 @@ class Passage:
             self.before = torch.cuda.current_stream().record_event()
 
     def forward(self, number: int) -> None:
-        """One step of the forward pass, behind a cut."""
+        """One step of the forward pass, after a cut."""
         if number:
             cut = Cut()
             self.flow = cut.through(self.flow)
@@ -61,7 +61,7 @@ class Passage:
                 step(self.flow)
 
     def close(self) -> tuple[Flow, Tensor]:
-        """(what the forward pass noted, what it gave: the loss, or what the next stage reads). Keeps nothing but the graphs."""
+        """(the flow at its end, the pass's output: the loss, or the next stage's input). Keeps nothing but the graphs."""
         flow = self.flow
         made = flow.stream if flow.total is None else flow.total
         assert made is not None

@@ -3,8 +3,7 @@
 from collections.abc import Callable
 
 from dsv3.errors import UserError, nearest
-from dsv3.parallel.pipeline.dual_pipe import dual_pipe
-from dsv3.parallel.pipeline.dual_pipe_v import dual_pipe_v
+from dsv3.parallel.pipeline.dual_pipe import dual_pipe, dual_pipe_v
 from dsv3.parallel.pipeline.one_f_one_b import one_f_one_b
 from dsv3.parallel.pipeline.schedule import Schedule
 from dsv3.parallel.pipeline.zero_bubble import zero_bubble

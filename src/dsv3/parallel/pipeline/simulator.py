@@ -38,7 +38,7 @@ class Costs:
     """Between two stages on different ranks."""
 
     def of(self, each: Chunk) -> float:
-        """What a pass takes."""
+        """The duration of a pass."""
         if isinstance(each, Forward):
             return self.forward
         if isinstance(each, WeightGradient):
@@ -57,18 +57,18 @@ class Span:
 
 @dataclass(frozen=True)
 class Timeline:
-    """What a simulation gives."""
+    """The result of a simulation."""
 
     spans: tuple[tuple[Span, ...], ...]
     """By rank, in order."""
 
     @cached_property
     def total(self) -> float:
-        """From the first beginning to the last end."""
+        """From the start of the batch to the last end."""
         return max((rank[-1].end for rank in self.spans if rank), default=0.0)
 
     def idle(self, rank: int) -> float:
-        """Time in which a rank computes nothing: its bubble."""
+        """A rank's bubble: time in which it computes nothing."""
         return self.total - sum(each.end - each.start for each in self.spans[rank])
 
     @property
@@ -84,7 +84,7 @@ def simulate(programs: Sequence[Program], costs: Costs | Sequence[Costs]) -> Tim
     """
     computed = [[each for each in program if not isinstance(each, Message)] for program in programs]
     ends: dict[Chunk, tuple[int, float]] = {}
-    """By what a pass makes: the rank, and when."""
+    """By `made`: the rank, and when."""
     last = max((each.stage for program in computed for entry in program for each in chunks(entry)), default=0)
     by_stage = [costs] * (last + 1) if isinstance(costs, Costs) else costs
     free, spans = [0.0] * len(programs), [list[Span]() for _ in programs]
@@ -117,7 +117,7 @@ def simulate(programs: Sequence[Program], costs: Costs | Sequence[Costs]) -> Tim
 
 
 def inputs(each: Chunk, last: int) -> list[Chunk]:
-    """What must be there before a pass begins."""
+    """The passes that must be done before this one starts."""
     stage, micro_batch = each.stage, each.micro_batch
     if isinstance(each, Forward):
         return [Forward(stage - 1, micro_batch)] if stage else []
@@ -128,12 +128,12 @@ def inputs(each: Chunk, last: int) -> list[Chunk]:
 
 
 def made(each: Chunk) -> Chunk:
-    """What others know a pass by: backward gives the input's gradient, like its first half."""
+    """The name under which others wait for a pass: a whole backward pass counts as its first half, `InputGradient`."""
     return InputGradient(each.stage, each.micro_batch) if isinstance(each, Backward) else each
 
 
 def duration(entry: Compute, costs: Sequence[Costs]) -> float:
-    """What an instruction takes; a pair of two stages, half of each one's."""
+    """The duration of an instruction; of a pair, the mean of its two stages'."""
     if isinstance(entry, Overlapped):
         return (costs[entry.forward.stage].pair + costs[entry.backward.stage].pair) / 2
     return costs[entry.stage].of(entry)

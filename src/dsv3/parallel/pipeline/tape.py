@@ -1,7 +1,7 @@
-"""A forward pass cut into segments, each a graph of its own, so that the backward pass can stop wherever the forward one did.
+"""A forward pass cut into segments, each a graph of its own, so that the backward pass can stop at the same places.
 
-At a cut every tensor with a gradient goes on through a `Port`. The gradient that arrives there waits in an anchor, a tensor
-that takes no memory until then, and nothing but the graphs keeps activations.
+At a cut every tensor with a gradient goes through a `Port`. Its gradient arrives in an anchor, a tensor that takes no memory
+until then, and nothing but the graphs keeps activations.
 """
 
 from dataclasses import fields, is_dataclass, replace
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 class Port(torch.autograd.Function):
-    """A value behind a cut."""
+    """A value after a cut."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, value: Tensor) -> Tensor:
@@ -35,19 +35,19 @@ def port(value: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Cut:
-    """What passed one cut: where each gradient that arrives must go on."""
+    """The tensors that passed one cut, and where their gradients go."""
 
     def __init__(self) -> None:
         self.edges: list[tuple[GradientEdge, Tensor]] = []
         self.passed: dict[int, tuple[Tensor, Tensor]] = {}
 
     def through(self, value: T) -> T:
-        """The value, or what it holds (dataclasses, lists and tuples are searched), on the other side."""
+        """The value on the other side of the cut, tensors in dataclasses, lists and tuples included."""
         found: Any = value
         if isinstance(value, Tensor):
             if value.grad_fn is None:
                 return value
-            # By identity, and holding on to the tensor: one that is there twice shall pass once.
+            # By identity, keeping the tensor alive: one that occurs twice passes once.
             if id(value) not in self.passed:
                 other, anchor = port(value)
                 used_by_this_stream(value)
@@ -62,16 +62,18 @@ class Cut:
         elif isinstance(value, list | tuple):
             parts = [self.through(each) for each in value]
             if any(a is not b for a, b in zip(parts, value, strict=True)):
-                found = type(value)(parts)
+                found = (
+                    value._make(parts) if hasattr(value, "_make") else type(value)(parts)
+                )  # a NamedTuple, or a plain one
         return found
 
     def close(self) -> "Cut":
-        """Lets go of the tensors themselves."""
+        """Drops the references to the tensors themselves."""
         self.passed.clear()
         return self
 
     def backward(self) -> None:
-        """Sends on what arrived."""
+        """Continues the backward pass with the gradients that arrived."""
         pairs = [(edge, anchor.grad) for edge, anchor in self.edges if anchor.grad is not None]
         for _, grad in pairs:
             used_by_this_stream(grad)
@@ -80,6 +82,6 @@ class Cut:
 
 
 def used_by_this_stream(tensor: Tensor) -> None:
-    """Keeps the allocator from reusing memory of another stream before this one is through with it."""
+    """Keeps the allocator from reusing another stream's memory before this stream is done with it."""
     if tensor.is_cuda:
         tensor.record_stream(torch.cuda.current_stream(tensor.device))
