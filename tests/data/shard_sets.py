@@ -12,17 +12,17 @@ DOCUMENTS = [("a.py", [0, 300, 65535, 1], 9), ("dir/ü\n.txt", [0, 1], 0), ("c",
 
 def build_set(source, split, tokenizer, directory, *, earlier=None, workers=1, progress=lambda *_: None, **how):
     """`build_shards` of a plan."""
-    plan = ShardPlan(source, split, **how)
+    plan = ShardPlan(uri=source, split=split, **how)
     return build_shards(plan, tokenizer, Path(directory), earlier=earlier, workers=workers, progress=progress)
 
 
 def write(directory, documents=DOCUMENTS, *, vocab_size=65536, shard_bytes=None):
     origin = {"source": "here", "seed": 3}
     options = dict(vocab_size=vocab_size, tokenizer_hash="hash", shard_bytes=shard_bytes, origin=origin)
-    with ShardWriter(directory, **options) as writer:
-        for name, ids, byte_count in documents:
-            writer.add(name, ids, byte_count)
-        return writer.finish(SkipReport(1, ["bad: why"]))
+    writer = ShardWriter(directory, **options)
+    for name, ids, byte_count in documents:
+        writer.add(name, ids, byte_count)
+    return writer.finish(SkipReport(1, ["bad: why"]))
 
 
 def many(count=12):
@@ -36,14 +36,14 @@ def contents(directory):
 def begin(directory, documents, origin, stop=None, *, hashes=False):
     """Writes until `stop` documents are there, then is interrupted; without `stop`, to the end. How many were kept."""
     options = dict(vocab_size=65536, tokenizer_hash="hash", shard_bytes=200, origin=origin)
-    with ShardWriter(directory, **options) as writer:
-        kept = writer.documents
-        assert writer.read == 2 * kept
-        for number, (name, ids, byte_count) in enumerate(documents):
-            if number == stop:
-                raise KeyboardInterrupt
-            if number >= kept:
-                text_hash = hashlib.sha256(name.encode()).digest()[:16] if hashes else None
-                writer.add(name, ids, byte_count, read=2 * (number + 1), text_hash=text_hash)
-        writer.finish(SkipReport())
+    writer = ShardWriter(directory, **options)
+    kept = writer.documents
+    assert writer.read == 2 * kept
+    for number, (name, ids, byte_count) in enumerate(documents):
+        if number == stop:
+            raise KeyboardInterrupt
+        if number >= kept:
+            text_hash = hashlib.sha256(name.encode()).digest()[:16] if hashes else None
+            writer.add(name, ids, byte_count, read=2 * (number + 1), text_hash=text_hash)
+    writer.finish(SkipReport())
     return kept

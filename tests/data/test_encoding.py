@@ -7,7 +7,6 @@ from dsv3.data.encoding import DocumentEncoder, Encoding
 from dsv3.data.files import Document
 from dsv3.data.fim import fim_document
 from dsv3.data.joined import joined_newline_splits
-from dsv3.errors import UserError
 from tests.data.conftest import TEXTS
 
 
@@ -53,10 +52,3 @@ def test_rates_seeds_and_documents_decide_one_by_one(batch, tokenizer, unit):
     assert split > 10
     alone = DocumentEncoder(tokenizer, Encoding(seed, fim_rate, split_rate, unit))
     assert all(np.array_equal(alone.encode([d])[0], ids) for d, ids in zip(batch, found, strict=True))
-
-
-@pytest.mark.parametrize("name", ["fim_rate", "split_joined_rate"])
-@pytest.mark.parametrize("rate", [-0.1, 1.5])
-def test_rates_are_shares(name, rate):
-    with pytest.raises(UserError, match=f"{name} = {rate}: expected a share from 0 to 1"):
-        Encoding(seed=0, **{name: rate})

@@ -142,7 +142,7 @@ from dsv3.data.tokenizer import train_tokenizer
 
 source, out, sample_bytes = sys.argv[1], sys.argv[2], int(sys.argv[3])
 tokenizer = train_tokenizer(sample(documents(source, "train", seed=0), sample_bytes), 320)
-totals = [build_shards(ShardPlan(source, split, 0), tokenizer, Path(out, split)).bytes for split in ("train", "validation")]
+totals = [build_shards(ShardPlan(0, uri=source, split=split), tokenizer, Path(out, split)).bytes for split in ("train", "validation")]
 peak = re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())
 print(sum(totals), int(peak[1]) * 1024)
 """

@@ -3,7 +3,7 @@ from random import Random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsv3.data.fim import fim_document, fim_ids, line_ends
+from dsv3.data.fim import fim_document, fim_prompt, line_ends
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 
@@ -37,7 +37,7 @@ def test_cuts_between_lines_are_uniform():
 def test_rearranged_documents_can_be_put_back(tokenizer, text, seed):
     parts = fim_document(text, Random(seed), 1.0)
     prefix, middle, suffix = map(tokenizer.encode, parts)
-    ids = fim_ids(prefix, middle, suffix, tokenizer)
+    ids = [*fim_prompt(prefix, suffix, tokenizer), *middle]
     assert unfim(ids, tokenizer) == text
     assert parts.prefix + parts.middle + parts.suffix == text
     assert sorted(set(ids) & {tokenizer.fim_begin_id, tokenizer.fim_hole_id, tokenizer.fim_end_id}) == sorted(
@@ -45,9 +45,9 @@ def test_rearranged_documents_can_be_put_back(tokenizer, text, seed):
     )
 
 
-def test_order_is_prefix_suffix_middle(tokenizer):
-    order = fim_ids([10], [11], [12], tokenizer)
-    assert order == [tokenizer.fim_begin_id, 10, tokenizer.fim_hole_id, 12, tokenizer.fim_end_id, 11]
+def test_order_is_prefix_suffix(tokenizer):
+    order = fim_prompt([10], [12], tokenizer)
+    assert order == [tokenizer.fim_begin_id, 10, tokenizer.fim_hole_id, 12, tokenizer.fim_end_id]
 
 
 def test_rate():

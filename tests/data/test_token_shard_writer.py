@@ -1,4 +1,3 @@
-import builtins
 import errno
 import hashlib
 import os
@@ -6,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from dsv3.data import token_shard_writer
 from dsv3.data.token_shards import ShardSet
 from dsv3.errors import RunError, UserError
 from tests.data.shard_sets import DOCUMENTS, begin, contents, many, write
@@ -88,14 +86,10 @@ def test_a_full_disk_leaves_nothing_that_looks_whole(tmp_path, monkeypatch, room
     assert room < size
     left = [room]
 
-    def open_full(*arguments):
-        return FullDisk(builtins.open(*arguments), left)
-
     def write_full(path, data):
-        with open_full(path, "wb") as stream:
+        with FullDisk(path.open("wb"), left) as stream:
             stream.write(data)
 
-    monkeypatch.setattr(token_shard_writer, "open", open_full, raising=False)
     monkeypatch.setattr(Path, "write_bytes", write_full)
     with pytest.raises(RunError, match=r"No space left on device.*free some space"):
         write(tmp_path / "set")
@@ -115,6 +109,6 @@ def test_a_directory_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
     def refuse(*_):
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(token_shard_writer, "open", refuse, raising=False)
+    monkeypatch.setattr(Path, "write_bytes", refuse)
     with pytest.raises(UserError, match="Permission denied; choose a directory"):
         write(tmp_path / "forbidden")

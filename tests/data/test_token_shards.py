@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv3.data.token_shards import OpenFiles, ShardSet
+from dsv3.data import token_shards
+from dsv3.data.token_shards import ShardSet
 from dsv3.errors import RunError, UserError
 from tests.data.shard_sets import DOCUMENTS, begin, many, write
 
@@ -110,14 +111,16 @@ def test_tokens_that_go_or_shrink_while_they_are_read_end_the_run(tmp_path):
         found.document(9)
 
 
-def test_a_bounded_number_of_files_is_open(tmp_path):
-    for number in range(6):
-        (tmp_path / str(number)).write_bytes(bytes([number]) * 4)
-    files = OpenFiles(most=2)
+def test_a_bounded_number_of_files_is_open(tmp_path, monkeypatch):
+    monkeypatch.setattr(token_shards, "OPEN_FILES", 2)
+    documents = many(6)
+    write(tmp_path, documents, shard_bytes=1)
+    found = ShardSet.open(tmp_path)
+    assert len(found.manifest.shards) == 6
     before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else None
     for _ in range(3):
-        for number in range(6):
-            assert files.read(tmp_path / str(number), 1, 2) == bytes([number]) * 2
+        for number, (_, ids, _) in enumerate(documents):
+            assert found.document(number).tolist() == ids
     if before is not None:
         assert len(os.listdir("/proc/self/fd")) == before + 2
 

@@ -170,8 +170,6 @@ def test_refusals(tmp_path):
     with pytest.raises(UserError, match=f"vocab_size = 275: expected at least {SMALLEST}"):
         train_tokenizer(["text"], SMALLEST - 1)
     assert train_tokenizer(["text"], SMALLEST).vocab_size == SMALLEST == 276
-    with pytest.raises(UserError, match="digits = 4"):
-        train_tokenizer(["text"], 300, digits=4)
     with pytest.raises(UserError, match=r"tokenizer\.json does not exist"):
         Tokenizer.load(tmp_path)
     for content in ("{}", "{", "[]", '{"model": 3}'):

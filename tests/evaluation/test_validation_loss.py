@@ -18,10 +18,10 @@ def model():
 
 
 def shard_set(directory, documents):
-    with ShardWriter(directory, vocab_size=300, tokenizer_hash="t", origin={}) as writer:
-        for number, ids in enumerate(documents):
-            writer.add(str(number), ids, len(ids))
-        writer.finish(SkipReport())
+    writer = ShardWriter(directory, vocab_size=300, tokenizer_hash="t", origin={})
+    for number, ids in enumerate(documents):
+        writer.add(str(number), ids, len(ids))
+    writer.finish(SkipReport())
     return ShardSet.open(directory)
 
 

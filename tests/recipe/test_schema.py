@@ -114,6 +114,24 @@ def test_refuses_what_does_not_fit_together(sections: dict[str, Any], words: lis
     assert "\n" not in str(refusal.value)
 
 
+@pytest.mark.parametrize(
+    ("sections", "key"),
+    [
+        ({"data": {"fim_rate": 1.5}}, "data.fim_rate"),
+        ({"data": {"split_joined_rate": -0.1}}, "data.split_joined_rate"),
+        ({"data": {"validation_fraction": 1.0}}, "data.validation_fraction"),
+        ({"data": {"sequence_length": 0}}, "data.sequence_length"),
+        ({"data": {"sources": [{"name": "a", "uri": "a.txt", "weight": 0.0}]}}, "data.sources.0.weight"),
+        ({"tokenizer": {"digits": 4}}, "tokenizer.digits"),
+    ],
+)
+def test_refuses_figures_out_of_range_by_name(sections: dict[str, Any], key: str) -> None:
+    """Here alone: what is made from a recipe does not look again."""
+    with pytest.raises(UserError) as refusal:
+        Recipe.from_dict(smallest(**sections))
+    assert key in str(refusal.value)
+
+
 def test_a_changing_batch_fits_micro_batches_when_rounded() -> None:
     ramp = {"batch_size": [{"kind": "linear", "from": 4, "to": 8}], "batch_size_multiple": 4}
     assert Recipe.from_dict(smallest(schedule=ramp, training={"micro_batch_size": 4}))

@@ -8,6 +8,7 @@ import torch
 
 from dsv3.errors import UserError
 from dsv3.recipe.schema import Recipe
+from dsv3.stages.context import RunContext
 from dsv3.stages.extend import extension_stages, find_start, load_start
 from dsv3.stages.pretrain import pretraining_stages
 from dsv3.stages.runner import run_stages
@@ -32,7 +33,7 @@ def phase(run, *overrides):
 
 
 def extended(recipe, out):
-    run_stages(extension_stages(recipe, out, silent, silent), out, silent)
+    run_stages(extension_stages(RunContext(recipe, out)), out, silent)
     return out
 
 
@@ -41,7 +42,7 @@ def start(tmp_path_factory):
     """A run at 128 tokens."""
     out = tmp_path_factory.mktemp("start")
     recipe = Recipe.load(RECIPES / "quickstart-reduced.toml", START)
-    run_stages(pretraining_stages(recipe, out, silent, silent), out, silent)
+    run_stages(pretraining_stages(RunContext(recipe, out)), out, silent)
     return out
 
 
@@ -133,16 +134,16 @@ def test_published_weights_are_a_start(start, tmp_path):
 )
 def test_refusals(run, overrides, words, request, tmp_path):
     with pytest.raises(UserError) as refusal:
-        extension_stages(phase(request.getfixturevalue(run), *overrides), tmp_path, silent, silent)
+        extension_stages(RunContext(phase(request.getfixturevalue(run), *overrides), tmp_path))
     assert all(word in str(refusal.value) for word in words), refusal.value
     assert not list(tmp_path.iterdir())
 
 
 def test_each_command_refuses_the_other_s_recipe(start, tmp_path):
     with pytest.raises(UserError, match=r"this recipe has no \[extension\]"):
-        extension_stages(Recipe.load(RECIPES / "quickstart-reduced.toml"), tmp_path, silent, silent)
+        extension_stages(RunContext(Recipe.load(RECIPES / "quickstart-reduced.toml"), tmp_path))
     with pytest.raises(UserError, match=r"this recipe starts from .*: use dsv3 extend"):
-        pretraining_stages(phase(start), tmp_path, silent, silent)
+        pretraining_stages(RunContext(phase(start), tmp_path))
 
 
 def test_a_second_phase_goes_on_from_the_first(first, tmp_path):
@@ -152,9 +153,9 @@ def test_a_second_phase_goes_on_from_the_first(first, tmp_path):
 
 def test_a_phase_is_keyed_by_its_start_s_content(start, first, tmp_path):
     def inputs(run):
-        return extension_stages(phase(run), tmp_path, silent, silent)[-1].inputs["start"]
+        return extension_stages(RunContext(phase(run), tmp_path))[-1].inputs["start"]
 
     assert inputs(start) == inputs(start)
     longer = Recipe.load(RECIPES / "quickstart-reduced.toml", [*START, "training.tokens=1536"])
-    run_stages(pretraining_stages(longer, tmp_path, silent, silent), tmp_path, silent)
+    run_stages(pretraining_stages(RunContext(longer, tmp_path)), tmp_path, silent)
     assert inputs(tmp_path) != inputs(start)

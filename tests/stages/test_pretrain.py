@@ -6,6 +6,7 @@ import pytest
 from dsv3.data.tokenizer import train_tokenizer
 from dsv3.errors import UserError
 from dsv3.recipe.schema import Recipe
+from dsv3.stages.context import RunContext
 from dsv3.stages.data import make_tokenizer
 from dsv3.stages.pretrain import derived, pretraining_stages, with_user_data, write_run
 from dsv3.stages.scores import held_out
@@ -23,7 +24,7 @@ def silent(*_, **__):
 def keys(*overrides, out=Path("out")):
     """What each stage is keyed by."""
     recipe = Recipe.load(REDUCED, ['data.sources=[{name="t", uri="builtin:tinypy", tokens="5K"}]', *overrides])
-    return {stage.name: json.dumps(stage.inputs) for stage in pretraining_stages(recipe, out, silent, silent)}
+    return {stage.name: json.dumps(stage.inputs) for stage in pretraining_stages(RunContext(recipe, out))}
 
 
 def changed(*overrides):

@@ -31,8 +31,9 @@ class Pipeline:
             (output / "whole").write_text(json.dumps(self.inputs[name]))
 
         return Stage(
-            name, self.inputs[name], output, run, refused=(lambda: self.refused()) if name == "two" else lambda: None
-        )
+            name, self.inputs[name], output, run, {"one": (), "two": ("one",), "three": ("two",)}[name],
+            (lambda: self.refused()) if name == "two" else lambda: None,
+        )  # fmt: skip
 
     def run(self, **options):
         """(the stages that ran, what was said of each)"""

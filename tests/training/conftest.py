@@ -30,12 +30,12 @@ def shard_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Documents that count in steps of 1 to 3, modulo 60."""
     directory = tmp_path_factory.mktemp("shards")
     rng = Random(0)
-    with ShardWriter(directory, vocab_size=320, tokenizer_hash="t", origin={}) as writer:
-        for number in range(80):
-            start, step = rng.randrange(60), rng.randint(1, 3)
-            ids = [0, *(3 + (start + step * i) % 60 for i in range(rng.randint(4, 50))), 1]
-            writer.add(f"counts/{number}.txt", ids, len(ids))
-        writer.finish(SkipReport())
+    writer = ShardWriter(directory, vocab_size=320, tokenizer_hash="t", origin={})
+    for number in range(80):
+        start, step = rng.randrange(60), rng.randint(1, 3)
+        ids = [0, *(3 + (start + step * i) % 60 for i in range(rng.randint(4, 50))), 1]
+        writer.add(f"counts/{number}.txt", ids, len(ids))
+    writer.finish(SkipReport())
     return directory
 
 

@@ -16,6 +16,7 @@ from dsv3.model.block import Pass
 from dsv3.model.rope import rotations
 from dsv3.model.transformer import default_positions
 from dsv3.recipe.schema import Recipe
+from dsv3.stages.context import RunContext
 from dsv3.stages.pretrain import pretraining_stages
 from dsv3.stages.runner import run_stages
 
@@ -50,7 +51,7 @@ class Continuation:
 def train_and_export(out: Path) -> Path:
     """Trains the recipe in `out` unless that is done, and writes the Hugging Face directory, which is returned."""
     with Progress() as progress:
-        stages = pretraining_stages(Recipe.load(RECIPE), out, progress, progress.note)
+        stages = pretraining_stages(RunContext(Recipe.load(RECIPE), out, progress, progress.note))
         run_stages(stages, out, progress.note)
     trained, export = LLM(out, device="cpu"), out / "export"
     save_pretrained(trained.model, export)

@@ -4,6 +4,7 @@ import os
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -52,12 +53,13 @@ def bench_data(
             tokenizer = train_tokenizer(texts, vocab_size)
             backend = tokenizers.Tokenizer.from_str(tokenizer.json)
             tokens = check(tokenizer, backend, texts)
+            limit = sum(map(len, DocumentEncoder(tokenizer, ENCODING).encode(chosen)))
             group = f"vocabulary {vocab_size}"
             sides: dict[str, Work] = {
                 "tokenizers": partial(backend.encode_batch_fast, texts, add_special_tokens=False),
                 "dsv3 encoding, words known": partial(DocumentEncoder(tokenizer, ENCODING).encode, chosen),
                 "dsv3 encoding": partial(encode, tokenizer, chosen),
-                "dsv3 data build": partial(build, tokenizer, Path(scratch), count),
+                "dsv3 data build": partial(build, tokenizer, Path(scratch), limit),
             }
             seconds = take_turns(sides, rounds, progress, f"bench data, {group}", time.process_time)
             for name, each in seconds.items():
@@ -87,7 +89,8 @@ def encode(tokenizer: Tokenizer, chosen: list[Document]) -> None:
     DocumentEncoder(tokenizer, ENCODING).encode(chosen)
 
 
-def build(tokenizer: Tokenizer, scratch: Path, count: int) -> None:
-    """Shards of the first documents, anew each time."""
+def build(tokenizer: Tokenizer, scratch: Path, limit: int) -> None:
+    """Shards of the documents up to `limit` tokens, anew each time."""
+    plan = ShardPlan(**asdict(ENCODING), uri=STDLIB, split="train", limit_tokens=limit)
     with tempfile.TemporaryDirectory(dir=scratch) as out:
-        build_shards(ShardPlan(STDLIB, "train", 0, RATE, RATE, limit_documents=count), tokenizer, Path(out))
+        build_shards(plan, tokenizer, Path(out))

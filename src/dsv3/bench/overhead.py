@@ -8,6 +8,7 @@ from typing import Any
 from dsv3.bench.measure import Progress
 from dsv3.model.device import pick_device
 from dsv3.recipe.schema import Recipe
+from dsv3.stages.context import RunContext
 from dsv3.stages.machine import machine
 from dsv3.stages.pretrain import pretraining_stages, train
 from dsv3.stages.runner import run_stages
@@ -61,11 +62,11 @@ def bench_overhead(recipe: Recipe, out: Path, steps: int = 60, progress: Progres
         }  # fmt: skip
         return Recipe.from_dict(content)
 
-    *before, _ = pretraining_stages(short(steps), out, progress, lambda _: None)
+    *before, _ = pretraining_stages(RunContext(short(steps), out, progress))
     run_stages(before, out, lambda *_: None)
     # What is compiled for the first steps would be counted as training.
-    train(short(WARM_UP), out, progress, lambda _: None, stage="warm-up")
-    trainer = train(short(steps), out, progress, lambda _: None)
+    train(RunContext(short(WARM_UP), out, progress), stage="warm-up")
+    trainer = train(RunContext(short(steps), out, progress))
     step, saver = trainer.seconds / steps, trainer.saver.spent
     parts = {name: seconds / steps for name, seconds in trainer.spent.items()}
     blocked = trainer.spent["checkpoints"] - saver["waiting"] + saver.get("copying", 0.0)

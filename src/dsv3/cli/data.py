@@ -31,6 +31,7 @@ def build(recipe: Path, overrides: tuple[str, ...], workers: int | None, as_json
     OUT trains on the result.
     """
     from dsv3.recipe.schema import Recipe
+    from dsv3.stages.context import RunContext
     from dsv3.stages.data import SPLITS, data_stages, open_sets
     from dsv3.stages.runner import run_stages
 
@@ -38,7 +39,8 @@ def build(recipe: Path, overrides: tuple[str, ...], workers: int | None, as_json
     content = Recipe.load(recipe, overrides)
     speeds: dict[str, float] = {}
     with Progress() as progress:
-        stages = data_stages(content, out, progress, progress.note, workers=workers, built=speeds.__setitem__)
+        context = RunContext(content, out, progress, progress.note)
+        stages = data_stages(context, workers=workers, built=speeds.__setitem__)
         run_stages(stages, out, progress.note, replace=True)
     sets = {f"{name}/{split}": each for split in SPLITS for name, each in open_sets(content, out, split).items()}
     rows = {name: figures_of_source(each.manifest, speeds.get(name)) for name, each in sorted(sets.items())}

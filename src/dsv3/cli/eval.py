@@ -58,10 +58,10 @@ def evaluate(
     with Progress() as progress:
         found = evaluate_path(checkpoint, wanted, data, length, ema=ema, device=device, progress=progress)
     if plot is not None:
+        from dsv3.stages.charts import needles
         from dsv3.stages.drawing import save
-        from dsv3.stages.needle_chart import heat_map
 
-        save(lambda: heat_map([found]), plot)
+        save(lambda: needles([found]), plot)
     if as_json:
         click.echo(json.dumps(found, indent=1))
         return

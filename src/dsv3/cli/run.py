@@ -48,6 +48,7 @@ def run_recipe(
         click.echo(f"dsv3: {recipe_path} -> {out}", err=True)
 
     from dsv3.parallel.launch import launched
+    from dsv3.stages.context import RunContext
     from dsv3.stages.extend import extension_stages
     from dsv3.stages.pretrain import derived, pretraining_stages, with_user_data
     from dsv3.stages.quickstart import quickstart_stages
@@ -59,8 +60,8 @@ def run_recipe(
         if mesh.first and mesh.world.size > 1:
             print_layout(recipe)
         make = {"quickstart": quickstart_stages, "pretrain": pretraining_stages, "extend": extension_stages}[stages]
-        made = make(recipe, out, progress, progress.note, allow, mesh)
-        run_together(made, out, progress.note, mesh, replace_changed=stages == "quickstart", allow=allow)
+        context = RunContext(recipe, out, progress, progress.note, allow, mesh)
+        run_together(make(context), context, replace_changed=stages == "quickstart")
 
 
 def few(ranks: Sequence[int]) -> str:

@@ -5,14 +5,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from dsv3.data.encoding import Encoding
 from dsv3.data.files import Document, SkipReport
-from dsv3.data.fim import FimUnit
 from dsv3.data.sources import ENDLESS, VALIDATION_FRACTION, Split, documents, fingerprint
 from dsv3.data.token_shard_writer import ShardWriter
 from dsv3.data.token_shards import MANIFEST, Manifest, ShardSet, file_hash
@@ -24,41 +23,34 @@ BATCH_BYTES = 1 << 20
 """Text that is tokenized at once. The shards do not depend on it."""
 
 
-@dataclass(frozen=True)
-class ShardPlan:
-    """Which documents become a shard set, and what becomes of them (`sources.py`, `encoding.py`)."""
+@dataclass(frozen=True, kw_only=True)
+class ShardPlan(Encoding):
+    """Which documents become a shard set (`sources.py`), and how they are encoded."""
 
     uri: str
     split: Split
-    seed: int
-    fim_rate: float = 0.0
-    split_joined_rate: float = 0.0
-    fim_unit: FimUnit = "character"
     validation_fraction: float = VALIDATION_FRACTION
-    limit_documents: int | None = None
     limit_tokens: int | None = None
-    """A limit ends the set with the first document that reaches it; sources that never end need one."""
+    """The set ends with the first document that reaches this many; endless sources need a limit."""
 
-    def reached(self, documents: int, tokens: int) -> bool:
-        """Whether so many are enough."""
-        enough = self.limit_documents is not None and documents >= self.limit_documents
-        return enough or (self.limit_tokens is not None and tokens >= self.limit_tokens)
+    def reached(self, tokens: int) -> bool:
+        """Whether the set has enough tokens."""
+        return self.limit_tokens is not None and tokens >= self.limit_tokens
 
 
-class Candidate(NamedTuple):
-    """A document that is no duplicate."""
+@dataclass(frozen=True)
+class Candidate(Document):
+    """A document that is not a duplicate."""
 
-    document: Document
     read: int
-    """How many documents of the source had come, this one included."""
+    """Documents of the source read so far, this one included."""
     text_hash: bytes | None
     left_out: tuple[int, int, int]
-    """What had been skipped, empty and duplicate before it."""
+    """How many had been skipped, were empty, and were duplicates before it."""
 
 
-Encoded = Iterable[tuple[Sequence[Candidate], list[npt.NDArray[np.uint32]]]]
 Progress = Callable[[int, int, int], None]
-"""Told every megabyte of text how many documents, tokens and bytes are in the set."""
+"""Called about once a megabyte of text with the documents, tokens and bytes in the set so far."""
 
 
 def build_shards(
@@ -72,14 +64,13 @@ def build_shards(
 ) -> Manifest:
     """Writes a shard set; the same plan gives the same files, whatever the `workers`.
 
-    What an interrupted build of the same set left complete is kept, and a set that is whole is left as it is. With
-    `earlier` (shard sets built the same way, or none), a document whose text came before, in those sets or in this one, is
-    left out and counted; each takes 100 bytes of memory.
+    Shards that an interrupted build of the same set completed are kept, and a complete set is left as it is. With `earlier`
+    (shard sets built the same way; may be empty), a document whose text is already in those sets or in this one is left out
+    and counted; each document takes 100 bytes of memory.
     Raises `UserError` for bad input; `RunError` when the disk is full, a source disappears or a worker dies.
     """
-    encoding = Encoding(plan.seed, plan.fim_rate, plan.split_joined_rate, plan.fim_unit)
-    if (plan.uri, plan.split) in ENDLESS and plan.limit_tokens is None and plan.limit_documents is None:
-        raise UserError(f"the {plan.split} split of {plan.uri} never ends; expected a limit in tokens or documents")
+    if (plan.uri, plan.split) in ENDLESS and plan.limit_tokens is None:
+        raise UserError(f"the {plan.split} split of {plan.uri} never ends; expected a limit in tokens")
     before = None if earlier is None else [file_hash(each / MANIFEST) for each in earlier]
     origin = {**asdict(plan), "fingerprint": fingerprint(plan.uri), "without_duplicates_of": before}
     if (whole := whole_set(directory, tokenizer, origin)) is not None:
@@ -89,24 +80,31 @@ def build_shards(
     fraction = plan.validation_fraction
     found = documents(plan.uri, plan.split, seed=plan.seed, validation_fraction=fraction, report=report)
     candidates = without_duplicates(found, seen, report)
-    with ShardWriter(
-        directory, vocab_size=tokenizer.vocab_size, tokenizer_hash=tokenizer.hash, origin=origin
-    ) as writer:
-        last = pass_over(candidates, writer.read, plan.uri, directory) if writer.read else None
-        if not plan.reached(writer.documents, writer.tokens):
-            with closing(encode_all(batches(candidates), documents_of, tokenizer, encoding, workers)) as encoded:
-                last = fill(writer, plan, encoded, progress) or last
+    writer = ShardWriter(directory, vocab_size=tokenizer.vocab_size, tokenizer_hash=tokenizer.hash, origin=origin)
+    last = None
+    if writer.read:
+        last = next((each for each in candidates if each.read == writer.read), None)
         if last is None:
-            raise UserError(
-                f"all {report.duplicates} documents of the {plan.split} split of {plan.uri} came before, in it or in the "
-                "sources named before it; leave the source out, or set data.deduplicate = false"
+            raise RunError(
+                f"{plan.uri} has changed since the build in {directory} was interrupted; delete that directory and run again"
             )
-        # How far the reader was ahead of a limit must not show.
-        return writer.finish(up_to(last, report) if plan.reached(writer.documents, writer.tokens) else report)
+    if not plan.reached(writer.tokens):
+        with closing(encode_all(batches(candidates), tokenizer, plan, workers)) as encoded:
+            last = fill(writer, plan, encoded, progress) or last
+    if last is None:
+        raise UserError(
+            f"all {report.duplicates} documents of the {plan.split} split of {plan.uri} came before, in it or in the "
+            "sources named before it; leave the source out, or set data.deduplicate = false"
+        )
+    if plan.reached(writer.tokens):
+        # How far the reader was ahead of the limit must not show.
+        count, empty, duplicates = last.left_out
+        report = SkipReport(count, report.named[:count], empty, duplicates)
+    return writer.finish(report)
 
 
 def whole_set(directory: Path, tokenizer: Tokenizer, origin: dict[str, Any]) -> Manifest | None:
-    """The manifest of the set in `directory` if that is whole and just what would be built."""
+    """The manifest of the set in `directory` if it is complete, undamaged and what would be built."""
     try:
         found = ShardSet.open(directory, tokenizer.hash)
         found.verify()
@@ -116,7 +114,7 @@ def whole_set(directory: Path, tokenizer: Tokenizer, origin: dict[str, Any]) -> 
 
 
 def without_duplicates(found: Iterable[Document], seen: set[bytes] | None, report: SkipReport) -> Iterator[Candidate]:
-    """All documents, or with `seen` those whose text's hash is not in it yet."""
+    """All documents, or with `seen` those whose text is not in it yet (by hash)."""
     for read, document in enumerate(found, 1):
         text_hash = None
         if seen is not None:
@@ -125,44 +123,26 @@ def without_duplicates(found: Iterable[Document], seen: set[bytes] | None, repor
                 report.duplicates += 1
                 continue
             seen.add(text_hash)
-        yield Candidate(document, read, text_hash, (report.count, report.empty, report.duplicates))
+        yield Candidate(document.id, document.text, read, text_hash, (report.count, report.empty, report.duplicates))
 
 
-def pass_over(candidates: Iterator[Candidate], read: int, source: str, directory: Path) -> Candidate:
-    """Reads past the documents that are in the set already; the last of them."""
-    for candidate in candidates:
-        if candidate.read == read:
-            return candidate
-    raise RunError(
-        f"{source} has changed since the build in {directory} was interrupted; delete that directory and run again"
-    )
-
-
-def fill(writer: ShardWriter, plan: ShardPlan, encoded: Encoded, progress: Progress) -> Candidate | None:
-    """Writes documents until they are enough or there are no more; the last one written."""
-    last, enough = None, False
+def fill(
+    writer: ShardWriter,
+    plan: ShardPlan,
+    encoded: Iterable[tuple[Sequence[Candidate], list[npt.NDArray[np.uint32]]]],
+    progress: Progress,
+) -> Candidate | None:
+    """Writes documents up to the limit, or all of them; returns the last one written."""
+    last = None
     for batch, ids_of_each in encoded:
-        for candidate, ids in zip(batch, ids_of_each, strict=True):
-            last, document = candidate, candidate.document
-            size = len(document.text.encode())
-            writer.add(document.id, ids, size, read=candidate.read, text_hash=candidate.text_hash)
-            if enough := plan.reached(writer.documents, writer.tokens):
+        for last, ids in zip(batch, ids_of_each, strict=True):
+            writer.add(last.id, ids, len(last.text.encode()), read=last.read, text_hash=last.text_hash)
+            if plan.reached(writer.tokens):
                 break
         progress(writer.documents, writer.tokens, writer.bytes)
-        if enough:
+        if plan.reached(writer.tokens):
             break
     return last
-
-
-def up_to(last: Candidate, report: SkipReport) -> SkipReport:
-    """What had been left out when the last document was read."""
-    count, empty, duplicates = last.left_out
-    return SkipReport(count, report.named[:count], empty, duplicates)
-
-
-def documents_of(batch: Sequence[Candidate]) -> list[Document]:
-    """The documents of a batch."""
-    return [candidate.document for candidate in batch]
 
 
 def batches(found: Iterable[Candidate]) -> Iterator[list[Candidate]]:
@@ -171,7 +151,7 @@ def batches(found: Iterable[Candidate]) -> Iterator[list[Candidate]]:
     size = 0
     for candidate in found:
         batch.append(candidate)
-        size += len(candidate.document.text)
+        size += len(candidate.text)
         if size >= BATCH_BYTES:
             yield batch
             batch, size = [], 0

@@ -37,16 +37,16 @@ TOOL_TEXT = (
     + NAMED % "NAME"
     + f'{{"argument": "value"}}\n```{names.CALL_END}{names.CALLS_END}'
 )
-"""What is said of tools to a model whose template says nothing of them."""
+"""How tools are described to a model whose template does not mention them."""
 FAULTS = (
     jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError
 )  # fmt: skip
-"""What a template may raise that meets messages it was not made for."""
+"""What a template may raise on messages that it was not written for."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A rendered conversation. `thinking`: it has opened the reasoning, with which the answer goes on."""
+    """A rendered conversation. `thinking`: it ends inside an open reasoning section, which the answer continues."""
 
     ids: list[int]
     thinking: bool = False
@@ -85,9 +85,9 @@ class ChatTemplate:
         self, messages: Sequence[Message], tools: Sequence[Tool] = (), call: str | None = None, answer_now: bool = False,
         add_generation_prompt: bool = True,
     ) -> Prompt:  # fmt: skip
-        """The ids that the assistant's next message goes on from; without `add_generation_prompt` it is not begun.
+        """The ids that the assistant's next message continues; without `add_generation_prompt` they do not begin one.
 
-        `call`: the function whose call the answer is, "" for any. `answer_now`: reasoning that the template opens is closed again.
+        `call`: the function that the answer must call, "" for any. `answer_now`: reasoning that the template opens is closed again.
         Raises `UserError` for messages that the template refuses.
         """
         if not messages:
@@ -169,7 +169,7 @@ def with_tools(turns: list[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> 
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
-    """The `tojson` that Hugging Face's templates count on: text as it is."""
+    """The `tojson` that Hugging Face's templates expect: no HTML escapes, no ASCII escapes."""
     return json.dumps(value, ensure_ascii=False, indent=indent)
 
 

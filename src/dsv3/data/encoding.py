@@ -8,16 +8,15 @@ import numpy as np
 import numpy.typing as npt
 
 from dsv3.data.files import Document
-from dsv3.data.fim import FimUnit, fim_document, fim_ids
+from dsv3.data.fim import FimUnit, fim_document, fim_prompt
 from dsv3.data.joined import JoinedSplitter
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.data.word_encoder import WordEncoder
-from dsv3.errors import UserError
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """What is done to documents besides tokenizing them. What is random depends on the seed and a document's id alone."""
+    """How documents are encoded. What is random depends only on the seed and the document's id."""
 
     seed: int
     fim_rate: float = 0.0
@@ -25,12 +24,7 @@ class Encoding:
     split_joined_rate: float = 0.0
     """Share of the tokens joining punctuation with line breaks that are split (`joined.py`)."""
     fim_unit: FimUnit = "character"
-    """What rearranged documents are cut between."""
-
-    def __post_init__(self) -> None:
-        for name in ("fim_rate", "split_joined_rate"):
-            if not 0 <= (rate := getattr(self, name)) <= 1:
-                raise UserError(f"{name} = {rate}: expected a share from 0 to 1")
+    """Rearranged documents are cut between characters or between lines."""
 
 
 class DocumentEncoder:
@@ -55,6 +49,6 @@ class DocumentEncoder:
                 body = self._joined.split(next(encoded), rng)
             else:
                 prefix, middle, suffix = (self._joined.split(next(encoded), rng).tolist() for _ in parts)
-                body = np.array(fim_ids(prefix, middle, suffix, self._tokenizer), dtype=np.uint32)
+                body = np.array([*fim_prompt(prefix, suffix, self._tokenizer), *middle], dtype=np.uint32)
             found.append(np.concatenate([self._bos, body, self._eos]))
         return found

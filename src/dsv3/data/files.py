@@ -35,9 +35,8 @@ class Document:
 
 @dataclass
 class SkipReport:
-    """What was left out: how many files or rows could not be read, the first hundred by name with the reason, and how
-    many documents were empty or had come before.
-    """
+    """What was left out: files or rows that could not be read (the first hundred by name, with the reason), empty documents
+    and duplicates."""
 
     count: int = 0
     named: list[str] = field(default_factory=list)
@@ -51,11 +50,15 @@ class SkipReport:
             self.named.append(f"{name}: {reason}")
 
 
+Reader = Callable[[SkipReport], Iterator[Document]]
+"""Gives all documents of a source, as often as it is called."""
+
+
 def read(path: File, name: str, report: SkipReport, longest: int = LONGEST_DOCUMENT) -> Iterator[Document]:
     """The documents of one file, with ids that start with `name`; at most `longest` bytes each.
 
     What cannot be read is added to `report`: a whole text file with an undecodable byte, a single row of the others.
-    Raises `RunError` for a file that has gone: what is left is not what was to be read.
+    Raises `RunError` for a file that has disappeared since it was listed.
     """
     yield from READERS[suffix_of(path)](path, name, report, longest)
 
@@ -127,7 +130,7 @@ def read_parquet(path: File, name: str, report: SkipReport, longest: int) -> Ite
 
 
 def refuse_gone(path: File, error: Exception) -> None:
-    """Raises `RunError` when the error says that a file, its disk or its server has gone, not that its content is bad."""
+    """Raises `RunError` when the file, its disk or its server is gone, as opposed to bad content."""
     denied = isinstance(error, PermissionError)
     gone = isinstance(error, FileNotFoundError | ConnectionError | TimeoutError)
     if gone or (isinstance(error, OSError) and error.errno is not None and not denied):
@@ -164,7 +167,7 @@ def cut_row(text: Any, name: str, report: SkipReport, longest: int) -> Iterator[
 
 
 def pieces(stream: BinaryIO, longest: int) -> Iterator[bytes]:
-    """The stream in pieces of at most `longest` bytes, cut after a line break or space, or at least between characters."""
+    """The stream in pieces of at most `longest` bytes, cut after a line break or a space where possible, and never inside a character."""
     held = stream.read(longest + 1)
     while len(held) > longest:
         cut = cut_point(held, longest)
@@ -193,7 +196,7 @@ def open_bytes(path: File) -> BinaryIO:
 
 
 def decompress_zstd(path: File) -> Iterator[bytes]:
-    """The content of a `.zst` file. `EOFError` when it ends inside a frame, which zstandard's own reader does not tell."""
+    """The content of a `.zst` file. `EOFError` when it ends inside a frame, which zstandard's own reader does not report."""
     decoder = None
     with path.open("rb") as stream:
         # Small blocks: one byte may stand for 32 KiB, and what a block yields is held in memory.

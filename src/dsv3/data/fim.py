@@ -42,13 +42,8 @@ def line_ends(text: str) -> Sequence[int]:
     return sorted({0, *(found.end() for found in re.finditer("\n", text)), len(text)})
 
 
-def fim_ids(prefix: Sequence[int], middle: Sequence[int], suffix: Sequence[int], tokenizer: Tokenizer) -> list[int]:
-    """The rearranged document without bos and eos, from the ids of its parts."""
-    return [*fim_prompt(prefix, suffix, tokenizer), *middle]
-
-
 def fim_prompt(prefix: Sequence[int], suffix: Sequence[int], tokenizer: Tokenizer) -> list[int]:
-    """What a model continues with the missing middle, from the ids of what is before and after it (no bos)."""
+    """The prompt that a model completes with the missing middle, from the ids before and after it; no bos."""
     return [tokenizer.fim_begin_id, *prefix, tokenizer.fim_hole_id, *suffix, tokenizer.fim_end_id]
 
 

@@ -1,17 +1,17 @@
 """Data sets of Hugging Face's `datasets`, streamed: `hf:NAME`, `hf:NAME:CONFIG`, or `hf:DIRECTORY`."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dsv3.data.files import FIELD, LONGEST_DOCUMENT, Document, SkipReport, cut_row
+from dsv3.data.files import FIELD, LONGEST_DOCUMENT, Document, Reader, SkipReport, cut_row
 from dsv3.errors import RunError, UserError
 
 PREFIX = "hf:"
 
 
-def reader(uri: str) -> Callable[[SkipReport], Iterator[Document]]:
-    """What reads the rows of a data set's `train` split, their text in the field `text`; ids are row numbers.
+def reader(uri: str) -> Reader:
+    """The reader of a data set's `train` split: one document a row, its text in the field `text`, its id the row number.
 
     A directory is one that `save_to_disk` wrote, or files that `datasets` makes a data set of. Raises `UserError` when
     `datasets` is missing, or finds no such data set, or there is no such field.

@@ -1,7 +1,7 @@
 """Tokens that join punctuation with line breaks, and their random splitting.
 
-The pre-tokenizer makes such tokens; a prompt that ends before its line break then ends where training texts never do. The report
-splits a proportion of them at random while training (section 4.1) and leaves the proportion open.
+The pre-tokenizer makes such tokens, so a prompt that ends before its line break ends where no training text does. The report
+splits a proportion of them at random in training (section 4.1); it does not say which.
 """
 
 import unicodedata

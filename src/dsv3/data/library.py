@@ -11,7 +11,7 @@ from dsv3.errors import UserError
 
 STDLIB, PACKAGE = "builtin:stdlib", "package:"
 LEFT_OUT = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
-"""Directories without what is worth reading."""
+"""Directories that are not worth reading."""
 GENERATED = re.compile(r"(auto-?|automatically )generated|generated (by|from|and used by) |do not edit", re.IGNORECASE)
 
 
@@ -21,7 +21,7 @@ def is_library(uri: str) -> bool:
 
 
 def library_files(uri: str) -> tuple[Path, Iterator[Path]]:
-    """(where it lies, its files in sorted order). `UserError` for a package that is not installed, or is not of files."""
+    """(its directory, its files in sorted order). `UserError` for a package that is not installed, or has no files."""
     root = Path(sysconfig.get_path("stdlib")) if uri == STDLIB else package_root(uri.removeprefix(PACKAGE))
     return root, (path for path in walk(root, LEFT_OUT) if path.suffix == ".py")
 
@@ -35,7 +35,7 @@ def package_root(name: str) -> Path:
 
 
 def by_people(pieces: Iterable[Document]) -> list[Document]:
-    """The pieces of a file; none where a program wrote it, which it says within its first five lines (`_sysconfigdata*`, the
-    tables of `encodings`, `pydoc_data/topics.py`, `token.py` and others)."""
+    """The pieces of a file, or none where its first five lines say that a program wrote it (`_sysconfigdata*`, the tables of
+    `encodings`, `pydoc_data/topics.py`, `token.py` and others)."""
     found = list(pieces)
     return [] if found and GENERATED.search("\n".join(found[0].text[:2000].split("\n")[:5])) else found

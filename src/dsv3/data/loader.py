@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dsv3.data.mixture import LONGEST_CYCLE, interleave
+from dsv3.data.mixture import interleave
 from dsv3.data.packing import Packing, pack
 from dsv3.data.token_shards import ShardSet
 from dsv3.errors import UserError
@@ -23,7 +23,7 @@ class Batch:
     valid: torch.Tensor
     """bool [B, T + 1]; False where there is only padding."""
     segment_ids: torch.Tensor
-    """int64 [B, T + 1]; counts the row's documents from 0, padding last. Attention may be masked by it; the report does not."""
+    """int64 [B, T + 1]; numbers the row's documents from 0, padding last. For a document mask, which the report does not use."""
     positions: torch.Tensor
     """int64 [B, T + 1], from 0 in each row, or with a document mask in each document (a later piece of one included)."""
     documents: list[list[tuple[str, int]]]
@@ -37,10 +37,9 @@ class Loader:
     of rows each source is within one row of it (`mixture.py`). Within a source, rows come in an order shuffled anew for
     each pass over it. With `document_mask`, positions start again in each document.
 
-    The data's position is the number of global rows before it, and nothing else. A data-parallel rank (`rank` of
-    `ranks`) reads its slice of each batch; ranks may change in number between any two batches.
-    Raises `UserError` for a source without documents, a weight that is not above 0, a row below 2 tokens, or a rank
-    that is none of `ranks`.
+    The position in the data is the number of global rows before it, and nothing else. A data-parallel rank (`rank` of
+    `ranks`) reads its slice of each batch; the number of ranks may change between any two batches.
+    Raises `UserError` for a source without documents.
     """
 
     def __init__(
@@ -55,15 +54,7 @@ class Loader:
         rank: int = 0,
         ranks: int = 1,
     ) -> None:
-        if row < 2:
-            raise UserError(f"row = {row}: expected at least 2 tokens, one to read and one to predict")
-        if not 0 < len(sources) <= LONGEST_CYCLE:
-            raise UserError(f"the loader was given {len(sources)} sources; expected 1 to {LONGEST_CYCLE}")
-        if not 0 <= rank < ranks:
-            raise UserError(f"rank = {rank} of {ranks}: expected a rank from 0 to {ranks - 1}")
-        for name, shards, weight in sources:
-            if not weight > 0:
-                raise UserError(f"the weight of source {name!r} is {weight}: expected a number above 0")
+        for name, shards, _ in sources:
             if not len(shards):
                 raise UserError(f"source {name!r} holds no documents")
         self.names = [name for name, _, _ in sources]
@@ -80,8 +71,8 @@ class Loader:
     def batch(self, first_row: int, size: int) -> Batch:
         """This rank's slice of the global rows `first_row` to `first_row + size - 1`.
 
-        The slices of all ranks, one after another, are these rows. A thread prepares the batch that follows if it is of
-        the same size; what is returned does not depend on that.
+        The slices of all ranks, one after another, are these rows. A thread prefetches the next batch of the same size;
+        what is returned does not depend on that.
         """
         asked = (first_row, size)
         ready = self._ahead[1] if self._ahead is not None and self._ahead[0] == asked else self._prepare(*asked)

@@ -2,7 +2,7 @@
 
 Each source's m-th row has a window: it comes neither before the source's share reaches m - 1 rows nor after it reaches m.
 Going by the earliest end of a window always works (Baruah, Cohen, Plaxton and Varvel 1996, "Proportionate progress").
-The order repeats after as many rows as the weights need to come out even, so that any row is found without the rows before it.
+The order repeats once the weights come out even, so any row is found without going through those before it.
 """
 
 import heapq
@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 LONGEST_CYCLE = 100_000
-"""Rows after which the order repeats at the latest."""
+"""The most rows before the order repeats."""
 
 
 def whole_shares(weights: Sequence[float]) -> list[int]:
@@ -45,19 +45,12 @@ def interleave(weights: Sequence[float]) -> tuple[npt.NDArray[np.int64], npt.NDA
     """One cycle: the source of each row, and how many rows of the same source came before it; both int64 [cycle]."""
     shares = whole_shares(weights)
     cycle = sum(shares)
-    begins: list[list[int]] = [[] for _ in range(cycle)]
-    for source, share in enumerate(shares):
-        for m in range(share):
-            begins[m * cycle // share].append(source)
-    counts = [0] * len(shares)
-    waiting: list[tuple[int, int]] = []
-    order, before = np.empty(cycle, dtype=np.int64), np.empty(cycle, dtype=np.int64)
-    queued = [0] * len(shares)
+    order, before = np.empty((2, cycle), dtype=np.int64)
+    drawn = [0] * len(shares)
+    begins, ends = np.zeros(len(shares), dtype=np.int64), np.array([-(-cycle // share) for share in shares])
     for row in range(cycle):
-        for source in begins[row]:
-            queued[source] += 1
-            heapq.heappush(waiting, (-(-queued[source] * cycle // shares[source]), source))
-        order[row] = source = heapq.heappop(waiting)[1]
-        before[row] = counts[source]
-        counts[source] += 1
+        source = int(np.where(begins <= row, ends, cycle + 1).argmin())
+        order[row], before[row] = source, drawn[source]
+        drawn[source] = count = drawn[source] + 1
+        begins[source], ends[source] = count * cycle // shares[source], -(-(count + 1) * cycle // shares[source])
     return order, before

@@ -1,8 +1,8 @@
 """Packing: documents into rows of equal length.
 
 By best fit as in Ding et al. 2024, "Fewer Truncations Improve Language Modeling", which the report follows (section 4.1): only
-documents longer than a row are cut, and all pieces are then packed best-fit-decreasing. Or in order: one document after the
-other, cut where a row ends.
+documents longer than a row are cut, and the pieces are then packed best-fit-decreasing. Or in order: documents are
+concatenated and cut where a row ends.
 """
 
 from dataclasses import dataclass
@@ -11,8 +11,6 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-
-from dsv3.errors import UserError
 
 Packing = Literal["best_fit", "in_order"]
 Ints = npt.NDArray[np.int64]
@@ -33,8 +31,6 @@ class PackPlan:
     """[pieces] tokens."""
     first: Ints
     """[rows + 1] the row's first piece."""
-    row: int
-    """Tokens that a row has room for."""
 
     @property
     def rows(self) -> int:
@@ -45,14 +41,11 @@ class PackPlan:
 def pack(lengths: npt.ArrayLike, row: int, packing: Packing = "best_fit") -> PackPlan:
     """Packs documents of the given lengths (tokens, int [documents]) into rows of `row` tokens.
 
-    Every token lies in exactly one row. `best_fit` cuts a longer document every `row` tokens, and places pieces from the
-    longest to the shortest, each into the fullest row with room for it, in time in the number of pieces and of different
-    lengths, not in their product. `in_order` leaves room in the last row alone.
-    Raises `UserError` when `row` is below 1 or a length is negative.
+    Every token lies in exactly one row. `best_fit` cuts a longer document every `row` tokens and places pieces from the
+    longest to the shortest, each into the fullest row with room for it; its time grows with the number of pieces plus the
+    number of different lengths. `in_order` leaves padding in the last row only.
     """
     documents = np.asarray(lengths, dtype=np.int64)
-    if row < 1 or (documents < 0).any():
-        raise UserError(f"row = {row}: expected a row of at least 1 token and no negative document length")
     if packing == "in_order":
         document, start, length, where = in_order(documents, row)
     else:
@@ -61,7 +54,7 @@ def pack(lengths: npt.ArrayLike, row: int, packing: Packing = "best_fit") -> Pac
     order = np.argsort(where, kind="stable")
     rows = int(where.max()) + 1 if len(where) else 0
     first = np.searchsorted(where[order], np.arange(rows + 1))
-    return PackPlan(document[order], start[order], length[order], first.astype(np.int64), row)
+    return PackPlan(document[order], start[order], length[order], first.astype(np.int64))
 
 
 def cut(lengths: Ints, row: int) -> tuple[Ints, Ints, Ints]:

@@ -39,12 +39,19 @@ def is_url(uri: str) -> bool:
 
 
 def remote_files(uri: str) -> Iterator[tuple[str, RemoteFile, int, str]]:
-    """(name below the URL, file, bytes, stamp) of a file, or of those of a directory or glob, in the order they have here.
+    """(name below the URL, file, bytes, stamp) of a file, or of those of a directory or glob, in the order of a local walk.
 
     Hidden files and directories are left out. Raises `UserError` for an unknown scheme, one whose package is missing,
     and when there is nothing.
     """
-    filesystem, path = connect(uri)
+    scheme = uri.partition("://")[0]
+    try:
+        filesystem, path = fsspec.core.url_to_fs(uri)
+    except ImportError as error:
+        # fsspec says which package opens the scheme.
+        raise UserError(f"{uri}: {scheme}:// needs another package: {error}") from None
+    except ValueError as error:
+        raise UserError(f"{uri}: fsspec does not know {scheme}://: {error}") from None
     if has_magic(path):
         root = path[: next(found.start() for found in re.finditer(r"[*?[]", path))].rpartition("/")[0]
         found = filesystem.glob(path, detail=True)
@@ -64,19 +71,6 @@ def remote_files(uri: str) -> Iterator[tuple[str, RemoteFile, int, str]]:
 
 
 def as_walked(path: str) -> list[tuple[bool, str]]:
-    """Sorts paths as a walk meets them: a directory's files before its subdirectories."""
+    """Sort key: a directory's files before its subdirectories, as `walk` yields them."""
     *directories, name = path.split("/")
     return [*((True, directory) for directory in directories), (False, name)]
-
-
-def connect(uri: str) -> tuple[Any, str]:
-    """The file system behind a URL, and the path in it."""
-    scheme = uri.partition("://")[0]
-    try:
-        filesystem, path = fsspec.core.url_to_fs(uri)
-    except ImportError as error:
-        # fsspec says which package opens the scheme.
-        raise UserError(f"{uri}: {scheme}:// needs another package: {error}") from None
-    except ValueError as error:
-        raise UserError(f"{uri}: fsspec does not know {scheme}://: {error}") from None
-    return filesystem, path

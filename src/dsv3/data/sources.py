@@ -3,14 +3,14 @@
 import glob
 import hashlib
 import heapq
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Literal
 
 from dsv3.data import hub, needle, tinypy
-from dsv3.data.files import LONGEST_DOCUMENT, READERS, Document, File, SkipReport, read, suffix_of, walk
+from dsv3.data.files import LONGEST_DOCUMENT, READERS, Document, File, Reader, SkipReport, read, suffix_of, walk
 from dsv3.data.library import PACKAGE, STDLIB, by_people, is_library, library_files
 from dsv3.data.remote import is_url, remote_files
 from dsv3.errors import UserError, nearest
@@ -21,12 +21,12 @@ TINYPY, NEEDLE = "builtin:tinypy", "builtin:needle"
 GENERATORS = {TINYPY: tinypy, NEEDLE: needle}
 """Sources that are made from a seed, each with splits of its own."""
 ENDLESS = ((TINYPY, "train"), (NEEDLE, "train"))
-"""Sources and splits that never end: whoever reads one sets a limit."""
+"""Sources and splits that never end: readers need a limit."""
 
 VALIDATION_FRACTION = 0.05
-"""Share of the documents that is held out where nothing else is said."""
+"""Default share of the documents that is held out."""
 LEARNED_FROM = 4000
-"""An endless source's words repeat long before."""
+"""Documents of an endless source that a tokenizer is trained on; its words repeat long before."""
 TEXT = (".txt", ".md", ".py")
 
 
@@ -64,16 +64,14 @@ def documents(
     What cannot be read is skipped and added to `report`. Raises `UserError` at once for an unknown source or missing
     path, and at the end when nothing came; `RunError` when a file disappears.
     """
-    if not 0 <= validation_fraction < 1:
-        raise UserError(f"validation_fraction = {validation_fraction}: expected 0 or more and less than 1")
     report = SkipReport() if report is None else report
     if uri in GENERATORS:
         return (Document(name, text) for name, text in GENERATORS[uri].documents(split, seed))
     return choose(reader(uri), uri, split, validation_fraction, report)
 
 
-def reader(uri: str) -> Callable[[SkipReport], Iterator[Document]]:
-    """What reads all documents of a source, as often as it is called. Refuses before it reads."""
+def reader(uri: str) -> Reader:
+    """The reader of a source. Refuses a bad source before anything is read."""
     if uri.startswith(hub.PREFIX):
         return hub.reader(uri)
     found, library = find(uri), is_library(uri)
@@ -107,14 +105,8 @@ def fingerprint(uri: str) -> str:
     return content.hexdigest()
 
 
-def choose(
-    every: Callable[[SkipReport], Iterator[Document]],
-    uri: str,
-    split: Split,
-    validation_fraction: float,
-    report: SkipReport,
-) -> Iterator[Document]:
-    """One split of a source, refusing to be empty."""
+def choose(every: Reader, uri: str, split: Split, validation_fraction: float, report: SkipReport) -> Iterator[Document]:
+    """One split of a source; `UserError` if it is empty."""
     divided = None if validation_fraction == 0 else document_to_divide(every, validation_fraction)
     seen = chosen = 0
     for document in every(report):
@@ -123,12 +115,10 @@ def choose(
             continue
         seen += 1
         if document.id == divided:
-            parts = divide(document.text, validation_fraction)
-            text = parts[0] if split == "train" else parts[1]
-            if text:
+            if text := divide(document.text, validation_fraction)[split == "validation"]:
                 chosen += 1
                 yield Document(f"{document.id}#{split}", text)
-        elif in_validation(document, validation_fraction) == (split == "validation"):
+        elif (hash_fraction(document.id) < validation_fraction) == (split == "validation"):
             chosen += 1
             yield document
     if not seen:
@@ -141,12 +131,7 @@ def choose(
         )
 
 
-def in_validation(document: Document, validation_fraction: float) -> bool:
-    """Which split a document is in."""
-    return hash_fraction(document.id) < validation_fraction
-
-
-def document_to_divide(every: Callable[[SkipReport], Iterator[Document]], validation_fraction: float) -> str | None:
+def document_to_divide(every: Reader, validation_fraction: float) -> str | None:
     """The id of a source's longest document if all of them fall into the same split; None otherwise.
 
     Reads until there is one of each, which is a few dozen documents.
@@ -154,7 +139,7 @@ def document_to_divide(every: Callable[[SkipReport], Iterator[Document]], valida
     longest, splits = Document("", ""), set()
     for document in every(SkipReport()):
         if document.text:
-            splits.add(in_validation(document, validation_fraction))
+            splits.add(hash_fraction(document.id) < validation_fraction)
             if len(document.text) > len(longest.text):
                 longest = document
         if len(splits) == 2:
@@ -196,11 +181,6 @@ def to_learn_from(uri: str, seed: int, validation_fraction: float, limit_bytes: 
     return sample(islice(found, LEARNED_FROM) if (uri, "train") in ENDLESS else found, limit_bytes)
 
 
-def printable(path: Path) -> str:
-    """A path as text with a UTF-8 form, whatever bytes its name is made of."""
-    return path.as_posix().encode(errors="backslashreplace").decode()
-
-
 def find(uri: str) -> list[Found]:
     """The files of a source in order."""
     if is_library(uri):
@@ -231,8 +211,10 @@ def find(uri: str) -> list[Found]:
 
 
 def local(root: Path, paths: Iterable[Path]) -> list[Found]:
-    """Files of this machine."""
-    return [
-        Found(printable(path.relative_to(root)), path, (known := path.stat()).st_size, str(known.st_mtime_ns))
-        for path in paths
-    ]
+    """Files of this machine, named with a UTF-8 form whatever bytes their names are made of."""
+    found = []
+    for path in paths:
+        name = path.relative_to(root).as_posix().encode(errors="backslashreplace").decode()
+        known = path.stat()
+        found.append(Found(name, path, known.st_size, str(known.st_mtime_ns)))
+    return found

@@ -7,7 +7,7 @@ A shard set is a directory:
     documents-00000.npy     int64 [2, documents + 1]: where each document starts, in tokens and in bytes of its text
     documents-00000.names   the id of each document, one JSON string a line
     documents-00000.hashes  16 bytes a document, of its text: in sets that were built without duplicates
-    shard-00000.json        only while the set is being written: this shard is complete, and a killed build goes on after it
+    shard-00000.json        only during the build: this shard is complete, and an interrupted build continues after it
 """
 
 import json
@@ -16,10 +16,10 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import cached_property, lru_cache
+from io import FileIO
 from pathlib import Path
-from threading import Lock
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,8 @@ from dsv3.errors import RunError, UserError
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+OPEN_FILES = 128
+"""Shards that stay open: large sets have more files than a process may open."""
 ANEW = "delete {} and run again, which builds it anew"
 
 
@@ -77,7 +79,7 @@ class Manifest:
 
 
 class ShardSet:
-    """A finished shard set. `len` counts documents. What is read is checked: a file that shrank or went is a `RunError`."""
+    """A finished shard set; `len` is its number of documents."""
 
     def __init__(self, directory: Path, manifest: Manifest) -> None:
         self.directory = directory
@@ -85,7 +87,7 @@ class ShardSet:
         self._dtype = np.dtype(manifest.dtype)
         self._starts: list[npt.NDArray[np.int64]] = []
         self._first = [0]
-        self._open = OpenFiles()
+        self._stream = lru_cache(maxsize=OPEN_FILES)(FileIO)
         for number, shard in enumerate(manifest.shards):
             tokens, starts = directory / f"tokens-{number:05d}.bin", directory / f"documents-{number:05d}.npy"
             try:
@@ -116,10 +118,7 @@ class ShardSet:
         return self.manifest.documents
 
     def verify(self) -> None:
-        """Compares the files with their sha256 in the manifest: reads them whole, several at a time.
-
-        Raises `UserError` naming the first file that differs.
-        """
+        """Compares all files with their sha256 in the manifest; `UserError` names the first that differs."""
         expected = [pair for shard in self.manifest.shards for pair in shard.sha256.items()]
         with ThreadPoolExecutor(max_workers=4) as threads:
             found = threads.map(file_hash, (self.directory / name for name, _ in expected))
@@ -133,14 +132,17 @@ class ShardSet:
     def document(self, index: int, start: int = 0, length: int | None = None) -> npt.NDArray[np.integer]:
         """The token ids of one document, or `length` of them from `start` on: read-only uint16 or uint32 [length].
 
-        Raises `RunError` when the shard has shrunk or gone since it was opened.
+        Raises `RunError` when the shard has been truncated or removed since it was opened.
         """
         shard, place = self._locate(index)
         first, end = (int(at) for at in self._starts[shard][0, place : place + 2])
         count = end - first - start if length is None else length
         path = self.directory / f"tokens-{shard:05d}.bin"
         size = self._dtype.itemsize
-        data = self._open.read(path, (first + start) * size, count * size)
+        try:
+            data = os.pread(self._stream(path).fileno(), count * size, (first + start) * size)
+        except OSError as error:
+            raise RunError(f"{path} cannot be read any more: {error.strerror}. Bring it back, and continue") from error
         if len(data) < count * size:
             raise RunError(
                 f"{path} ended early: expected {count} tokens of document {index} from token {first + start} on. The "
@@ -149,7 +151,7 @@ class ShardSet:
         return np.frombuffer(data, dtype=self._dtype)
 
     def name(self, index: int) -> str:
-        """The id of one document within its source, as the source gave it."""
+        """The id of one document within its source."""
         shard, place = self._locate(index)
         with open(self.directory / f"documents-{shard:05d}.names", encoding="utf-8") as lines:
             return str(json.loads(next(line for number, line in enumerate(lines) if number == place)))
@@ -166,35 +168,8 @@ class ShardSet:
             yield from (data[start : start + 16] for start in range(0, len(data), 16))
 
     def _locate(self, index: int) -> tuple[int, int]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"document {index} of {len(self)}")
         shard = bisect_right(self._first, index) - 1
         return shard, index - self._first[shard]
-
-
-class OpenFiles:
-    """Reads pieces of files and keeps the last ones open, a bounded number: large sets have more files than a process may."""
-
-    def __init__(self, most: int = 128) -> None:
-        self._most = most
-        self._files: dict[Path, BinaryIO] = {}
-        self._lock = Lock()
-
-    def read(self, path: Path, offset: int, size: int) -> bytes:
-        """Up to `size` bytes from `offset` on; `RunError` when the file cannot be read."""
-        with self._lock:
-            try:
-                stream = self._files.pop(path, None)
-                if stream is None:
-                    stream = open(path, "rb", buffering=0)  # noqa: SIM115  it stays open for the next piece
-                self._files[path] = stream
-                if len(self._files) > self._most:
-                    self._files.pop(next(iter(self._files))).close()
-                return os.pread(stream.fileno(), size, offset)
-            except OSError as error:
-                raise RunError(
-                    f"{path} cannot be read any more: {error.strerror}. Bring it back, and continue"
-                ) from error
 
 
 def file_hash(path: Path) -> str | None:

@@ -1,7 +1,7 @@
 """The tokenizer: byte-level BPE with DeepSeek-V3's pre-tokenizer and special tokens (report, section 4.1).
 
-The BPE itself is Hugging Face `tokenizers`; the directory that `Tokenizer.save` writes is one that
-`transformers.AutoTokenizer` loads and agrees with.
+The BPE itself is Hugging Face `tokenizers`; `transformers.AutoTokenizer` loads what `Tokenizer.save` writes and gives the
+same ids.
 """
 
 import codecs
@@ -54,47 +54,39 @@ CHAT_TEMPLATE = (
     "{{ bos_token }}{{ system | join('\n\n') }}"
     "{%- for message in messages -%}"
     "{%- set answers = loop.previtem is defined and loop.previtem.role == 'tool' -%}"
-    "{%- if message.role == 'user' -%}{{ '" + USER + "' + message.content }}"
+    "{%- if message.role == 'user' -%}{{ '<｜User｜>' + message.content }}"
     "{%- elif message.role == 'assistant' -%}"
-    "{{ '' if answers else '" + ASSISTANT + "' }}{{ message.content or '' }}"
+    "{{ '' if answers else '<｜Assistant｜>' }}{{ message.content or '' }}"
     "{%- for call in message.tool_calls or [] -%}"
-    "{{ '" + CALLS_BEGIN + "' if loop.first else '\n' }}"
-    "{{ '" + CALL_BEGIN + "' + call.type + '" + TOOL_SEPARATOR + "' + call.function.name }}"
-    "{{ '\n```json\n' + call.function.arguments + '\n```" + CALL_END + "' }}"
-    "{{ '" + CALLS_END + "' if loop.last else '' }}"
+    "{{ '<｜tool▁calls▁begin｜>' if loop.first else '\n' }}"
+    "{{ '<｜tool▁call▁begin｜>' + call.type + '<｜tool▁sep｜>' + call.function.name }}"
+    "{{ '\n```json\n' + call.function.arguments + '\n```<｜tool▁call▁end｜>' }}"
+    "{{ '<｜tool▁calls▁end｜>' if loop.last else '' }}"
     "{%- endfor -%}{{ eos_token }}"
     "{%- elif message.role == 'tool' -%}"
-    "{{ '' if answers else '"
-    + OUTPUTS_BEGIN
-    + "' }}{{ '"
-    + OUTPUT_BEGIN
-    + "' + message.content + '"
-    + OUTPUT_END
-    + "' }}"
-    "{{ '' if loop.nextitem is defined and loop.nextitem.role == 'tool' else '" + OUTPUTS_END + "' }}"
+    "{{ '' if answers else '<｜tool▁outputs▁begin｜>' }}"
+    "{{ '<｜tool▁output▁begin｜>' + message.content + '<｜tool▁output▁end｜>' }}"
+    "{{ '' if loop.nextitem is defined and loop.nextitem.role == 'tool' else '<｜tool▁outputs▁end｜>' }}"
     "{%- elif message.role != 'system' -%}{{ raise_exception('unknown role ' + message.role) }}"
     "{%- endif -%}{%- endfor -%}"
-    "{%- if add_generation_prompt and messages[-1].role != 'tool' -%}{{ '" + ASSISTANT + "' }}{%- endif -%}"
+    "{%- if add_generation_prompt and messages[-1].role != 'tool' -%}{{ '<｜Assistant｜>' }}{%- endif -%}"
 )
 
 
 def special(token: str) -> property:
     """The id of a special token, as a property; see `Tokenizer.id`."""
-
-    def of(tokenizer: "Tokenizer") -> int:
-        return tokenizer.id(token)
-
-    return property(of)
+    return property(lambda tokenizer: tokenizer.id(token))
 
 
 class Tokenizer:
     """Text <-> token ids. `json` is the content of a `tokenizer.json` whose model is byte-level BPE."""
 
-    def __init__(self, json: str) -> None:
-        self.json = json
-        self._marked = tokenizers.Tokenizer.from_str(json)
-        self.plain = without_special_tokens(json)
-        """The same without special tokens, as `tokenizers` has it."""
+    def __init__(self, text: str) -> None:
+        self.json = text
+        self._marked = tokenizers.Tokenizer.from_str(text)
+        without = {**json.loads(text), "added_tokens": [], "post_processor": None}
+        self.plain = tokenizers.Tokenizer.from_str(json.dumps(without))
+        """The same BPE with no token that is matched as a whole, as `tokenizers` has it."""
 
     @classmethod
     def load(cls, directory: str | Path) -> "Tokenizer":
@@ -165,14 +157,14 @@ class Tokenizer:
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
-        """Tokens that readers are not shown; markup of thoughts and tools is not among them."""
+        """Tokens left out of text for readers; markup of reasoning and tools is not among them."""
         return frozenset(i for i, token in self._marked.get_added_tokens_decoder().items() if token.special)
 
     def encode(self, text: str, *, specials: bool = False) -> list[int]:
         """Token ids of `text`, no bos and no eos added.
 
-        The text of a special token becomes its id with `specials` alone. Without, it is text like any other, so that
-        nobody ends a turn or opens a tool call from inside a document or a message.
+        The text of a special token becomes its id only with `specials`. Otherwise it is plain text, so that no document or
+        message can end a turn or open a tool call.
         Raises `UserError` for a string that has no UTF-8 form (lone surrogates).
         """
         return self.encode_batch([text], specials=specials)[0]
@@ -231,7 +223,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, digits: int = 3) -> T
     """Trains byte-level BPE; the same texts in the same order give the same file.
 
     `vocab_size` counts all ids: 256 bytes, 3 + 17 special tokens, merges; where the texts yield too few merges,
-    placeholders fill it up, as in the released vocabulary. `digits` is the most digits that one token joins:
+    placeholders fill it up, as in the released vocabulary. `digits` (1 to 3) is the most digits that one token joins:
     3 is DeepSeek-V3's, 1 gives each digit a token. Raises `UserError` below 256 + special tokens. Memory grows with the
     different words in `texts`; bound the bytes of text (`sources.sample`) where they may be many.
     """
@@ -240,8 +232,6 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, digits: int = 3) -> T
             f"vocab_size = {vocab_size}: expected at least {SMALLEST}, "
             f"256 bytes and {SMALLEST - 256} special tokens; a useful vocabulary starts at about 1000"
         )
-    if not 1 <= digits <= 3:
-        raise UserError(f"digits = {digits}: expected 1, 2 or 3, the most digits that one token joins")
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizer(digits)
     backend.decoder = decoders.ByteLevel()
@@ -283,22 +273,10 @@ def pre_tokenizer(digits: int) -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.Sequence([*steps, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
-def without_special_tokens(text: str) -> tokenizers.Tokenizer:
-    """The same BPE with no token that is matched as a whole."""
-    content = json.loads(text)
-    content["added_tokens"] = []
-    content["post_processor"] = None
-    return tokenizers.Tokenizer.from_str(json.dumps(content))
-
-
-def byte_alphabet() -> dict[str, int]:
-    """The characters that stand for bytes in a byte-level vocabulary: printable ones for themselves, others from U+0100."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(b): b for b in printable} | {chr(0x100 + k): b for k, b in enumerate(others)}
-
-
-BYTES = byte_alphabet()
+PRINTABLE = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+OTHERS = [byte for byte in range(256) if byte not in PRINTABLE]
+BYTES = {chr(b): b for b in PRINTABLE} | {chr(0x100 + k): b for k, b in enumerate(OTHERS)}
+"""The characters that stand for bytes in a byte-level vocabulary: printable ones for themselves, others from U+0100."""
 
 
 def bytes_of(token: str) -> bytes:

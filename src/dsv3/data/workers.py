@@ -4,11 +4,11 @@ import multiprocessing
 import os
 import signal
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
-from types import TracebackType
 from typing import TypeVar
 
 import numpy as np
@@ -19,11 +19,11 @@ from dsv3.data.files import Document
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.errors import RunError
 
-T = TypeVar("T")
+Batch = TypeVar("Batch", bound=Sequence[Document])
 Ids = list[npt.NDArray[np.uint32]]
 
 ALONE = 32 << 20
-"""Characters that are encoded before other processes are started, which takes longer than most small corpora."""
+"""Characters encoded in this process before workers are started, which takes longer than encoding a small corpus."""
 
 
 def cores() -> int:
@@ -32,12 +32,8 @@ def cores() -> int:
 
 
 def encode_all(
-    batches: Iterable[T],
-    documents: Callable[[T], Sequence[Document]],
-    tokenizer: Tokenizer,
-    encoding: Encoding,
-    workers: int,
-) -> Generator[tuple[T, Ids]]:
+    batches: Iterable[Batch], tokenizer: Tokenizer, encoding: Encoding, workers: int
+) -> Generator[tuple[Batch, Ids]]:
     """Each batch with the ids of its documents (see `DocumentEncoder.encode`), in order, by up to `workers` processes.
 
     Reads at most 2 batches a worker ahead. Raises `RunError` when a process dies.
@@ -49,12 +45,12 @@ def encode_all(
         batch = next(batches, None)
         if batch is None:
             return
-        size += sum(len(document.text) for document in documents(batch))
-        yield batch, encoder.encode(documents(batch))
-    with Workers(tokenizer, encoding, workers) as pool:
-        pending: deque[tuple[T, Future[Ids]]] = deque()
+        size += sum(len(document.text) for document in batch)
+        yield batch, encoder.encode(batch)
+    with processes(tokenizer, encoding, workers) as submit:
+        pending: deque[tuple[Batch, Future[Ids]]] = deque()
         for batch in batches:
-            pending.append((batch, pool.submit(documents(batch))))
+            pending.append((batch, submit(batch)))
             if len(pending) > 2 * workers:
                 done, ids = pending.popleft()
                 yield done, ids.result()
@@ -62,38 +58,24 @@ def encode_all(
             yield done, ids.result()
 
 
-class Workers:
-    """Processes that encode. One thread here for each of them hands it a batch and waits for what comes back."""
+@contextmanager
+def processes(
+    tokenizer: Tokenizer, encoding: Encoding, count: int
+) -> Iterator[Callable[[Sequence[Document]], "Future[Ids]"]]:
+    """Starts worker processes; yields a function that submits a batch to the next idle one. A thread here waits for each."""
+    # Spawned, not forked: a fork beside the threads of tokenizers and torch may hang.
+    context = multiprocessing.get_context("spawn")
+    idle: SimpleQueue[Connection] = SimpleQueue()
+    connections = []
+    for _ in range(count):
+        here, there = context.Pipe()
+        context.Process(target=serve, args=(there, tokenizer.json, encoding), daemon=True).start()
+        there.close()
+        connections.append(here)
+        idle.put(here)
 
-    def __init__(self, tokenizer: Tokenizer, encoding: Encoding, count: int) -> None:
-        self._idle: SimpleQueue[Connection] = SimpleQueue()
-        self._ends: list[Connection] = []
-        self._threads = ThreadPoolExecutor(count)
-        # Spawned, not forked: a fork beside the threads of tokenizers and torch may hang.
-        context = multiprocessing.get_context("spawn")
-        for _ in range(count):
-            here, there = context.Pipe()
-            context.Process(target=serve, args=(there, tokenizer.json, encoding), daemon=True).start()
-            there.close()
-            self._ends.append(here)
-            self._idle.put(here)
-
-    def __enter__(self) -> "Workers":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._threads.shutdown(cancel_futures=True)
-        for end in self._ends:
-            end.close()
-
-    def submit(self, batch: Sequence[Document]) -> "Future[Ids]":
-        """Has a batch encoded by the next process that is free."""
-        return self._threads.submit(self._encode, batch)
-
-    def _encode(self, batch: Sequence[Document]) -> Ids:
-        worker = self._idle.get()
+    def encode(batch: Sequence[Document]) -> Ids:
+        worker = idle.get()
         try:
             worker.send(batch)
             found: Ids = worker.recv()
@@ -103,12 +85,20 @@ class Workers:
                 "may have killed it for its memory. Complete shards are kept: run again, with fewer workers"
             ) from error
         finally:
-            self._idle.put(worker)
+            idle.put(worker)
         return found
+
+    threads = ThreadPoolExecutor(count)
+    try:
+        yield lambda batch: threads.submit(encode, batch)
+    finally:
+        threads.shutdown(cancel_futures=True)
+        for connection in connections:
+            connection.close()
 
 
 def serve(connection: Connection, tokenizer_json: str, encoding: Encoding) -> None:
-    """A worker: encodes what comes until nobody is left to send. Ctrl-C is for the process that reads and writes."""
+    """A worker: encodes batches until the connection is closed. Ctrl-C is left to the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # One thread a process: there is a process for every core.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -21,6 +21,7 @@ import torch
 from dsv3.errors import RunError, UserError
 from dsv3.recipe.differences import differences
 from dsv3.recipe.schema import Recipe
+from dsv3.stages.context import RunContext
 from dsv3.stages.pretrain import pretraining_stages
 from dsv3.stages.runner import Stage, finished, run_stages
 from dsv3.training.trainer import Progress
@@ -41,12 +42,12 @@ class Job:
     out: Path
 
     def stages(self, out: Path) -> list[Stage]:
-        """Its stages, in another directory."""
-        return pretraining_stages(Recipe.load(self.path, self.overrides), out, lambda **_: None, lambda _: None)
+        """Its stages, in a directory."""
+        return pretraining_stages(RunContext(Recipe.load(self.path, self.overrides), out))
 
     @property
     def command(self) -> list[str]:
-        """What runs it, or continues it."""
+        """The command line that starts or resumes it."""
         return [
             *(sys.executable, "-m", "dsv3", "pretrain", str(self.path), *self.overrides),
             *("--out", str(self.out), "--resume"),
@@ -93,7 +94,8 @@ def ablate(
     ]
     check_shared(every)
     shared = out / "shared"
-    *preparing, _ = pretraining_stages(Recipe.load(every[0].path, every[0].overrides), shared, progress, note)
+    context = RunContext(Recipe.load(every[0].path, every[0].overrides), shared, progress, note)
+    *preparing, _ = pretraining_stages(context)
     run_stages(preparing, shared, note, replace=False)
     for job in every:
         link(preparing, shared, job.out)
@@ -120,7 +122,7 @@ def check_shared(jobs: Sequence[Job]) -> None:
 
 
 def link(stages: Sequence[Stage], shared: Path, out: Path) -> None:
-    """Gives a run's directory the shared outputs, and the records that they are done."""
+    """Links the shared outputs into a run's directory, and copies the records that they are done."""
     (out / "stages").mkdir(parents=True, exist_ok=True)
     for stage in stages:
         place = out / stage.output.relative_to(shared)
@@ -136,27 +138,27 @@ def link(stages: Sequence[Stage], shared: Path, out: Path) -> None:
 def run_jobs(waiting: deque[Job], total: int, jobs: int, progress: Progress, note: Callable[[str], None]) -> list[str]:
     """Runs the jobs, some at once and spread over the GPUs; says of each that failed where to look.
 
-    Ctrl-C lets those under way save and end.
+    On Ctrl-C, running jobs save and end.
     """
     environment, gpus = {**os.environ}, visible_gpus()
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
+    free = deque(gpus[slot % len(gpus)] for slot in range(jobs))
     running: dict[Path, tuple[subprocess.Popen[bytes], float, str]] = {}
     done, failed = total - len(waiting), []
     try:
         while waiting or running:
-            while waiting and len(running) < jobs:
-                job = waiting.popleft()
-                busy = [gpu for *_, gpu in running.values()]
-                gpu = min(gpus, key=busy.count)
+            while waiting and free:
+                job, gpu = waiting.popleft(), free.popleft()
                 here = {**environment, "CUDA_VISIBLE_DEVICES": gpu} if len(gpus) > 1 else environment
                 running[job.out] = (start(job, here), time.monotonic(), gpu)
                 note(f"{job.out.name}: started")
                 progress(stage="runs", done=done, total=total, at_once=len(running))
             time.sleep(SECONDS_BETWEEN_LOOKS)
-            for out, (process, started, _) in list(running.items()):
+            for out, (process, started, gpu) in list(running.items()):
                 if process.poll() is None:
                     continue
                 del running[out]
+                free.append(gpu)
                 done += 1
                 note(f"{out.name}: {'failed' if process.returncode else 'done'} in {time.monotonic() - started:.0f} s")
                 if process.returncode:
@@ -192,6 +194,6 @@ def start(job: Job, environment: dict[str, str]) -> subprocess.Popen[bytes]:
 
 
 def last_line(path: Path) -> str:
-    """What a log ends with."""
+    """The last line of a log that is not blank."""
     lines = path.read_text(errors="replace").split("\n")
     return next((line for line in reversed(lines) if line.strip()), "it said nothing")

@@ -9,6 +9,7 @@ from matplotlib.ticker import MaxNLocator
 
 from dsv3.stages.drawing import (
     COLOURS,
+    HALF,
     HUMAN,
     SERIES,
     WHOLE,
@@ -27,6 +28,9 @@ LOAD = LinearSegmentedColormap.from_list(
     "load", [(0.0, (*BLUE, 1.0)), (0.5, (*BLUE, 0.0)), (0.5, (*RED, 0.0)), (1.0, (*RED, 1.0))]
 )
 """Below the mean blue, above it red, at the mean transparent: the page's own background, light or dark."""
+
+FOUND = LinearSegmentedColormap.from_list("found", ["#d8433f", "#f2d27a", "#1b9e6b"])
+"""Never found, in half of the trials, always."""
 
 
 def loss(rows: Sequence[Row]) -> Figure:
@@ -105,6 +109,22 @@ def expert_load(rows: Sequence[Row]) -> Figure:
             above.set_ylabel("expert")
             below.set_ylabel("MaxVio")
     colour_bar(figure, drawn, figure.axes[::2], {0: "0", 1: "mean", 2: "2 × mean"}, shrink=0.6, aspect=30, pad=0.01)
+    return figure
+
+
+def needles(evaluations: Sequence[Row]) -> Figure:
+    """Share of the needles found by length of the text and depth of the needle, of the last evaluation (`evaluation/needle.py`)."""
+    found = evaluations[-1]["needle"]
+    share = np.array(found["passed"], dtype=float).T / found["samples"]
+    figure = Figure((HALF, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(share, FOUND, vmin=0, vmax=1, aspect="auto", interpolation="none")
+    axes.set_xticks(range(len(found["lengths"])), [f"{length:,}" for length in found["lengths"]])
+    axes.set_yticks(range(len(found["depths"])), [f"{depth:.0%}" for depth in found["depths"]])
+    axes.set_xlabel("tokens of text")
+    axes.set_ylabel("depth of the needle")
+    axes.grid(False)
+    colour_bar(figure, image, [axes], {0: "0%", 0.5: "50%", 1: "100%"})
     return figure
 
 

@@ -1,9 +1,9 @@
-"""Runs side by side: their figures over seeds, the differences to the first variant, and whether the report's signs show."""
+"""Runs side by side: their figures over seeds, the differences to the first variant, and whether the report's signs reproduce."""
 
 import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import asdict, dataclass
 from math import sqrt
 from pathlib import Path
 from statistics import fmean, stdev
@@ -27,7 +27,7 @@ class Variant:
 
     name: str
     recipe: Recipe
-    """With the seed of one of them."""
+    """Of one of the runs."""
     runs: Mapping[int, Run]
 
 
@@ -42,13 +42,13 @@ class Line:
     mean: float
     spread: float | None
     """Standard deviation over seeds; None for one seed."""
-    difference: float | None
+    difference: float | None = None
     """Mean over the seeds that both have of this variant less the first; None for the first."""
-    margin: float | None
+    margin: float | None = None
     """Half the width of the difference's 95% interval (Student's t over seeds); None for one seed."""
-    finding: Finding | None
+    finding: Finding | None = None
     """What the report says of this difference."""
-    reproduces: str | None
+    reproduces: str | None = None
     """Whether that shows here: `yes`, `no`, `within the spread`, `one seed`; None where the report says nothing."""
 
 
@@ -57,20 +57,25 @@ class Comparison:
     """Everything that was compared."""
 
     tokens: int
-    """Where in the training."""
+    """Where in the training the runs are compared."""
     variants: Sequence[Variant]
     lines: Sequence[Line]
     """By figure, then by variant."""
     notes: Sequence[str]
+    blocks: Set[str]
+    """The MoE blocks whose MaxVio every step of every run has."""
+
+    @property
+    def runs(self) -> list[Run]:
+        """All runs of all variants."""
+        return [run for variant in self.variants for run in variant.runs.values()]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
         return {
             "tokens": self.tokens,
             "runs": {each.name: {seed: str(run.path) for seed, run in each.runs.items()} for each in self.variants},
-            "lines": [
-                {**vars(line), "finding": None if line.finding is None else vars(line.finding)} for line in self.lines
-            ],
+            "lines": [asdict(line) for line in self.lines],
             "notes": self.notes,
         }
 
@@ -86,18 +91,19 @@ def compare(paths: Sequence[Path]) -> Comparison:
     variants = group([read_run(path) for path in once])
     runs = [run for variant in variants for run in variant.runs.values()]
     tokens = last_common(runs)
-    blocks = set.intersection(*(blocks_of(run) for run in runs))
+    recorded = [set(row.get("max_vio") or ()) for run in runs for row in run.metrics]
+    blocks = set.intersection(*recorded) if recorded else set()
     values = {run.path: figures_of_run(run, tokens, blocks) for run in runs}
     names = [name for name in values[runs[0].path] if all(name in found for found in values.values())]
     lines = []
     for name in names:
         by_variant = [{seed: values[run.path][name] for seed, run in each.runs.items()} for each in variants]
         lines += [line(name, variants[0], by_variant[0], *pair) for pair in zip(variants, by_variant, strict=True)]
-    return Comparison(tokens, variants, lines, notes_on(variants, tokens))
+    return Comparison(tokens, variants, lines, notes_on(variants, tokens), blocks)
 
 
 def notes_on(variants: Sequence[Variant], tokens: int) -> list[str]:
-    """What a reader has to know beside the figures."""
+    """Caveats of a comparison."""
     first, *others = variants
     end = max(variant.recipe.training.tokens for variant in variants)
     notes = [f"Not at the end of the training: at {tokens:,} of {end:,} tokens."] if tokens < end else []
@@ -111,25 +117,25 @@ def notes_on(variants: Sequence[Variant], tokens: int) -> list[str]:
 
 def group(runs: Sequence[Run]) -> list[Variant]:
     """Runs of one recipe and different seeds are one variant, named as its first directory is without the seed."""
-    found: dict[str, dict[int, Run]] = {}
-    recipes: dict[str, Recipe] = {}
+    found: dict[str, tuple[Recipe, dict[int, Run]]] = {}
     for run in runs:
         if "recipe" not in run.about:
             raise UserError(f"{run.path} does not say what it trains: expected pretrain/run.json in it. {run.notes[0]}")
         recipe = Recipe.from_dict(run.about["recipe"])
         key = json.dumps(Recipe.from_dict(run.about["recipe"], ["training.seed=0"]).content(), sort_keys=True)
-        recipes.setdefault(key, recipe)
-        same = found.setdefault(key, {})
-        if recipe.training.seed in same:
+        seed, (_, same) = recipe.training.seed, found.setdefault(key, (recipe, {}))
+        if seed in same:
             raise UserError(
-                f"{same[recipe.training.seed].path} and {run.path} are runs of one recipe and one seed: expected another "
+                f"{same[seed].path} and {run.path} are runs of one recipe and one seed: expected another "
                 "seed (training.seed), or another recipe; name one of them"
             )
-        same[recipe.training.seed] = run
-    names = {key: SEED.sub("", next(iter(same.values())).path.resolve().name) for key, same in found.items()}
-    if len(set(names.values())) < len(names) or not all(names.values()):
-        names = {key: next(iter(same.values())).path.resolve().name for key, same in found.items()}
-    return [Variant(names[key], recipes[key], dict(sorted(same.items()))) for key, same in found.items()]
+        same[seed] = run
+    names = [next(iter(same.values())).path.resolve().name for _, same in found.values()]
+    short = [SEED.sub("", name) for name in names]
+    if len(set(short)) == len(short) and all(short):
+        names = short
+    named = zip(names, found.values(), strict=True)
+    return [Variant(name, recipe, dict(sorted(same.items()))) for name, (recipe, same) in named]
 
 
 def last_common(runs: Sequence[Run]) -> int:
@@ -152,7 +158,7 @@ def evaluated(row: Row) -> dict[str, float]:
     return found
 
 
-def figures_of_run(run: Run, tokens: int, blocks: set[str]) -> dict[str, float]:
+def figures_of_run(run: Run, tokens: int, blocks: Set[str]) -> dict[str, float]:
     """All figures of a run at a number of tokens; MaxVio is the mean over `blocks` and the last part of the steps."""
     found = evaluated(next(row for row in run.evaluations if row["tokens"] == tokens))
     steps = [row for row in run.metrics if (1 - LAST) * tokens < row["tokens"] <= tokens]
@@ -161,22 +167,18 @@ def figures_of_run(run: Run, tokens: int, blocks: set[str]) -> dict[str, float]:
     return found
 
 
-def blocks_of(run: Run) -> set[str]:
-    """The MoE blocks whose MaxVio every step has."""
-    return set.intersection(*(set(row.get("max_vio") or ()) for row in run.metrics)) if run.metrics else set()
-
-
 def line(
     name: str, first: Variant, reference: Mapping[int, float], variant: Variant, values: Mapping[int, float]
 ) -> Line:
     """One figure of one variant against the first one's."""
     mean, spread = fmean(values.values()), stdev(values.values()) if len(values) > 1 else None
     if variant is first:
-        return Line(name, variant.name, values, mean, spread, None, None, None, None)
+        return Line(name, variant.name, values, mean, spread)
     paired = [values[seed] - reference[seed] for seed in values if seed in reference]
     difference = fmean(paired) if paired else mean - fmean(reference.values())
     margin = half_width(paired) if len(paired) > 1 else None
-    kind = kind_of(name)
+    # The report gives no number for MaxVio.
+    kind: Kind | None = None if name == "MaxVio" else "tasks" if name.startswith("pass@1") else "text"
     finding = published(first.recipe, variant.recipe, kind) if kind else None
     reproduces = verdict(difference, margin, finding.sign) if finding else None
     return Line(name, variant.name, values, mean, spread, difference, margin, finding, reproduces)
@@ -186,13 +188,6 @@ def half_width(differences: Sequence[float]) -> float:
     """Half the width of the 95% interval of their mean."""
     count = len(differences)
     return (T_95[count - 2] if count - 2 < len(T_95) else 2.0) * stdev(differences) / sqrt(count)
-
-
-def kind_of(figure: str) -> Kind | None:
-    """What the report measures like this figure. It gives no number for MaxVio."""
-    if figure == "MaxVio":
-        return None
-    return "tasks" if figure.startswith("pass@1") else "text"
 
 
 def verdict(difference: float, margin: float | None, sign: int) -> str:

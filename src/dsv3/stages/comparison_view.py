@@ -1,11 +1,9 @@
 """How a comparison looks: a table for terminals and Markdown, and a drawing of every figure over the training."""
 
-from collections.abc import Sequence
-
 import numpy as np
 from matplotlib.figure import Figure
 
-from dsv3.stages.compare import LAST, Comparison, Line, Variant, blocks_of, evaluated
+from dsv3.stages.compare import LAST, Comparison, Line, Variant, evaluated
 from dsv3.stages.drawing import COLOURS, SERIES, binned, finite, shorten, tokens_axis
 
 HEAD = ("figure", "variant", "mean", "difference", "report", "reproduces")
@@ -26,25 +24,20 @@ def table(comparison: Comparison) -> list[list[str]]:
         finding = line.finding
         said = f"{WORDS[finding.sign]} ({finding.source})" if finding else ""
         name = line.figure if line.figure != before else ""
-        rows.append([name, line.variant, value_of(line), difference_of(line), said, line.reproduces or ""])
+        mean = with_spread(line.figure, line.mean, line.spread)
+        difference = with_spread(line.figure, line.difference, line.margin, sign="+")
+        rows.append([name, line.variant, mean, difference, said, line.reproduces or ""])
         before = line.figure
     return rows
 
 
-def value_of(line: Line) -> str:
-    """`1.841 ± 0.010`; shares as percents."""
-    scale, digits, unit = form(line.figure)
-    spread = "" if line.spread is None else f" ± {scale * line.spread:.{digits}f}"
-    return f"{scale * line.mean:.{digits}f}{spread}{unit}"
-
-
-def difference_of(line: Line) -> str:
-    """The same with a sign; empty for the first variant."""
-    if line.difference is None:
+def with_spread(figure: str, value: float | None, spread: float | None, sign: str = "") -> str:
+    """`1.841 ± 0.010`; shares as percents; empty where there is no value."""
+    if value is None:
         return ""
-    scale, digits, unit = form(line.figure)
-    margin = "" if line.margin is None else f" ± {scale * line.margin:.{digits}f}"
-    return f"{scale * line.difference:+.{digits}f}{margin}{unit}"
+    scale, digits, unit = form(figure)
+    around = "" if spread is None else f" ± {scale * spread:.{digits}f}"
+    return f"{scale * value:{sign}.{digits}f}{around}{unit}"
 
 
 def form(figure: str) -> tuple[float, int, str]:
@@ -62,10 +55,10 @@ def markdown(comparison: Comparison) -> str:
 def summary(comparison: Comparison) -> str:
     """What was compared: tokens, runs, device, and what MaxVio is a mean of."""
     seeds = sorted({seed for variant in comparison.variants for seed in variant.runs})
-    runs = [run for variant in comparison.variants for run in variant.runs.values()]
-    devices = ", ".join(sorted({str((run.about.get("machine") or {}).get("device", "unknown")) for run in runs}))
+    found = {str((run.about.get("machine") or {}).get("device", "unknown")) for run in comparison.runs}
+    devices = ", ".join(sorted(found))
     return (
-        f"{len(runs)} runs, seeds {', '.join(map(str, seeds))}, after {comparison.tokens:,} tokens, on {devices}. MaxVio: mean "
+        f"{len(comparison.runs)} runs, seeds {', '.join(map(str, seeds))}, after {comparison.tokens:,} tokens, on {devices}. MaxVio: mean "
         f"over the last {LAST:.0%} of the steps and the MoE blocks that all runs have."
     )
 
@@ -73,8 +66,6 @@ def summary(comparison: Comparison) -> str:
 def drawing(comparison: Comparison) -> Figure:
     """A panel a figure: the mean over seeds by tokens, and a band from the least to the greatest; legends have the signs."""
     names = list(dict.fromkeys(line.figure for line in comparison.lines))
-    runs = [run for variant in comparison.variants for run in variant.runs.values()]
-    blocks = sorted(set.intersection(*(blocks_of(run) for run in runs)))
     labels = {(line.figure, line.variant): label(line) for line in comparison.lines}
     bands = -(-len(names) // COLUMNS)
     figure = Figure((4.6 * min(COLUMNS, len(names)), 3.4 * bands), layout="constrained")
@@ -83,7 +74,7 @@ def drawing(comparison: Comparison) -> Figure:
         axes.set_title(f"{shorten(name)} {form(name)[2]}".strip())
         for index, variant in enumerate(comparison.variants):
             colour = COLOURS[SERIES[index % len(SERIES)]][0]
-            tokens, values = course(variant, name, comparison.tokens, blocks)
+            tokens, values = course(variant, name, comparison)
             axes.fill_between(tokens, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0)
             marker = None if name == "MaxVio" else "o"
             named = labels[name, variant.name]
@@ -98,16 +89,21 @@ def label(line: Line) -> str:
     return shorten(line.variant) + said
 
 
-def course(variant: Variant, name: str, end: int, blocks: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens `[points]`, one figure `[seeds, points]`) of the points that all seeds have, up to `end` tokens."""
+def course(variant: Variant, name: str, comparison: Comparison) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens `[points]`, one figure `[seeds, points]`) of the points that all seeds have, up to where runs are compared."""
     found: list[dict[int, float]] = []
     for run in variant.runs.values():
         if name == "MaxVio":
-            found.append({row["tokens"]: float(np.mean([row["max_vio"][b] for b in blocks])) for row in run.metrics})
+            found.append(
+                {
+                    row["tokens"]: float(np.mean([row["max_vio"][b] for b in sorted(comparison.blocks)]))
+                    for row in run.metrics
+                }
+            )
         else:
             each = ((row["tokens"], evaluated(row)) for row in run.evaluations if row["tokens"])
             found.append({tokens: values[name] for tokens, values in each if name in values})
-    common = sorted(tokens for tokens in set.intersection(*map(set, found)) if tokens <= end)
+    common = sorted(tokens for tokens in set.intersection(*map(set, found)) if tokens <= comparison.tokens)
     scale = form(name)[0]
     values = scale * finite(np.array([[each[tokens] for tokens in common] for each in found]))
     if name != "MaxVio":

@@ -9,36 +9,30 @@ from pathlib import Path
 
 from dsv3.data.build import ShardPlan, build_shards
 from dsv3.data.sources import Split, fingerprint, to_learn_from
-from dsv3.data.token_shards import FORMAT, Manifest, ShardSet
+from dsv3.data.token_shards import FORMAT, ShardSet
 from dsv3.data.tokenizer import Tokenizer, train_tokenizer
 from dsv3.data.workers import cores
 from dsv3.errors import UserError
 from dsv3.recipe.schema import Recipe, Source
+from dsv3.stages.context import RunContext
 from dsv3.stages.runner import Stage
 from dsv3.training.trainer import Progress
 
 VALIDATION_TOKENS = 200_000
-"""Of an endless source's held-out split."""
+"""The most that a held-out split holds."""
 SPLITS: tuple[Split, ...] = ("train", "validation")
-
-Built = Callable[[str, float], None]
-"""Called with a set, `SOURCE/SPLIT`, and the tokens a second it was built at."""
 
 
 def data_stages(
-    recipe: Recipe,
-    out: Path,
-    progress: Progress,
-    note: Callable[[str], None],
-    *,
-    workers: int | None = None,
-    built: Built = lambda name, speed: None,
+    context: RunContext, *, workers: int | None = None, built: Callable[[str, float], None] = lambda name, speed: None
 ) -> list[Stage]:
     """The stages up to the shards in `out/shards`, each keyed by what it reads of the recipe.
 
-    A set depends on the tokenizer, and where duplicates are left out on the sets before it: another weight builds none
-    again, another rate of fill-in-the-middle those that are trained on. By default every core works.
+    A set depends on the tokenizer and, where duplicates are left out, on the sets before it: a new weight rebuilds none, a
+    new rate of fill-in-the-middle only the training sets. `built` is called with each set, `SOURCE/SPLIT`, and the tokens
+    a second it was built at. By default all cores are used.
     """
+    recipe, out = context.recipe, context.out
     prints = {source.name: fingerprint(source.uri) for source in recipe.data.sources}
     pairs = [(source, split) for source in recipe.data.sources for split in SPLITS]
 
@@ -48,22 +42,21 @@ def data_stages(
         earlier = None if before is None else [out / "shards" / each / part for each, part in before]
 
         def run() -> None:
-            show = partial(progress, stage="shards", total=len(pairs), source=name)
-            built(name, make_shards(plan, name, out, earlier, workers or cores(), partial(show, done=number), note))
+            show = partial(context.progress, stage="shards", total=len(pairs), source=name)
+            built(name, make_shards(context, plan, name, earlier, workers or cores(), partial(show, done=number)))
             if number == len(pairs) - 1:
                 show(done=len(pairs))
 
-        # Recipes limit tokens alone.
-        decides = {key: value for key, value in asdict(plan).items() if key != "limit_documents"}
-        inputs = {**decides, "format": FORMAT, "content": prints[source.name]}
+        inputs = {**asdict(plan), "format": FORMAT, "content": prints[source.name]}
         needs = ("tokenizer", *(f"shards.{each}.{part}" for each, part in before or ()))
         return Stage(f"shards.{source.name}.{split}", inputs, out / "shards" / name, run, needs)
 
-    return [tokenizer_stage(recipe, out, prints, progress), *(set_stage(i, *pair) for i, pair in enumerate(pairs))]
+    return [tokenizer_stage(context, prints), *(set_stage(i, *pair) for i, pair in enumerate(pairs))]
 
 
-def tokenizer_stage(recipe: Recipe, out: Path, prints: dict[str, str], progress: Progress) -> Stage:
+def tokenizer_stage(context: RunContext, prints: dict[str, str]) -> Stage:
     """Training, or copying, the tokenizer. A finished one does not depend on the texts."""
+    recipe, directory = context.recipe, context.out / "tokenizer"
     content = recipe.content()
     inputs = {"tokenizer": {**content["tokenizer"], "vocab_size": content["model"]["vocab_size"]}}
     if recipe.tokenizer.path is not None:
@@ -75,18 +68,17 @@ def tokenizer_stage(recipe: Recipe, out: Path, prints: dict[str, str], progress:
             "validation_fraction": recipe.data.validation_fraction,
             "seed": recipe.data_seed,
         }
-    return Stage(
-        "tokenizer", inputs, out / "tokenizer", lambda: make_tokenizer(recipe, out / "tokenizer", progress), ()
-    )
+    return Stage("tokenizer", inputs, directory, lambda: make_tokenizer(recipe, directory, context.progress), ())
 
 
 def plan_of(recipe: Recipe, source: Source, split: Split) -> ShardPlan:
     """What a shard set holds. Held-out text stays as it is."""
-    data, seed, fraction = recipe.data, recipe.data_seed, recipe.data.validation_fraction
-    if split == "validation":
-        return ShardPlan(source.uri, split, seed, validation_fraction=fraction, limit_tokens=VALIDATION_TOKENS)
-    how = data.fim_rate, data.split_joined_rate, data.fim_unit
-    return ShardPlan(source.uri, split, seed, *how, validation_fraction=fraction, limit_tokens=source.tokens)
+    data, training = recipe.data, split == "train"
+    how = (data.fim_rate, data.split_joined_rate, data.fim_unit) if training else ()
+    limit, fraction = source.tokens if training else VALIDATION_TOKENS, data.validation_fraction
+    return ShardPlan(
+        recipe.data_seed, *how, uri=source.uri, split=split, validation_fraction=fraction, limit_tokens=limit
+    )
 
 
 def make_tokenizer(recipe: Recipe, directory: Path, progress: Progress) -> None:
@@ -114,35 +106,28 @@ def make_tokenizer(recipe: Recipe, directory: Path, progress: Progress) -> None:
 
 
 def make_shards(
-    plan: ShardPlan, name: str, out: Path, earlier: list[Path] | None, workers: int, show: Progress,
-    note: Callable[[str], None],
-) -> float:  # fmt: skip
-    """Builds the shard set called `name` and says what it holds; the tokens a second."""
+    context: RunContext, plan: ShardPlan, name: str, earlier: list[Path] | None, workers: int, show: Progress
+) -> float:
+    """Builds the shard set called `name` and notes what it holds; returns the tokens a second."""
     started = time.perf_counter()
 
     def advance(documents: int, tokens: int, size: int) -> None:
         show(megabytes=size / 1e6, tokens_per_second=tokens / (time.perf_counter() - started))
 
     show()
-    tokenizer = Tokenizer.load(out / "tokenizer")
-    directory = out / "shards" / name
-    manifest = build_shards(plan, tokenizer, directory, earlier=earlier, workers=workers, progress=advance)
-    speed = manifest.tokens / (time.perf_counter() - started)
-    note(f"{name}: {in_words(manifest)}; {speed:,.0f} tokens/s")
-    # Both splits read the same files.
-    if manifest.skipped["count"] and plan.split == "train":
-        named = ", ".join(manifest.skipped["named"])
-        note(f"{name}: skipped {manifest.skipped['count']} files or rows that are no text: {named}")
-    return speed
-
-
-def in_words(manifest: Manifest) -> str:
-    """What a shard set holds."""
-    ratio = manifest.bytes / manifest.tokens
-    left = [f"{manifest.skipped[key]:,} {key}" for key in ("empty", "duplicates") if manifest.skipped.get(key)]
-    return ", ".join(
-        [f"{manifest.documents:,} documents", f"{manifest.tokens:,} tokens", f"{ratio:.2f} bytes a token", *left]
+    tokenizer, directory = Tokenizer.load(context.out / "tokenizer"), context.out / "shards" / name
+    made = build_shards(plan, tokenizer, directory, earlier=earlier, workers=workers, progress=advance)
+    speed = made.tokens / (time.perf_counter() - started)
+    left_out = "".join(f", {made.skipped[key]:,} {key}" for key in ("empty", "duplicates") if made.skipped.get(key))
+    context.note(
+        f"{name}: {made.documents:,} documents, {made.tokens:,} tokens, {made.bytes / made.tokens:.2f} bytes a token{left_out}; "
+        f"{speed:,.0f} tokens/s"
     )
+    # Both splits read the same files.
+    if made.skipped["count"] and plan.split == "train":
+        named = ", ".join(made.skipped["named"])
+        context.note(f"{name}: skipped {made.skipped['count']} files or rows that are no text: {named}")
+    return speed
 
 
 def open_sets(recipe: Recipe, out: Path, split: Split) -> dict[str, ShardSet]:

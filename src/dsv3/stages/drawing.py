@@ -1,7 +1,7 @@
 """How the report's drawings look: colours, axes, lines of many points, and the way from a matplotlib figure to inline SVG.
 
 Text stays text and colours are CSS variables of the page, so one drawing serves the screen, the dark screen and paper.
-What is drawn is handed over as a function that makes the figure: matplotlib reads the style while it makes one.
+Drawings are passed as functions that make the figure, because matplotlib reads the style while it makes one.
 """
 
 import io
@@ -156,6 +156,6 @@ def finite(values: Sequence[float | None] | np.ndarray) -> np.ndarray:
 
 
 def shorten(name: str) -> str:
-    """A name from outside, short enough for a legend; halves of UTF-16 pairs, which no font takes, become "?"."""
+    """A user's name, short enough for a legend; lone surrogates, which no font has, become "?"."""
     name = name.encode("utf-8", "replace").decode("utf-8")
     return name if len(name) <= 28 else name[:27] + "…"

@@ -13,7 +13,7 @@ from dsv3.stages.scores import held_out, take
 from dsv3.weights.opening import checkpoint_at, load_model
 
 LONGEST = 4096
-"""Window of a model that comes without its recipe; a shorter one where it reads less far."""
+"""The longest window for a model that comes without its recipe."""
 
 
 def evaluate_path(
@@ -58,7 +58,7 @@ def recipe_of(path: Path) -> tuple[Recipe | None, int | None]:
 
 
 def named(uri: str, limit: int) -> list[str]:
-    """Up to `limit` bytes of the held-out split of a builtin, of files of everything."""
+    """Up to `limit` bytes: of a builtin, its held-out split; of anything else, all of it."""
     if uri.startswith("builtin:"):
         return take(documents(uri, "validation", seed=0), limit)
     return take(documents(uri, "train", seed=0, validation_fraction=0.0), limit)

@@ -2,8 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,13 @@ import torch
 
 from dsv3.errors import UserError
 from dsv3.model.config import ModelConfig
-from dsv3.parallel.mesh import Mesh
 from dsv3.recipe.differences import differences
-from dsv3.recipe.schema import ExtensionSection, Recipe
+from dsv3.recipe.schema import Recipe
+from dsv3.stages.context import RunContext
 from dsv3.stages.data import data_stages
 from dsv3.stages.pretrain import training_stage
 from dsv3.stages.runner import Stage
-from dsv3.training.trainer import Progress, Trainer
+from dsv3.training.trainer import Trainer
 from dsv3.weights.checkpoint import flatten
 from dsv3.weights.fit import checked
 from dsv3.weights.loading import fill
@@ -38,45 +37,33 @@ class Start:
     """The checkpoint, or the directory of published weights."""
     tokenizer: Path
     identity: dict[str, Any]
-    """JSON-able; another one for other weights."""
+    """JSON-able; differs for other weights."""
 
 
-def extension_stages(
-    recipe: Recipe,
-    out: Path,
-    progress: Progress,
-    note: Callable[[str], None],
-    allow: Sequence[str] = (),
-    mesh: Mesh | None = None,
-) -> list[Stage]:
-    """The stages up to an extended model in `out/extend`; `allow` as for `pretraining_stages`. Raises `UserError` as `find_start` does."""
+def extension_stages(context: RunContext) -> list[Stage]:
+    """The stages up to an extended model in `out/extend`. Raises `UserError` as `find_start` does."""
+    recipe = context.recipe
     start = find_start(recipe)
     # To the stages before the training, the start's tokenizer is a finished one that a recipe names.
     content = recipe.to_dict()
     content["tokenizer"]["path"] = str(start.tokenizer)
-    data = data_stages(Recipe.from_dict({**content, "extension": None}), out, progress, note)
+    data = data_stages(replace(context, recipe=Recipe.from_dict({**content, "extension": None})))
     inputs = {**recipe.content(), "start": start.identity}
-    load = partial(load_start, start=start)
-    return [*data, training_stage("extend", recipe, inputs, out, data, progress, note, allow, load, mesh)]
-
-
-def extension_of(recipe: Recipe) -> ExtensionSection:
-    """The recipe's `[extension]`; `UserError` where it has none."""
-    if recipe.extension is None:
-        raise UserError(
-            "this recipe has no [extension]: expected initial_from (the run to start from) and from_length (the sequence "
-            "length it was trained with); without a start, use dsv3 pretrain"
-        )
-    return recipe.extension
+    return [*data, training_stage(context, "extend", inputs, data, partial(load_start, start=start))]
 
 
 def find_start(recipe: Recipe) -> Start:
     """The start that a recipe names; no tensor is read.
 
-    Raises `UserError` where there is none, when it is another network, or was trained with another length than
-    `extension.from_length`: then a phase before is missing, or this one is done already.
+    Raises `UserError` when there is none, when it is another network, or when it was not trained with
+    `extension.from_length`: then the phase before is missing, or this one is done already.
     """
-    wanted = extension_of(recipe)
+    wanted = recipe.extension
+    if wanted is None:
+        raise UserError(
+            "this recipe has no [extension]: expected initial_from (the run to start from) and from_length (the sequence "
+            "length it was trained with); without a start, use dsv3 pretrain"
+        )
     named = Path(wanted.initial_from)
     if not named.exists():
         raise UserError(
@@ -106,7 +93,7 @@ def find_start(recipe: Recipe) -> Start:
 
 
 def refuse_other_network(found: ModelConfig, wanted: ModelConfig, path: Path) -> None:
-    """An extension changes how far a network reads, and nothing else of it."""
+    """`UserError` if the networks differ in more than how far they read."""
     before, after = (
         {key: value for key, value in config.to_hf().items() if key not in (*LENGTH_FIELDS, "initializer_range")}
         for config in (found.replace(extra={}), wanted)
@@ -132,7 +119,8 @@ def load_start(trainer: Trainer, start: Start) -> None:
         fill({name: whole}, source, trainer.model.config, held)
         if narrow:
             shares.put(name, whole)
-    if extension_of(trainer.recipe).optimizer_state == "fresh":
+    extension = trainer.recipe.extension
+    if extension is not None and extension.optimizer_state == "fresh":
         return
     wanted = flatten({"optimizer": trainer.optimizer.tensors()})
     places = trainer.places() or undivided(wanted)

@@ -32,7 +32,7 @@ def processor() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of what is installed: not every measurement needs every peer."""
+    """Versions of dsv3, Python and the libraries that are installed."""
     found = {"dsv3": __version__, "python": platform.python_version()}
     for name in ("torch", "transformers"):
         with suppress(PackageNotFoundError):

@@ -13,71 +13,60 @@ from dsv3.disk import replace_file
 from dsv3.errors import UserError
 from dsv3.evaluation.validation_loss import ValidationLoss
 from dsv3.model.device import pick_device
-from dsv3.parallel.mesh import Mesh
 from dsv3.planning.flops import training_flops_per_token
 from dsv3.planning.parameters import count_parameters
 from dsv3.recipe.changes import check_names
 from dsv3.recipe.schedule import Schedules
 from dsv3.recipe.schema import Recipe
+from dsv3.stages.context import RunContext
 from dsv3.stages.data import data_stages, open_sets
 from dsv3.stages.machine import command, machine, versions
 from dsv3.stages.runner import Stage
 from dsv3.stages.scores import Scores
 from dsv3.training.resume import find_continuation
-from dsv3.training.trainer import Progress, Trainer
+from dsv3.training.trainer import Trainer
 
 
-def pretraining_stages(
-    recipe: Recipe,
-    out: Path,
-    progress: Progress,
-    note: Callable[[str], None],
-    allow: Sequence[str] = (),
-    mesh: Mesh | None = None,
-) -> list[Stage]:
+def pretraining_stages(context: RunContext) -> list[Stage]:
     """The stages up to a trained model in `out/pretrain`; each is keyed by what it reads of the recipe.
 
-    `allow` names keys of the recipe that may differ from those of a run that is continued; see `recipe/changes.py`.
-    Raises `UserError` for a recipe that goes on from another run.
+    Raises `UserError` for a recipe that starts from another run.
     """
-    check_names(allow, recipe)
+    recipe = context.recipe
+    check_names(context.allow, recipe)
     if recipe.extension is not None:
         raise UserError(
             f"this recipe starts from {recipe.extension.initial_from} ([extension]): use dsv3 extend, or leave the section "
             "out to train from the beginning"
         )
-    data = data_stages(recipe, out, progress, note)
-    return [*data, training_stage("pretrain", recipe, recipe.content(), out, data, progress, note, allow, None, mesh)]
+    data = data_stages(context)
+    return [*data, training_stage(context, "pretrain", recipe.content(), data)]
 
 
 def training_stage(
-    name: str, recipe: Recipe, inputs: dict[str, Any], out: Path, data: Sequence[Stage], progress: Progress,
-    note: Callable[[str], None], allow: Sequence[str], start: Callable[[Trainer], None] | None = None,
-    mesh: Mesh | None = None,
-) -> Stage:  # fmt: skip
+    context: RunContext,
+    name: str,
+    inputs: dict[str, Any],
+    data: Sequence[Stage],
+    start: Callable[[Trainer], None] | None = None,
+) -> Stage:
     """The training in `out/name`, over what the stages before it made; see `train` for `start`."""
-    return Stage(
-        name, inputs, out / name, lambda: train(recipe, out, progress, note, name, start, allow, mesh),
-        tuple(stage.name for stage in data), lambda: refused_changes(out / name, recipe, allow), together=True,
-    )  # fmt: skip
+    directory = context.out / name
+
+    def refused() -> list[str] | None:
+        found = find_continuation(directory / "checkpoints", context.recipe, context.allow)
+        return None if found is None else found.refused
+
+    needs = tuple(stage.name for stage in data)
+    return Stage(name, inputs, directory, lambda: train(context, name, start), needs, refused, together=True)
 
 
-def refused_changes(directory: Path, recipe: Recipe, allow: Sequence[str]) -> list[str] | None:
-    """What keeps this recipe from going on with the run in a directory; None where that has no checkpoint yet."""
-    found = find_continuation(directory / "checkpoints", recipe, allow)
-    return None if found is None else found.refused
+def train(context: RunContext, stage: str = "pretrain", start: Callable[[Trainer], None] | None = None) -> Trainer:
+    """Trains in `out/stage`, from the newest checkpoint if there is one; otherwise `start` prepares the trainer.
 
-
-def train(
-    recipe: Recipe, out: Path, progress: Progress, note: Callable[[str], None],
-    stage: str = "pretrain", start: Callable[[Trainer], None] | None = None, allow: Sequence[str] = (),
-    mesh: Mesh | None = None,
-) -> Trainer:  # fmt: skip
-    """Trains in `out/stage`, from the newest checkpoint where there is one, or else from where `start` sets the trainer.
-
-    Returns the trainer at its end. Every rank of `mesh` calls it.
+    Returns the trainer at its end. Every rank of the mesh calls it.
     """
-    mesh = mesh or Mesh()
+    recipe, out, mesh = context.recipe, context.out, context.mesh
     tokenizer = Tokenizer.load(out / "tokenizer")
     shards = open_sets(recipe, out, "train")
     sets = [(source.name, shards[source.name], source.weight) for source in recipe.data.sources]
@@ -86,19 +75,18 @@ def train(
     loader = Loader(
         sets, row, recipe.training.seed, tokenizer.pad_id, *laid_out, rank=mesh.data.rank, ranks=mesh.data.size
     )
-    files = {"tokenizer": out / "tokenizer"}
     scores = Scores(recipe, tokenizer)
     validation = ValidationLoss(
         open_sets(recipe, out, "validation"), row, recipe.evaluation.validation_tokens, tokenizer.pad_id, *laid_out
     )
     trainer = Trainer(
-        recipe, loader, out / stage, files=files, progress=progress,
+        recipe, loader, out / stage, files={"tokenizer": out / "tokenizer"}, progress=context.progress,
         evaluate=lambda model: {**scores(model), "validation_loss": validation(model)}, mesh=mesh,
     )  # fmt: skip
-    if trainer.resume(allow):
-        note(f"{stage}: continuing after step {trainer.step_count}")
+    if trainer.resume(context.allow):
+        context.note(f"{stage}: continuing after step {trainer.step_count}")
         for change in trainer.changes:
-            note(f"{stage}: {change}")
+            context.note(f"{stage}: {change}")
     elif start is not None:
         start(trainer)
     if mesh.first:
@@ -108,7 +96,7 @@ def train(
 
 
 def derived(recipe: Recipe) -> dict[str, str]:
-    """What follows from a recipe, and why it is as it is: shown before the first step, and in the report."""
+    """What follows from a recipe, with its notes on why: shown before the first step and in the report."""
     config, schedules = recipe.model.config(), Schedules.resolve(recipe)
     counts = count_parameters(config)
     flops = training_flops_per_token(config, recipe.data.sequence_length)

@@ -27,9 +27,9 @@ class Finding:
 
 
 def published(first: Recipe, other: Recipe, kind: Kind) -> Finding | None:
-    """What the report found of `other` against `first`; None where it says nothing of such a pair.
+    """What the report found of `other` against `first`; None where it has no such pair.
 
-    That is so for recipes that differ in anything but MTP or but balancing; the seeds do not count.
+    It has only pairs that differ in MTP alone or in balancing alone; seeds do not count.
     """
     mtp, balance = (uses_mtp(first), uses_mtp(other)), (balancing(first), balancing(other))
     changed = changed_keys(first, other)

@@ -18,7 +18,6 @@ from dsv3.errors import UserError
 from dsv3.recipe.figures import duration, human
 from dsv3.stages import charts
 from dsv3.stages.drawing import COLOURS, svg
-from dsv3.stages.needle_chart import heat_map
 from dsv3.stages.run_directory import Row, Run, read_run
 
 
@@ -38,7 +37,6 @@ def write_report(run_dir: Path, out: Path) -> None:
 def render(run: Run) -> str:
     """The page as text."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"plain": plain}
     template = environment.from_string((resources.files(__package__) / "report.html.j2").read_text("utf-8"))
     sampled = having(run.evaluations, "samples")
     found, spent = scores(run), costs(run)
@@ -58,7 +56,7 @@ def render(run: Run) -> str:
 
 
 def draw_figures(run: Run) -> dict[str, str]:
-    """The drawings that the records allow by now: name -> inline SVG."""
+    """The drawings that the records so far allow: name -> inline SVG."""
     bits, solved, needles = (having(run.evaluations, key) for key in ("bits_per_byte", "pass_at_1", "needle"))
     loads = run.metrics if having(run.metrics, "load") else []
     drawable = {
@@ -67,7 +65,7 @@ def draw_figures(run: Run) -> dict[str, str]:
         "experts": (charts.expert_load, loads, "Load of every expert over tokens, and MaxVio, for every MoE block"),
         "bits": (charts.bits_per_byte, bits, "Bits per byte on held-out text over tokens"),
         "pass": (charts.pass_at_1, solved, "Share of tasks solved at the first try over tokens"),
-        "needle": (heat_map, needles, "Share of needles found by length of the text and depth of the needle"),
+        "needle": (charts.needles, needles, "Share of needles found by length of the text and depth of the needle"),
     }
     return {name: svg(partial(draw, rows), name, label) for name, (draw, rows, label) in drawable.items() if rows}
 
@@ -180,12 +178,5 @@ def to_toml(table: Mapping[str, Any], prefix: str = "") -> str:
 
 
 def having(rows: Sequence[Row], key: str) -> list[Row]:
-    """The rows that carry something under `key`."""
+    """The rows with a value under `key`."""
     return [row for row in rows if row.get(key)]
-
-
-def plain(value: object) -> str:
-    """A value of `run.json` for a table cell."""
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -35,7 +35,7 @@ class Run:
 
 
 def read_run(path: Path) -> Run:
-    """Reads a run directory, whatever part of it is written by now; `UserError` when `path` is none."""
+    """Reads as much of a run directory as has been written; `UserError` when `path` is not one."""
     if not any((path / part).is_dir() for part in ("tokenizer", "shards", *TRAININGS)):
         raise UserError(
             f"{path} is not a run directory: expected one that holds tokenizer/, shards/, pretrain/ or extend/, "
@@ -66,8 +66,8 @@ def read_run(path: Path) -> Run:
 def read_rows(path: Path) -> tuple[list[Row], int]:
     """The records of a JSONL file by rising step, and how many lines are none; `([], 0)` when there is no file.
 
-    A last line without its newline is still being written and is not counted. Where a step comes again, the run was resumed
-    from before it, and the earlier records from that step on are dropped.
+    A last line without its newline is still being written and is not counted. Where a step repeats, the run was resumed
+    before it, and the earlier records from that step on are dropped.
     """
     rows: list[Row] = []
     unreadable = 0

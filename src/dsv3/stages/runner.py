@@ -1,7 +1,7 @@
 """Stages cached by content: each has a key made from what it depends on, and is run only when its key is new.
 
 Key and inputs are written before a stage runs and marked as done after, in `DIRECTORY/stages/NAME.json`. So a second run
-skips what is done, continues a stage that was interrupted (training does, from its checkpoint), and starts afresh, or refuses,
+skips what is done, resumes a stage that was interrupted (training does, from its checkpoint), and starts over, or refuses,
 where an input changed.
 """
 
@@ -28,11 +28,11 @@ class Stage:
     output: Path
     """The file or directory it makes; removed when the stage must start afresh."""
     run: Callable[[], object]
-    needs: tuple[str, ...] | None = None
-    """Names of the stages it depends on; by default the one before it."""
+    needs: Sequence[str] = ()
+    """Names of the stages it depends on."""
     refused: Callable[[], list[str] | None] = lambda: None
-    """Asked when the output was made from other inputs: what keeps `run` from going on with it, a sentence each, none if
-    nothing does; None where nothing of it can be gone on with."""
+    """Called when the output was made from other inputs: the reasons why `run` cannot continue it, empty if it can; None
+    when there is nothing to continue."""
     together: bool = False
     """Whether all ranks of a job run it, and not the first alone."""
 
@@ -47,9 +47,9 @@ def run_stages(
 ) -> None:
     """Runs the stages in order; `say` hears of each: "NAME: cached", "resumed" or "started".
 
-    Where an input changed, a stage that can goes on with its output. That of any other is deleted and made again; without
-    `replace` this is refused, unless all that changed are inputs named in `allow`. Raises `UserError` then, naming what
-    changed, and when the directory cannot be written or holds what no stage here made.
+    Where an input changed, a stage continues its output if it can. Otherwise the output is deleted and made again; without
+    `replace` this is refused, unless only inputs named in `allow` changed. Raises `UserError` then, naming what changed,
+    and when the directory cannot be written or holds files that no stage made.
     """
     try:
         (directory / "stages").mkdir(parents=True, exist_ok=True)
@@ -58,16 +58,18 @@ def run_stages(
     for stage, before, key in chained(stages):
         record = directory / "stages" / f"{stage.name}.json"
         known = read_record(record)
-        same = known is not None and known["key"] == key
-        if known is not None and same and known["done"] and stage.output.exists():
+        if is_done(stage, key, known):
             say(f"{stage.name}: cached")
             continue
-        if not same:
+        if known is None or known["key"] != key:
             # Where nothing is replaced unasked, stages before this one changed in what is allowed, if at all.
             fitting = known is not None and (known["before"] == before or not replace)
             if stage.output.exists() and not (fitting and stage.refused() == []):
                 check_replaceable(stage, record, known, replace, allow)
-                remove(stage.output)
+                if stage.output.is_dir():
+                    shutil.rmtree(stage.output)
+                else:
+                    stage.output.unlink()
             write_record(record, key, before, stage.inputs, done=False)
         say(f"{stage.name}: {'resumed' if stage.output.exists() else 'started'}")
         stage.run()
@@ -76,20 +78,24 @@ def run_stages(
 
 def finished(stages: Sequence[Stage], directory: Path) -> bool:
     """Whether `run_stages` would find nothing to do."""
-    for stage, _, key in chained(stages):
-        known = read_record(directory / "stages" / f"{stage.name}.json")
-        if known is None or known["key"] != key or not known["done"] or not stage.output.exists():
-            return False
-    return True
+    return all(
+        is_done(stage, key, read_record(directory / "stages" / f"{stage.name}.json"))
+        for stage, _, key in chained(stages)
+    )
+
+
+def is_done(stage: Stage, key: str, known: dict[str, Any] | None) -> bool:
+    """Whether a stage's output is there, and its record says that it was finished from the same inputs."""
+    return known is not None and known["key"] == key and known["done"] and stage.output.exists()
 
 
 def chained(stages: Sequence[Stage]) -> Iterator[tuple[Stage, str, str]]:
-    """Each stage with the keys of those it needs and with its own."""
+    """Each stage with the keys of those it needs and with its own: the SHA-256 of its name, its inputs and those keys."""
     keys: dict[str, str] = {}
     for stage in stages:
-        needs = list(keys)[-1:] if stage.needs is None else stage.needs
-        before = " ".join(keys[name] for name in needs)
-        keys[stage.name] = key_of(stage, before)
+        before = " ".join(keys[name] for name in stage.needs)
+        content = json.dumps([stage.name, stage.inputs, before], sort_keys=True)
+        keys[stage.name] = hashlib.sha256(content.encode()).hexdigest()
         yield stage, before, keys[stage.name]
 
 
@@ -120,12 +126,6 @@ def is_allowed(key: str, allow: Sequence[str]) -> bool:
     return any(name == key or name.endswith(f".{key}") for name in allow)
 
 
-def key_of(stage: Stage, before: str) -> str:
-    """SHA-256 of a stage's name, its inputs and the keys of the stages it needs."""
-    content = json.dumps([stage.name, stage.inputs, before], sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()
-
-
 def read_record(path: Path) -> dict[str, Any] | None:
     """A stage's record, or None where there is none that can be read."""
     try:
@@ -138,11 +138,3 @@ def read_record(path: Path) -> dict[str, Any] | None:
 def write_record(path: Path, key: str, before: str, inputs: dict[str, Any], done: bool) -> None:
     """Replaces a stage's record as a whole; `before` is the key of the stage before it."""
     replace_file(path, json.dumps({"key": key, "before": before, "inputs": inputs, "done": done}))
-
-
-def remove(output: Path) -> None:
-    """Deletes what a stage made before."""
-    if output.is_dir():
-        shutil.rmtree(output)
-    else:
-        output.unlink(missing_ok=True)

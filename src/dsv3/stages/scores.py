@@ -10,7 +10,7 @@ from dsv3.evaluation.tasks import SMALL_CACHE, run_tasks
 from dsv3.inference.llm import LLM
 from dsv3.inference.params import SamplingParams
 from dsv3.model.transformer import DeepSeekV3
-from dsv3.recipe.schema import EvaluationSection, Recipe
+from dsv3.recipe.schema import Recipe
 
 SAMPLE_TOKENS = 96
 """Longest sample."""
@@ -21,13 +21,11 @@ class Scores:
 
     def __init__(self, recipe: Recipe, tokenizer: Tokenizer):
         self.recipe, self.tokenizer = recipe, tokenizer
-        self.wanted = asked_of(recipe)
+        # Tasks of tinypy are asked where the model was taught them.
+        taught = any(source.uri == TINYPY for source in recipe.data.sources)
+        self.wanted = recipe.evaluation if taught else recipe.evaluation.model_copy(update={"tinypy_tasks": 0})
         self.texts = held_out(recipe, self.wanted.bits_per_byte_bytes)
-        prose = [
-            texts
-            for source, texts in zip(recipe.data.sources, self.texts.values(), strict=True)
-            if source.uri not in GENERATORS
-        ]
+        prose = [self.texts[source.name] for source in recipe.data.sources if source.uri not in GENERATORS]
         self.gap = self.find_gap(prose[0]) if prose and recipe.data.fim_rate > 0 else None
 
     def __call__(self, model: DeepSeekV3) -> dict[str, Any]:
@@ -52,12 +50,6 @@ class Scores:
         room = self.recipe.model.config().max_position_embeddings - SAMPLE_TOKENS
         gaps = (gap for text in texts if (gap := cut_a_line(text)))
         return next((gap for gap in gaps if len(gap_prompt(*gap, self.tokenizer)) <= room), None)
-
-
-def asked_of(recipe: Recipe) -> EvaluationSection:
-    """The recipe's `[evaluation]`; tinypy's tasks are asked where the model was taught them."""
-    taught = any(source.uri == TINYPY for source in recipe.data.sources)
-    return recipe.evaluation if taught else recipe.evaluation.model_copy(update={"tinypy_tasks": 0})
 
 
 def held_out(recipe: Recipe, limit: int) -> dict[str, list[str]]:
