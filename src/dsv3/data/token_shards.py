@@ -140,7 +140,8 @@ class ShardSet:
         path = self.directory / f"tokens-{shard:05d}.bin"
         size = self._dtype.itemsize
         try:
-            data = os.pread(self._stream(path).fileno(), count * size, (first + start) * size)
+            stream = self._stream(path)  # held, as another thread may have it leave the cache, which would close it
+            data = os.pread(stream.fileno(), count * size, (first + start) * size)
         except OSError as error:
             raise RunError(f"{path} cannot be read any more: {error.strerror}. Bring it back, and continue") from error
         if len(data) < count * size:
