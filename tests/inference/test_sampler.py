@@ -8,26 +8,32 @@ from hypothesis import strategies as st
 
 from dsv3.inference.engine import Engine, EngineConfig
 from dsv3.inference.params import SamplingParams
-from dsv3.inference.plan import Choice
+from dsv3.inference.plan import Choice, Sampling
 from dsv3.inference.sampler import adjusted, choose, logprobs, uniform
 from tests.inference.continuing import PROMPT, drive, tokens_of
 
-PLAIN = Choice(drafts=0, step=0, seed=0, temperature=1.0)
+PLAIN = Choice(Sampling(seed=0, temperature=1.0), drafts=0, step=0)
+
+
+def plain(**changes):
+    """`PLAIN` with other fields of its own or of its `sampling`."""
+    own = {name: changes.pop(name) for name in ("drafts", "step", "output", "masks") if name in changes}
+    return replace(PLAIN, sampling=replace(PLAIN.sampling, **changes), **own)
 
 
 def by_the_definition(logits, choice, number):
     """A plain loop: which tokens are kept, and the cumulative sum that passes the random number."""
     top = max(logits)
-    weights = [math.exp((logit - top) / choice.temperature) for logit in logits]
+    weights = [math.exp((logit - top) / choice.sampling.temperature) for logit in logits]
     probabilities = [weight / sum(weights) for weight in weights]
     order = sorted(range(len(logits)), key=lambda token: -probabilities[token])
     kept, reached = set(), 0.0
-    for token in order[: choice.top_k or None]:
-        if reached >= choice.top_p:
+    for token in order[: choice.sampling.top_k or None]:
+        if reached >= choice.sampling.top_p:
             break
         kept.add(token)
         reached += probabilities[token]
-    kept = [token for token in sorted(kept) if probabilities[token] >= choice.min_p * max(probabilities)]
+    kept = [token for token in sorted(kept) if probabilities[token] >= choice.sampling.min_p * max(probabilities)]
     total, passed = sum(probabilities[token] for token in kept), 0.0
     for token in kept:
         passed += probabilities[token]
@@ -40,13 +46,13 @@ def by_the_definition(logits, choice, number):
 @given(
     st.lists(st.integers(-40, 40).map(lambda n: n / 8), min_size=1, max_size=12, unique=True),
     st.builds(
-        Choice, drafts=st.just(0), step=st.integers(0, 9), seed=st.integers(0, 2**63), temperature=st.floats(0.2, 3.0),
+        plain, step=st.integers(0, 9), seed=st.integers(0, 2**63), temperature=st.floats(0.2, 3.0),
         top_p=st.floats(0.05, 1.0), top_k=st.integers(0, 12), min_p=st.sampled_from([0.0, 0.03, 0.2]),
     ),
 )  # fmt: skip
 def test_a_draw_is_a_plain_loops(logits, choice):
     [found] = choose(torch.tensor([logits]), [(choice, 0, [])])
-    number = uniform(choice.seed, choice.step)
+    number = uniform(choice.sampling.seed, choice.step)
     assert found in {by_the_definition(logits, choice, min(max(number + e, 0), 1)) for e in (-1e-9, 0, 1e-9)}
 
 
@@ -63,10 +69,10 @@ def test_rows_are_drawn_alone():
     logits = torch.randn(5, 50, generator=torch.Generator().manual_seed(0))
     choices = [
         PLAIN,
-        replace(PLAIN, temperature=0.0),
-        replace(PLAIN, top_p=0.3, step=4),
-        replace(PLAIN, top_k=2, seed=9),
-        replace(PLAIN, bias=[(3, 50.0)], banned=[7], banned_until=1),
+        plain(temperature=0.0),
+        plain(top_p=0.3, step=4),
+        plain(top_k=2, seed=9),
+        plain(bias=[(3, 50.0)], banned=[7], banned_until=1),
     ]
     places = [(choice, 0, []) for choice in choices]
     before = logits.clone()
@@ -79,13 +85,12 @@ def test_rows_are_drawn_alone():
 def test_tiny_temperatures_come_to_the_largest_and_what_is_not_finite_is_told():
     logits = torch.tensor([[0.0, 3.0, 2.999, -1.0], [math.nan, 1.0, 2.0, 3.0], [math.inf, 0.0, 0.0, 0.0]])
     for temperature in (0.0, 1e-6, 1e-300, 5e-324):
-        places = [(replace(PLAIN, temperature=temperature), 0, [])] * 3
+        places = [(plain(temperature=temperature), 0, [])] * 3
         assert choose(logits, places) == [1, None, None]
 
 
 def test_penalties_count_drafts_that_come_before():
-    choice = replace(
-        PLAIN,
+    choice = plain(
         prompt=[0, 1],
         output=[1, 2],
         repetition_penalty=2.0,
@@ -102,10 +107,10 @@ def test_penalties_count_drafts_that_come_before():
 
 def test_masks_and_bans_end_where_they_should():
     words = [0b1010, 0], [0, 1]
-    choice = replace(PLAIN, temperature=0.0, masks=[list(each) for each in words], drafts=1)
+    choice = plain(temperature=0.0, masks=[list(each) for each in words], drafts=1)
     logits = torch.arange(64.0).flip(0).unsqueeze(0)
     assert [choose(logits, [(choice, offset, [1])])[0] for offset in (0, 1)] == [1, 32]
-    banned = replace(PLAIN, temperature=0.0, banned=[0], step=3, banned_until=5)
+    banned = plain(temperature=0.0, banned=[0], step=3, banned_until=5)
     assert [choose(logits, [(banned, offset, [])])[0] for offset in range(3)] == [1, 1, 0]
 
 

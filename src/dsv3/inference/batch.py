@@ -97,13 +97,13 @@ def lay_out(works: Sequence[Work], config: ModelConfig, device: torch.device) ->
 
 def absorbed_pays(config: ModelConfig, context: int, tokens: int) -> bool:
     """Whether tokens behind a context cost fewer FLOPs absorbed than expanded; expanding includes the context's keys and values."""
-    if not context:
-        return False
+    if not context or tokens == 1:
+        return context > 0
     latent, rotated = config.kv_lora_rank, config.qk_rope_head_dim
     expand = latent * (config.qk_nope_head_dim + config.v_head_dim)
     # What each pair of query and key costs more when absorbed.
     more = 2 * latent + rotated - config.qk_head_dim - config.v_head_dim
-    return tokens == 1 or tokens * more < expand
+    return tokens * more < expand
 
 
 def slots_of(work: Work, start: int, end: int) -> list[int]:

@@ -209,7 +209,8 @@ class Engine:
         if work.choice is None:
             self.scheduler.advance(request, work, found)
             return None
-        self.count_drafts(work.choice.drafts, max(len(found.tokens) - 1, 0))
+        if work.choice.drafts:
+            self.count_drafts(work.choice.drafts, max(len(found.tokens) - 1, 0))
         delta = Delta(
             request.request_id, request.index, "", [], num_cached_tokens=request.cached or 0, admitted=request.admitted
         )
@@ -263,7 +264,7 @@ class Engine:
 
     def count_drafts(self, drafts: int, accepted: int) -> None:
         """Updates the statistics."""
-        self.counts.drafts += drafts > 0
+        self.counts.drafts += 1
         self.counts.draft_tokens += drafts
         self.counts.accepted_per_position = tuple(
             number + (k < accepted) for k, number in enumerate(self.counts.accepted_per_position)

@@ -8,13 +8,9 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
-class Choice:
-    """How to choose the token after each of the last 1 + `drafts` tokens of a work."""
+class Sampling:
+    """How a request's tokens are chosen, the same at every step."""
 
-    drafts: int
-    """How many of the work's tokens, its last, are guesses."""
-    step: int
-    """Tokens generated before the first one chosen here."""
     seed: int
     """With the step, it determines the random number of every choice."""
     temperature: float
@@ -30,11 +26,23 @@ class Choice:
     """Tokens that may not be chosen before step `banned_until`."""
     banned_until: int = 0
     prompt: list[int] = field(default_factory=list)
+    """Only with penalties."""
+    logprobs: int | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How to choose the token after each of the last 1 + `drafts` tokens of a work."""
+
+    sampling: Sampling
+    drafts: int
+    """How many of the work's tokens, its last, are guesses."""
+    step: int
+    """Tokens generated before the first one chosen here."""
     output: list[int] = field(default_factory=list)
-    """Only with penalties: the tokens of prompt and continuation, without drafts."""
+    """Only with penalties: the tokens of the continuation, without drafts."""
     masks: list[list[int]] = field(default_factory=list)
     """Only with a grammar: for each choice a bit mask of the allowed tokens, 32 a word, the first in the lowest bit."""
-    logprobs: int | None = None
 
 
 @dataclass(frozen=True)

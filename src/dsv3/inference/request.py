@@ -1,11 +1,12 @@
 """One continuation of a prompt on its way through the engine."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from dsv3.inference.blocks import Key, key_after, root_key
 from dsv3.inference.grammar import Grammar
 from dsv3.inference.params import SamplingParams
-from dsv3.inference.plan import Choice, TokenLogprobs, Work
+from dsv3.inference.plan import Choice, Sampling, TokenLogprobs, Work
 from dsv3.inference.text import TextSoFar
 
 
@@ -30,6 +31,7 @@ class Request:
     siblings: "list[Request]" = field(default_factory=list)
     """Continuations of the same prompt, which wait for this one to bring it into the cache."""
     prompt_length: int = field(init=False)
+    sampling: Sampling = field(init=False)
     computed: int = 0
     """How many of the first tokens are in the cache."""
     cached: int | None = None
@@ -45,6 +47,7 @@ class Request:
 
     def __post_init__(self) -> None:
         self.prompt_length = len(self.tokens)
+        self.sampling = sampling_of(self.params, self.seed, self.ends, self.tokens)
 
     @property
     def generated(self) -> int:
@@ -82,23 +85,29 @@ class Request:
 
     def choice(self, drafts: int) -> Choice:
         """How to choose the tokens after the last known one and after each of so many drafts."""
-        params = self.params
         return Choice(
-            drafts=drafts,
-            step=self.generated,
-            seed=self.seed,
-            temperature=params.temperature,
-            top_p=params.top_p,
-            top_k=max(params.top_k, 0),
-            min_p=params.min_p,
-            repetition_penalty=params.repetition_penalty,
-            presence_penalty=params.presence_penalty,
-            frequency_penalty=params.frequency_penalty,
-            bias=sorted((params.logit_bias or {}).items()),
-            banned=sorted(self.ends),
-            banned_until=params.min_tokens,
-            prompt=self.tokens[: self.prompt_length] if params.penalised else [],
-            output=self.tokens[self.prompt_length :] if params.penalised else [],
-            masks=[] if self.grammar is None else self.grammar.masks(self.drafts[:drafts]),
-            logprobs=params.logprobs,
+            self.sampling,
+            drafts,
+            self.generated,
+            self.tokens[self.prompt_length :] if self.sampling.prompt else [],
+            [] if self.grammar is None else self.grammar.masks(self.drafts[:drafts]),
         )
+
+
+def sampling_of(params: SamplingParams, seed: int, ends: Iterable[int], prompt: list[int]) -> Sampling:
+    """What a request's parameters mean at every step."""
+    return Sampling(
+        seed=seed,
+        temperature=params.temperature,
+        top_p=params.top_p,
+        top_k=max(params.top_k, 0),
+        min_p=params.min_p,
+        repetition_penalty=params.repetition_penalty,
+        presence_penalty=params.presence_penalty,
+        frequency_penalty=params.frequency_penalty,
+        bias=sorted((params.logit_bias or {}).items()),
+        banned=sorted(ends),
+        banned_until=params.min_tokens,
+        prompt=list(prompt) if params.penalised else [],
+        logprobs=params.logprobs,
+    )

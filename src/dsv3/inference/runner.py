@@ -61,8 +61,8 @@ class Runner:
                 continue
             count = work.choice.drafts + 1
             accept(each, work, tokens[row : row + count])
-            if work.choice.logprobs is not None:
-                each.logprobs = logprobs(logits_NV[row : row + len(each.tokens)], each.tokens, work.choice.logprobs)
+            if (wanted := work.choice.sampling.logprobs) is not None:
+                each.logprobs = logprobs(logits_NV[row : row + len(each.tokens)], each.tokens, wanted)
             if work.routing:
                 start = first + len(work.tokens) - count
                 by_block = [one[start : start + len(each.tokens)].tolist() for one in experts]

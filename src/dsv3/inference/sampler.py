@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dsv3.inference.plan import Choice, TokenLogprobs
+from dsv3.inference.plan import Choice, Sampling, TokenLogprobs
 
 Place = tuple[Choice, int, Sequence[int]]
 """(how to choose, number of drafts before this choice, all drafts)."""
@@ -33,7 +33,7 @@ def choose(logits_NV: Tensor, places: Sequence[Place]) -> list[int | None]:
     finite = logits_NV.sum(-1, dtype=torch.float32).isfinite()
     logits_NV = adjusted(logits_NV, places)
     tokens = logits_NV.argmax(-1)
-    rows = [n for n, (choice, _, _) in enumerate(places) if choice.temperature > 0]
+    rows = [n for n, (choice, _, _) in enumerate(places) if choice.sampling.temperature > 0]
     if rows:
         at = slice(None) if len(rows) == len(places) else torch.tensor(rows, device=logits_NV.device)
         tokens[at] = draw(logits_NV[at], [places[n] for n in rows])
@@ -46,15 +46,16 @@ def adjusted(logits_NV: Tensor, places: Sequence[Place]) -> Tensor:
     logits_NV = logits_NV.float()
     copied = False
     for n, (choice, offset, drafts) in enumerate(places):
-        banned = choice.banned if choice.step + offset < choice.banned_until else []
-        if not (choice.prompt or choice.bias or banned or choice.masks):
+        sampling = choice.sampling
+        banned = sampling.banned if choice.step + offset < sampling.banned_until else []
+        if not (sampling.prompt or sampling.bias or banned or choice.masks):
             continue
         if not copied:
             logits_NV, copied = logits_NV.clone(), True
         row = logits_NV[n]
-        if choice.prompt:
-            penalise(row, choice, [*choice.output, *drafts[:offset]])
-        for token, value in choice.bias:
+        if sampling.prompt:
+            penalise(row, sampling, [*choice.output, *drafts[:offset]])
+        for token, value in sampling.bias:
             row[token] += value
         if choice.masks:
             row.masked_fill_(~allowed(choice.masks[offset], len(row), row.device), float("-inf"))
@@ -63,16 +64,16 @@ def adjusted(logits_NV: Tensor, places: Sequence[Place]) -> Tensor:
     return logits_NV
 
 
-def penalise(row_V: Tensor, choice: Choice, output: Sequence[int]) -> None:
+def penalise(row_V: Tensor, sampling: Sampling, output: Sequence[int]) -> None:
     """In place: repetition penalty for tokens of prompt and continuation, the others for the continuation's alone."""
-    seen = torch.tensor(sorted({*choice.prompt, *output}), device=row_V.device)
-    values, factor = row_V[seen], choice.repetition_penalty
+    seen = torch.tensor(sorted({*sampling.prompt, *output}), device=row_V.device)
+    values, factor = row_V[seen], sampling.repetition_penalty
     row_V[seen] = torch.where(values > 0, values / factor, values * factor)
     if output:
         counts = Counter(output)
         tokens = torch.tensor(list(counts), device=row_V.device)
         times = torch.tensor(list(counts.values()), dtype=row_V.dtype, device=row_V.device)
-        row_V[tokens] -= choice.presence_penalty + choice.frequency_penalty * times
+        row_V[tokens] -= sampling.presence_penalty + sampling.frequency_penalty * times
 
 
 def allowed(words: Sequence[int], size: int, device: torch.device) -> Tensor:
@@ -83,29 +84,29 @@ def allowed(words: Sequence[int], size: int, device: torch.device) -> Tensor:
 
 def draw(logits_NV: Tensor, places: Sequence[Place]) -> Tensor:
     """int64 [N]: sampled from the kept probabilities by inverting their cumulative sum in order of token ids."""
-    choices = [choice for choice, _, _ in places]
+    each = [choice.sampling for choice, _, _ in places]
 
     def column(values: Sequence[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float64, device=logits_NV.device).unsqueeze(1)
 
     # Differences from the largest logit: no temperature above 0 makes all of them infinite.
     difference_NV = logits_NV.double() - logits_NV.double().amax(-1, keepdim=True)
-    probability_NV = (difference_NV / column([choice.temperature for choice in choices])).softmax(-1)
-    if any(choice.top_p < 1 or choice.top_k for choice in choices):
+    probability_NV = (difference_NV / column([sampling.temperature for sampling in each])).softmax(-1)
+    if any(sampling.top_p < 1 or sampling.top_k for sampling in each):
         sorted_NV, token_NV = torch.sort(probability_NV, dim=-1, descending=True, stable=True)
         # A token stays while those before it have not reached top_p; the first always stays.
         size = logits_NV.shape[1]
-        last = column([choice.top_k or size for choice in choices])
-        out_NV = sorted_NV.cumsum(-1) - sorted_NV >= column([choice.top_p for choice in choices])
+        last = column([sampling.top_k or size for sampling in each])
+        out_NV = sorted_NV.cumsum(-1) - sorted_NV >= column([sampling.top_p for sampling in each])
         out_NV |= torch.arange(size, device=logits_NV.device) >= last
         out_NV[:, 0] = False
         sorted_NV.masked_fill_(out_NV, 0.0)
         probability_NV = torch.zeros_like(probability_NV).scatter_(1, token_NV, sorted_NV)
-    if any(choice.min_p for choice in choices):
-        least = probability_NV.amax(-1, keepdim=True) * column([choice.min_p for choice in choices])
+    if any(sampling.min_p for sampling in each):
+        least = probability_NV.amax(-1, keepdim=True) * column([sampling.min_p for sampling in each])
         probability_NV = probability_NV.masked_fill(probability_NV < least, 0.0)
     cumulative_NV = probability_NV.cumsum(-1)
-    number = column([uniform(choice.seed, choice.step + offset) for choice, offset, _ in places])
+    number = column([uniform(choice.sampling.seed, choice.step + offset) for choice, offset, _ in places])
     chosen = (cumulative_NV <= number * cumulative_NV[:, -1:]).sum(-1)
     # Rounding must not lead past the last token kept.
     kept = torch.arange(probability_NV.shape[1], device=chosen.device) * (probability_NV > 0)

@@ -58,7 +58,8 @@ class Scheduler:
             if not others:
                 return False
             self.preempt(others[-1])
-        request.blocks += [self.pool.take() for _ in range(lacking)]
+        if lacking > 0:
+            request.blocks += [self.pool.take() for _ in range(lacking)]
         return True
 
     def preempt(self, request: Request) -> None:

@@ -28,7 +28,7 @@ class TextSoFar:
 
     def release(self, search: bool) -> str:
         """The part of the held text that may be shown."""
-        if not search:
+        if not (search and self.stop):
             return self.taken(len(self.held))
         # The stop text that is complete first, so that the result does not depend on how the text is split.
         found = [(at + len(stop), at, stop) for stop in self.stop if (at := self.held.find(stop)) >= 0]
