@@ -33,7 +33,7 @@ TARGET = 1 / 1.05
 PROMPT = 32
 """Random tokens of each prompt."""
 SETTLED = 16
-"""Tokens of every stream that are not timed, at its beginning and at its end."""
+"""Tokens of every answer that are not timed without the server, at its beginning and at its end."""
 PASSES = 50
 START_SECONDS = 300.0
 STEPS = re.compile(rb"^vllm:iteration_tokens_total_count\{.*\} (\S+)$", re.MULTILINE)
@@ -120,25 +120,26 @@ def serving(path: Path, streams: int, dtype: str, device: str) -> Iterator[int]:
 
 
 async def with_server(port: int, prompts: Sequence[list[int]], tokens: int) -> float:
-    """Mean seconds of the server's steps, from when every stream has `SETTLED` tokens until one lacks as many."""
+    """Mean seconds of the server's steps, from when every stream has begun until one has ended."""
     pieces = [0] * len(prompts)
     clients = [asyncio.create_task(stream(port, prompt, tokens, pieces, i)) for i, prompt in enumerate(prompts)]
     marks: list[tuple[float, float]] = []
     try:
         while len(marks) < 2:
             await asyncio.sleep(0.001)
-            for client in clients:
-                if client.done():
-                    client.result()
-                    raise RunError("an answer was at its end before others had begun: give --tokens more")
-            if (min(pieces) >= SETTLED) if not marks else (max(pieces) >= tokens - SETTLED):
+            ended = [client for client in clients if client.done()]
+            for client in ended:
+                client.result()
+            if ended and not marks:
+                raise RunError("an answer was at its end before others had begun: give --tokens more")
+            if ended if marks else all(pieces):
                 marks.append((time.perf_counter(), await asyncio.to_thread(steps_made, port)))
         await asyncio.gather(*clients)
     finally:
         for client in clients:
             client.cancel()
-    (begun, before), (ended, after) = marks
-    return (ended - begun) / (after - before)
+    (begun, before), (end, after) = marks
+    return (end - begun) / (after - before)
 
 
 async def stream(port: int, prompt: list[int], tokens: int, pieces: list[int], place: int) -> None:

@@ -1,22 +1,17 @@
 """Serves an app on a port until a signal stops it."""
 
-import sys
-
 import uvicorn
 from fastapi import FastAPI
 
 from dsv3.serving.settings import MAX_HEADER_BYTES
 
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
-SWITCH_SECONDS = 1e-4
 KEEP_ALIVE_SECONDS = 75
 """Longer than clients keep idle connections, so that none sends a request on one that is being closed."""
 
 
 def run(app: FastAPI, host: str, port: int, drain_seconds: int) -> None:
     """Serves until SIGTERM or SIGINT; then accepts no connections, and open requests have `drain_seconds` to finish."""
-    # How long the engine's thread keeps the GIL from the event loop: the default is 5 ms, for each piece sent.
-    sys.setswitchinterval(SWITCH_SECONDS)
     # h11 limits the size of headers; httptools does not.
     uvicorn.run(
         app, host=host, port=port, http="h11", h11_max_incomplete_event_size=MAX_HEADER_BYTES, ws="none",
