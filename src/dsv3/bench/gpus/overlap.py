@@ -231,7 +231,7 @@ def compare(rank: Rank, size: Size, precision: str, executor: Executor, kinds: M
             Figure(f"overlapped{kind}, times faster than {APART}", times_faster(seconds[names[0]], seconds[APART])),
             Figure(f"sent by a rank a pair{kind}", Spread.of([wire(streams[names[0]], real)]), "MB"),
         ]  # fmt: skip
-        checks[f"output and input's gradient, overlapped{kind}"] = agreement(streams[names[0]], streams[APART])
+        checks[f"output and input's gradient, overlapped{kind}"] = agreement(names[0], streams)
     shapes = {**size.shapes, "precision": precision}
     return Part(
         "overlap", f"experts over {rank.size} GPUs, {precision}", shapes, milliseconds(seconds), figures, checks
@@ -251,8 +251,10 @@ def wire(stream: Stream, real: ExpertParallel) -> float:
     return (sum(group.traffic["sent"] for group in real.groups) - before) / 1e6
 
 
-def agreement(ours: Stream, theirs: Stream) -> str:
-    """How far apart the outputs and the inputs' gradients that both gave last are; `RunError` where it is more than rounding."""
+def agreement(name: str, streams: Mapping[str, Stream]) -> str:
+    """How far apart outputs and inputs' gradients of a side and of passes one after the other are; `RunError` where it is more than
+    rounding."""
+    ours, theirs = streams[name], streams[APART]
     ours.pairs(1, True)
     theirs.pairs(1, False)
     found = []
@@ -261,5 +263,5 @@ def agreement(ours: Stream, theirs: Stream) -> str:
         worst = float(((a - b).float().norm(dim=-1) / b.float().norm(dim=-1)).max())
         found.append(f"{what} {worst:.2g}")
         if not worst < 0.05:
-            raise RunError(f"overlapped and one after the other, a token's {what} differ by {worst:.3g} of their norm")
+            raise RunError(f"{name} and {APART}, a token's {what} differ by {worst:.3g} of their norm")
     return f"{' and '.join(found)} of a token's norm apart at most"
