@@ -16,7 +16,6 @@ from dsv3.parallel.copies import CopyingGroup, Open
 from dsv3.parallel.dispatch import ExpertParallel, Journey
 from dsv3.parallel.leg import Leg, on_this_rank, plan_bounded_leg
 from dsv3.parallel.mesh import Mesh
-from dsv3.parallel.pipeline.tape import used_by_this_stream
 
 
 @dataclass(frozen=True)
@@ -63,8 +62,6 @@ class BoundedExpertParallel(ExpertParallel):
             if number:
                 parcel = self.next_leg(parcel, here(parcel))
             leg = parcel.legs[-1]
-            # Allocated on the compute stream, freed on this one. Tensors with gradients are recorded by `tape.Cut`.
-            used_by_this_stream(parcel.expert)
             expert = group.exchange(parcel.expert, leg.sent, leg.received)
             parcel = replace(
                 parcel, rows=leg.there(parcel.rows, self.fp8), weight=leg.there(parcel.weight), expert=expert

@@ -45,12 +45,13 @@ class Cut:
         """The value on the other side of the cut, tensors in dataclasses, lists and tuples included."""
         found: Any = value
         if isinstance(value, Tensor):
+            # Those without gradients too: counts and indices, which deferred weight gradients read long after.
+            used_by_this_stream(value)
             if value.grad_fn is None:
                 return value
             # By identity, keeping the tensor alive: one that occurs twice passes once.
             if id(value) not in self.passed:
                 other, anchor = port(value)
-                used_by_this_stream(value)
                 self.edges.append((get_gradient_edge(value), anchor))
                 self.passed[id(value)] = value, other
             found = self.passed[id(value)][1]
