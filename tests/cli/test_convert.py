@@ -21,7 +21,7 @@ def test_a_run_becomes_a_directory_and_a_checkpoint_again(checkpoint, tmp_path, 
     assert command("import", tmp_path / "hf", tmp_path / "again") == 0
     captured = capsys.readouterr()
     assert f"checkpoint: {tmp_path / 'again'}" in captured.out
-    assert "GB" in captured.err
+    assert " MB of " in captured.err
 
     prompts, params = ["def add(first", "x"], dsv3.SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
     texts = [

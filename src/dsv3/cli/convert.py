@@ -9,6 +9,7 @@ import click
 from dsv3.cli.options import PATH, ema_option
 from dsv3.cli.ui import Progress
 from dsv3.errors import UserError
+from dsv3.recipe.figures import storage
 
 if TYPE_CHECKING:
     from dsv3.weights.convert import ImportPlan
@@ -40,7 +41,7 @@ def import_command(
     if dry_run:
         return
     with Progress() as progress:
-        import_weights(plan, checkpoint, workers, partial(progress, "import", gigabytes=True))
+        import_weights(plan, checkpoint, workers, partial(progress, "import", in_bytes=True))
     click.echo(f"checkpoint: {checkpoint}")
 
 
@@ -69,7 +70,7 @@ def export_command(
 
     wanted = torch.float8_e4m3fn if fp8 else named_dtype(dtype or "auto")
     with Progress() as progress:
-        advance = partial(progress, "export", gigabytes=True)
+        advance = partial(progress, "export", in_bytes=True)
         export_weights(checkpoint, directory, wanted, int(shard_size * GB), workers, advance, ema)
     click.echo(f"weights: {directory}")
 
@@ -78,11 +79,11 @@ def describe(plan: "ImportPlan") -> None:
     """What an import reads and writes."""
     written = [plan.source.layout[name] for name in plan.names.values()]
     dtypes = sorted({each.dtype for each in written})
-    gigabytes = {dtype: sum(each.bytes for each in written if each.dtype == dtype) / GB for dtype in dtypes}
+    sizes = {dtype: sum(each.bytes for each in written if each.dtype == dtype) for dtype in dtypes}
     read = sum(each.bytes for each in plan.stored.values())
     click.echo(f"reads   {plan.source.where}: {len(plan.stored):,} tensors, {read:,} bytes")
     click.echo(
         f"writes  {len(written):,} of them as {len(plan.layout):,}, {plan.bytes_of(plan.names):,} bytes in "
-        f"{len(plan.files):,} files: {', '.join(f'{dtype} {size:.2f} GB' for dtype, size in gigabytes.items())}"
+        f"{len(plan.files):,} files: {', '.join(f'{dtype} {storage(size)}' for dtype, size in sizes.items())}"
     )
     click.echo(f"MTP     {plan.config.num_nextn_predict_layers} modules, without their copies of embedding and head")

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
 
-from dsv3.recipe.figures import duration, human
+from dsv3.recipe.figures import duration, human, storage
 
 SECONDS_BETWEEN_LINES = 5.0
 WIDTH = 200
@@ -80,12 +80,12 @@ class Progress:
         if self._live:
             self._bars.stop()
 
-    def __call__(self, stage: str, done: int, total: int, gigabytes: bool = False, **figures: float | str) -> None:
-        """`done` of `total` steps of `stage`, or bytes shown as gigabytes, and any figures by name; `..._per_second` is
+    def __call__(self, stage: str, done: int, total: int, in_bytes: bool = False, **figures: float | str) -> None:
+        """`done` of `total` steps of `stage`, or bytes, and any figures by name; `..._per_second` is
         shown as `.../s`."""
         now = self._clock()
         started, first = self._started.setdefault(stage, (now, done))
-        count = f"{done / 1e9:.2f}/{total / 1e9:.2f} GB" if gigabytes else f"{done}/{total}"
+        count = f"{storage(done)} of {storage(total)}" if in_bytes else f"{done}/{total}"
         parts = [count, *(show_figure(name, value) for name, value in figures.items())]
         if first < done < total:
             parts.append(f"{duration((now - started) * (total - done) / (done - first))} left")

@@ -11,6 +11,11 @@ def human(value: float) -> str:
     return f"{value:.4g}"
 
 
+def storage(size: float) -> str:
+    """Bytes in GB, or in MB below one."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.2f} MB"
+
+
 def duration(seconds: float) -> str:
     """Seconds in the unit a person would choose."""
     for size, unit in ((3600.0, "hours"), (60.0, "minutes")):
