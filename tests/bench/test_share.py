@@ -5,7 +5,7 @@ import torch
 
 from dsv3.bench import share
 from dsv3.bench.limits import Rates
-from dsv3.bench.slices import of_depth
+from dsv3.bench.slices import DEPTHS, Layers, of_depth
 from dsv3.cli import bench_share, main
 from dsv3.model.config import ModelConfig
 from dsv3.model.feed_forward import LocalDispatcher
@@ -41,6 +41,14 @@ def test_rows_are_spread_evenly_and_come_back_to_their_tokens(small):
         assert found.counts.tolist() == counts
         out = dispatcher.combine(found.rows * found.weight.unsqueeze(1), found.handle)
         torch.testing.assert_close(out, x * routing.weight.sum(1, keepdim=True))
+
+
+@pytest.mark.parametrize("depths", [DEPTHS, ((1, 3), (1, 1), (2, 1))])
+def test_layers_follow_from_depths(depths):
+    times = [10 + 2 * dense + 3 * moe for dense, moe in depths]
+    layers = Layers.of(times, depths)
+    assert layers == Layers(2, 3, 10)
+    assert layers.whole(ModelConfig.preset("deepseek-v3")) == 10 + 3 * 2 + 58 * 3
 
 
 def test_kernels_are_told_apart_by_name():

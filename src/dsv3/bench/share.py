@@ -79,7 +79,7 @@ class Share:
     head: float
     """Embedding, final norm, output head and loss; with MTP its module and second head as well."""
     optimizer: float
-    """Of the network of 1 dense and 4 MoE layers, a step of 8 micro-batches."""
+    """Of the largest network in MoE layers, a step of 8 micro-batches."""
     tokens_per_second: float
     """4096 / (3 dense + 58 MoE layers + head), the optimizer's time spread over the micro-batches of a step."""
     teraflops: float
@@ -98,7 +98,9 @@ def bench_share(
     """Measures on the current GPU, which has these `rates`."""
     whole, times, updates, peak = ModelConfig.preset("deepseek-v3"), list[float](), list[float](), 0
     budget: dict[str, float] = {}
-    for dense, moe in track(DEPTHS, f"{precision}{' with MTP' if mtp else ''}", progress):
+    # The MTP module is a layer too: with one more, the network in FP8 fills the GPU.
+    depths = [(dense, moe - mtp) for dense, moe in DEPTHS]
+    for dense, moe in track(depths, f"{precision}{' with MTP' if mtp else ''}", progress):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         step = Step(of_depth(whole, dense, moe, mtp), precision)
@@ -108,12 +110,12 @@ def bench_share(
         peak = max(peak, torch.cuda.max_memory_allocated())
         budget = budget or step.budget()
         del step
-    layers = Layers.of(times)
+    layers = Layers.of(times, depths)
     # The update of the layers timed, as if spread over all that the whole model has.
     total = layers.whole(whole) * (1 + updates[0] / MICRO_BATCHES / times[0])
     speed = 1000 * TOKENS / total
     teraflops = training_flops_per_token(whole, TOKENS, mtp=mtp) * speed / 1e12
-    least = limits(of_depth(whole, *DEPTHS[0], mtp), TOKENS, precision, rates)
+    least = limits(of_depth(whole, *depths[0], mtp), TOKENS, precision, rates)
     return Share(precision, mtp, *layers, updates[0], speed, teraflops, peak, budget, least)
 
 

@@ -26,11 +26,11 @@ class Layers(NamedTuple):
     rest: float
 
     @classmethod
-    def of(cls, times: Sequence[float]) -> "Layers":
-        """From what the networks of `DEPTHS` take."""
-        moe = (times[0] - times[1]) / (DEPTHS[0][1] - DEPTHS[1][1])
+    def of(cls, times: Sequence[float], depths: Sequence[tuple[int, int]] = DEPTHS) -> "Layers":
+        """From what the networks of these depths take."""
+        moe = (times[0] - times[1]) / (depths[0][1] - depths[1][1])
         dense = times[2] - times[1]
-        return cls(dense, moe, times[0] - DEPTHS[0][0] * dense - DEPTHS[0][1] * moe)
+        return cls(dense, moe, times[0] - depths[0][0] * dense - depths[0][1] * moe)
 
     def whole(self, config: ModelConfig) -> float:
         """Of a network with all its layers."""

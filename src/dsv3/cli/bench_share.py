@@ -46,7 +46,8 @@ def print_shares(shares: list[Share], rates: Rates) -> None:
     sums = [(sum(each.budget.values()), sum(each.limits.values())) for each in shares]
     columns = [column for each in shares for column in (f"{each.precision}, ms", "limit", "reached")]
     total = ["all", *(cell for each in sums for cell in beside_limit(*each))]
-    print_table(["1 dense and 4 MoE layers", *columns], [budget, [total]])
+    network = "1 dense, 3 MoE, 1 MTP layer" if shares[0].mtp else "1 dense and 4 MoE layers"
+    print_table([network, *columns], [budget, [total]])
     click.echo(
         f"Limits at rates of this run: products {rates.bf16 / 1e12:,.0f} TFLOP/s in BF16 and {rates.fp8 / 1e12:,.0f} in FP8, "
         f"cuDNN's attention {rates.attention:.2f} ms a layer, a copy {rates.copy / 1e12:.2f} TB/s."
