@@ -259,9 +259,10 @@ def agreement(name: str, streams: Mapping[str, Stream]) -> str:
     theirs.pairs(1, False)
     found = []
     for what, a, b in zip(("outputs", "gradients of inputs"), ours.found, theirs.found, strict=True):
-        # By token: one that went astray would hardly be seen among all.
+        # By token: one that went astray would hardly be seen among all. Attention's backward pass differs from run to run in its last
+        # bits, which FP8 rounds to some percent.
         worst = float(((a - b).float().norm(dim=-1) / b.float().norm(dim=-1)).max())
         found.append(f"{what} {worst:.2g}")
-        if not worst < 0.05:
+        if not worst < 0.1:
             raise RunError(f"{name} and {APART}, a token's {what} differ by {worst:.3g} of their norm")
     return f"{' and '.join(found)} of a token's norm apart at most"
