@@ -71,8 +71,9 @@ def add_rows(total: Tensor, row: Tensor, gradient: Tensor) -> None:
 
 @torch.no_grad()
 def add_gradient(weight: Tensor, gradient: Tensor) -> None:
-    """Adds to `weight.grad`, in its dtype, a gradient of any: one pass over memory in place of two."""
+    """Adds to `weight.grad`, in its dtype, a gradient of any: one pass over memory in place of two. `weight.grad` itself is the
+    result of a product that has added to it already."""
     if weight.grad is None:
         weight.grad = gradient.to(gradient_dtype(weight))
-    else:
+    elif gradient is not weight.grad:
         accumulate(weight.grad, gradient)

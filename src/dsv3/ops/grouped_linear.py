@@ -132,10 +132,8 @@ class GroupedMM(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_RO: Tensor) -> tuple[Tensor | None, None, None]:
         x_RI, weight, counts_E = ctx.saved_tensors
-        grad_RO, total = grad_RO.contiguous(), ctx.parameter.grad
-        gradient = grouped_weight_gradient(grad_RO, x_RI, counts_E, total)
-        if gradient is not total:
-            add_gradient(ctx.parameter, gradient)
+        grad_RO = grad_RO.contiguous()
+        add_gradient(ctx.parameter, grouped_weight_gradient(grad_RO, x_RI, counts_E, ctx.parameter.grad))
         return multiplied(grad_RO, weight.mT, counts_E) if ctx.needs_input_grad[0] else None, None, None
 
 

@@ -1,7 +1,8 @@
 """A linear layer in FP32 of activations in any dtype: the router's, which the report leaves in higher precision (section 3.3.1).
 
-Tensor cores have no FP32. But a product of two numbers in BF16 is exact in FP32, in which they add, and a number in FP32 is the
-sum of three in BF16: three products in BF16 are one in FP32, at several times the speed of the units that have FP32.
+Tensor cores have no FP32. But a product of two numbers in BF16 is exact in FP32, and a number in FP32 is the sum of three in BF16:
+three products in BF16 stand for one in FP32, at several times the speed. Tensor cores add with fewer bits than FP32's units: at
+4,096 x 7,168 the error was 8e-6 of the norm in place of 8e-7 (docs/log.md).
 
 Legend: T tokens, D elements in, E elements out.
 """

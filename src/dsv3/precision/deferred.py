@@ -41,10 +41,8 @@ class WeightGradients:
 
         @torch.no_grad()
         def add() -> None:
-            sums = [each.grad for each in weights]
-            for weight, total, gradient in zip(weights, sums, compute(sums), strict=True):
-                if total is None or gradient is not total:
-                    add_gradient(weight, gradient)
+            for weight, gradient in zip(weights, compute([each.grad for each in weights]), strict=True):
+                add_gradient(weight, gradient)
 
         if self.later is None:
             add()

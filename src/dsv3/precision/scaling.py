@@ -44,12 +44,8 @@ class Quantizers:
         """A gradient, for the input's gradient."""
         return self.rows(grad_RK, power_of_two)
 
-    def gradient_columns(self, grad_RK: Tensor) -> Tiles:
-        """Its transpose, for the weight's gradient."""
-        return self.columns(grad_RK)
-
     def gradient_both(self, grad_RK: Tensor, power_of_two: bool = False) -> tuple[Tiles, Tiles]:
-        """(`gradient_rows`, `gradient_columns`), read once, and alike in their scales."""
+        """(`gradient_rows`, its transpose for the weight's gradient), read once, and alike in their scales."""
         return quantize_both(grad_RK, power_of_two)
 
     def weight(self, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,12 +61,8 @@ class GradientBlocks(Quantizers):
         values, scale_PQ = quantize_blocks(grad_RK, power_of_two)
         return Tiles(values, of_every_row(scale_PQ, len(values)))
 
-    def gradient_columns(self, grad_RK: Tensor) -> Tiles:
-        """Its transpose, for the weight's gradient."""
-        return self.gradient_both(grad_RK)[1]
-
     def gradient_both(self, grad_RK: Tensor, power_of_two: bool = False) -> tuple[Tiles, Tiles]:
-        """(`gradient_rows`, `gradient_columns`), rounded once."""
+        """(`gradient_rows`, its transpose), rounded once."""
         values, scale_PQ = quantize_blocks(grad_RK, power_of_two)
         columns, scale_QP = transpose_blocks(values, scale_PQ)
         return Tiles(values, of_every_row(scale_PQ, len(values))), Tiles(columns, of_every_row(scale_QP, len(columns)))
@@ -96,7 +88,7 @@ class Tensors(Quantizers):
         return self.rows(swiglu(gate_up, weight_R))
 
     def gradient_both(self, grad_RK: Tensor, power_of_two: bool = False) -> tuple[Tiles, Tiles]:
-        """(`gradient_rows`, `gradient_columns`), rounded once."""
+        """(`gradient_rows`, its transpose), rounded once."""
         rows = self.rows(grad_RK, power_of_two)
         return rows, self.columns(rows)
 
