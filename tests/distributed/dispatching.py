@@ -9,7 +9,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dsv3.errors import RunError
 from dsv3.model.config import ModelConfig
 from dsv3.model.feed_forward import DeepSeekMoE, LocalDispatcher, Routing
-from dsv3.parallel.bounded import BoundedExpertParallel
 from dsv3.parallel.copies import Window
 from dsv3.parallel.dispatch import ExpertParallel
 from dsv3.parallel.mesh import make_mesh
@@ -124,8 +123,8 @@ def forms(section, ranks_per_node, settings):
 def form(mesh, kind, dtype, fp8, alignment):
     """(everything that one pass makes with exact and with bounded legs, wire bytes of both, its shapes): of this rank."""
     made, sent, shapes = [], [], []
-    for dispatch in (ExpertParallel, BoundedExpertParallel):
-        dispatcher = dispatch(mesh, fp8)
+    for bounded in (False, True):
+        dispatcher = ExpertParallel(mesh, fp8, bounded)
         before = {name: getattr(mesh, name).traffic["sent"] for name in ("rail", "node")}
         moe = layer(dispatcher, dtype)
         x, grad = (each.to(dtype) for each in tokens_of(mesh.data.rank, TOKENS))
@@ -151,7 +150,7 @@ def without_looking(section, ranks_per_node):
 
 def blindly(mesh, fp8):
     """One of them."""
-    dispatcher = BoundedExpertParallel(mesh, fp8)
+    dispatcher = ExpertParallel(mesh, fp8, bounded=True)
     x, grad = tokens_of(mesh.data.rank, TOKENS)
     x.requires_grad_()
     routing = routed("router", mesh.expert.rank, x.detach(), layer(dispatcher, torch.float32))
@@ -215,7 +214,7 @@ def by_copies(section, ranks_per_node, directory, fp8):
     mesh = make_mesh(section, ranks_per_node)
     made, sent = [], []
     for copies in (None, Files(directory)):
-        dispatcher, found = BoundedExpertParallel(mesh, fp8, copies), []
+        dispatcher, found = ExpertParallel(mesh, fp8, True, copies), []
         before = sum(group.traffic["sent"] for group in dispatcher.groups)
         moe = layer(dispatcher, torch.float32)
         for tokens in (TOKENS, TOKENS - 5):
@@ -228,7 +227,7 @@ def by_copies(section, ranks_per_node, directory, fp8):
         sent.append(sum(group.traffic["sent"] for group in dispatcher.groups) - before)
     if copies.opened:
         with pytest.raises(RunError, match="slabs of one size"):
-            dispatcher.groups[-1].exchange(
-                x, [1] * (dispatcher.groups[-1].size - 1) + [2], [1] * dispatcher.groups[-1].size
+            dispatcher.groups[-1].exchange_all(
+                [x], [1] * (dispatcher.groups[-1].size - 1) + [2], [1] * dispatcher.groups[-1].size
             )
     return made, sent, copies.opened

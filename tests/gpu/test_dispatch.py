@@ -10,7 +10,7 @@ from dsv3.bench.gpus import ranks
 from dsv3.bench.gpus.sizes import Size, Sizes
 from dsv3.model.config import ModelConfig
 from dsv3.model.feed_forward import DeepSeekMoE, Dispatcher, LocalDispatcher, Routing
-from dsv3.parallel.bounded import BoundedExpertParallel
+from dsv3.parallel.dispatch import ExpertParallel
 from dsv3.parallel.group import Group
 from dsv3.parallel.mesh import Mesh
 from dsv3.precision.deferred import WeightGradients
@@ -26,7 +26,7 @@ CONFIG = ModelConfig.preset(
 class Mirror(Group):
     """Two ranks, of which the other is not there."""
 
-    def exchange(self, rows: Tensor, sent: object, received: object) -> Tensor:
+    def exchange(self, rows: Tensor, sent: object, received: object, room: int = 0) -> Tensor:
         """What is for the other rank comes back as if from it."""
         return rows.clone()
 
@@ -51,7 +51,7 @@ def through(moe: DeepSeekMoE, x: Tensor, routing: Routing, alignment: int = 0) -
 @pytest.mark.parametrize(("fp8", "alignment"), [(False, 0), (True, 0), (True, 128)])
 def test_a_bounded_exchange_waits_for_nothing(fp8: bool, alignment: int) -> None:
     pair = Mirror("expert", (0, 1), 0)
-    moe, local = layer(BoundedExpertParallel(Mesh(expert=pair, node=pair), fp8), fp8), layer(LocalDispatcher(), fp8)
+    moe, local = layer(ExpertParallel(Mesh(expert=pair, node=pair), fp8, bounded=True), fp8), layer(LocalDispatcher(), fp8)
     x, grad = (torch.randn(512, 256, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     # A token's experts are all on one of the ranks: what comes back as if from the other has none here.
     expert = torch.rand(512, 8, device="cuda").topk(4).indices + 8 * torch.randint(2, (512, 1), device="cuda")

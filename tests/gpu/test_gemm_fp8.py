@@ -5,7 +5,7 @@ import torch
 
 from dsv3.ops.block_scaled import dequantize, quantize
 from dsv3.ops.gemm_fp8 import columns_triton, gemm_fp8, gemm_fp8_columns, prepared_scale, triton
-from dsv3.ops.tiles import Tiles, dequantize_reference, rows_reference
+from dsv3.ops.tiles import Tiles, dequantize_reference, quantize_columns, rows_reference
 from tests.ops.products import difference
 
 pytestmark = pytest.mark.skipif(
@@ -105,6 +105,17 @@ def test_triton_serves_what_cublas_does_not():
     assert difference(gemm_fp8(x, weight, scale, FP32), expected) < 1e-6
     odd = Tiles(x.values[:, :250].contiguous(), x.scale)
     assert "multiple of 16 bytes" in dict(gemm_fp8.explain(odd, weight[:, :250], scale))["triton"]
+
+
+@pytest.mark.parametrize("tokens", [1, 257, 4095])
+def test_cublas_multiplies_columns_of_any_number_of_tokens(tokens):
+    """MTP has one token fewer than a sequence."""
+    a, b = quantize_columns(matrix(tokens, 512)), quantize_columns(matrix(tokens, 256, seed=1))
+    assert (dict(gemm_fp8_columns.explain(a, b))["scaled_mm"] is None) == on_hopper()
+    expected = dequantize_reference(a, FP32) @ dequantize_reference(b, FP32).t()
+    for each in gemm_fp8_columns.implementations:
+        if each.supports(a, b) is None:
+            assert difference(each.run(a, b), expected) < 1e-6, each.name
 
 
 def test_nothing_waits_for_the_device():

@@ -51,7 +51,7 @@ def test_rows(rows, columns, power_of_two):
         torch.testing.assert_close(dequantize_rows(found), dequantize_reference(found), rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(300, 260), (512, 1024)])
+@pytest.mark.parametrize(("rows", "columns"), [(300, 260), (512, 1024), (257, 130), (1000, 512), (1023, 384)])
 def test_columns_both_and_turned(rows, columns):
     x = matrix(rows, columns)
     for power_of_two in (False, True):

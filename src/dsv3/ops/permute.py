@@ -63,9 +63,10 @@ def sort_reference(expert_TK: Tensor, num_experts: int, equal_groups: int = 0, a
     return placed(assignment_R, expert_TK, counts, padded, rows)
 
 
-def sort_some(expert_TK: Tensor, num_experts: int, rows: int, aligned: int = 0, bounded: bool = False) -> Permutation:
-    """As `sort_by_expert`, of the assignments whose expert is not -1: `rows` of them, which the caller must know. `bounded`: so many
-    at most, and the rows behind the last group are nobody's."""
+def sort_some_reference(
+    expert_TK: Tensor, num_experts: int, rows: int, aligned: int = 0, bounded: bool = False
+) -> Permutation:
+    """The definition."""
     expert_A = expert_TK.flatten()
     missing_A = expert_A < 0
     counts = count_by_expert(expert_A.masked_fill(missing_A, num_experts), num_experts + 1)[:-1]
@@ -124,8 +125,23 @@ def counting_sort(expert_TK: Tensor, num_experts: int, equal_groups: int = 0, al
 
     chosen = expert_TK.shape[1]
     rows = aligned_rows(expert_TK.numel(), num_experts, aligned) if aligned else expert_TK.numel()
-    assignment_R, row_A, counts_E, real_R = sort_assignments(expert_TK.flatten(), num_experts, aligned, rows)
+    assignment_R, row_A, counts_E, real_R = sort_assignments(
+        expert_TK.flatten(), num_experts, aligned, rows, aligned > 0
+    )
     return Permutation(assignment_R, row_A.view(-1, chosen), counts_E, real_R)
+
+
+def counting_sort_some(
+    expert_TK: Tensor, num_experts: int, rows: int, aligned: int = 0, bounded: bool = False
+) -> Permutation:
+    """The same kernels."""
+    from dsv3.ops.kernels.sort import sort_assignments
+
+    room = aligned_rows(rows, num_experts, aligned) if aligned else rows
+    assignment_R, row_A, counts_E, real_R = sort_assignments(
+        expert_TK.flatten(), num_experts, aligned, room, aligned > 0 or bounded
+    )
+    return Permutation(assignment_R, row_A.view_as(expert_TK), counts_E, real_R, partial=True)
 
 
 def sorts_on_gpu(expert_TK: Tensor, num_experts: int, equal_groups: int = 0, aligned: int = 0) -> str | None:
@@ -254,6 +270,17 @@ serves all experts; their number is read back from the device.
 With `aligned` = n > 0, every group starts at a multiple of n, its padding counted with it, and there are
 `round_up(T K, n) + E n` rows whatever the distribution, so that no host has to know it; those behind the last group are
 nobody's. Products in FP8 need groups of whole tiles (n = 128)."""
+
+sort_some = Operation(
+    "sort_some",
+    [
+        Implementation("counting_sort", counting_sort_some, on_gpu),
+        Implementation("reference", sort_some_reference, anything),
+    ],
+)
+"""`sort_some(expert [T, K] int64, num_experts, rows, aligned=0, bounded=False) -> Permutation`: as `sort_by_expert`, of the
+assignments whose expert is not -1. They are `rows`, which the caller must know; or so many at most, where `bounded`: the rows behind
+the last group are nobody's then."""
 
 permute = Operation(
     "permute",

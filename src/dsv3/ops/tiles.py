@@ -9,6 +9,7 @@ Legend: R rows (tokens), K columns (channels), Q = ceil(K / 128).
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dsv3.ops.kernels.available import no_triton
@@ -60,7 +61,7 @@ def scale_of(largest: Tensor, power_of_two: bool) -> Tensor:
 def rows_reference(x_RK: Tensor, power_of_two: bool = False) -> Tiles:
     """The definition."""
     rows, columns = x_RK.shape
-    tiles = torch.nn.functional.pad(x_RK.float(), (0, -columns % TILE)).unflatten(1, (-1, TILE))
+    tiles = F.pad(x_RK.float(), (0, -columns % TILE)).unflatten(1, (-1, TILE))
     scale = scale_of(tiles.abs().amax(-1), power_of_two)
     # The cast of what is not finite differs between versions of torch; its tile's scale says what it was.
     quotient = (tiles / scale.unsqueeze(-1)).nan_to_num(0.0, 0.0, 0.0).clamp(-E4M3_MAX, E4M3_MAX)
@@ -71,7 +72,13 @@ def rows_reference(x_RK: Tensor, power_of_two: bool = False) -> Tiles:
 
 def columns_reference(x_RK: Tensor, power_of_two: bool = False) -> Tiles:
     """The definition."""
-    return rows_reference(x_RK.t(), power_of_two)
+    return in_whole_tiles(rows_reference(x_RK.t(), power_of_two))
+
+
+def in_whole_tiles(tiles: Tiles) -> Tiles:
+    """With zeros behind the last element of a row, so that its last tile is whole too: no product reads other sizes as fast."""
+    values = tiles.values.view(torch.uint8)
+    return Tiles(F.pad(values, (0, -values.shape[1] % TILE)).view(tiles.values.dtype), tiles.scale)
 
 
 def both_reference(x_RK: Tensor, power_of_two: bool = False) -> tuple[Tiles, Tiles]:
@@ -88,7 +95,7 @@ def dequantize_reference(tiles: Tiles, dtype: torch.dtype = torch.bfloat16) -> T
 
 def transpose_reference(tiles: Tiles, power_of_two: bool = False) -> Tiles:
     """The definition."""
-    return rows_reference(dequantize_reference(tiles, torch.float32).t(), power_of_two)
+    return columns_reference(dequantize_reference(tiles, torch.float32), power_of_two)
 
 
 def not_quantised_by_triton(x_RK: Tensor, power_of_two: bool = False) -> str | None:
@@ -123,7 +130,8 @@ quantize_columns = Operation(
         Implementation("reference", columns_reference, anything),
     ],
 )
-"""`quantize_columns(x [R, K], power_of_two=False) -> Tiles` of x transposed ([K, R]): 128 x 1 tiles of x."""
+"""`quantize_columns(x [R, K], power_of_two=False) -> Tiles` of x transposed ([K, R]): 128 x 1 tiles of x. Zeros follow the last
+row's elements up to a whole tile, as if x had more rows."""
 
 quantize_both = Operation(
     "quantize_both",
@@ -150,6 +158,6 @@ transpose_tiles = Operation(
         Implementation("reference", transpose_reference, anything),
     ],
 )
-"""`transpose_tiles(tiles, power_of_two=False) -> Tiles` of the transposed matrix, from what is left of it after quantisation:
+"""`transpose_tiles(tiles, power_of_two=False) -> Tiles` of the transposed matrix, as `quantize_columns` has it, from what is left of it after quantisation:
 what the weight gradient does with an activation that was kept in FP8 (report, section 3.5.2). With scales that are powers of
 two on both sides, values that stay normal numbers are not rounded again."""

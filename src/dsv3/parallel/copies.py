@@ -4,15 +4,20 @@ Beside a product that fills the GPU, NCCL's all-to-all has to wait for multiproc
 need slabs of one size, which bounded exchanges have. `dsv3 bench train --gpus 2` measures both.
 """
 
+import ctypes
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from dsv3.errors import RunError
-from dsv3.parallel.group import Group
+from dsv3.parallel.group import Group, as_bytes
+
+ALIGNMENT = 256
+"""Bytes at multiples of which parts of a window begin."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +41,10 @@ def symmetric(group: Group, size: int, device: torch.device) -> Window:
     assert group.handle is not None
     # Nothing here is sent to several ranks at once; multicast would take resources of the switches.
     os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
+    flags_at = -(-size // ALIGNMENT) * ALIGNMENT
     try:
-        own = symmetric_memory.empty(size, dtype=torch.uint8, device=device)
+        own = symmetric_memory.empty(flags_at + 4 * group.size, dtype=torch.uint8, device=device)
+        own.zero_()
         handle = symmetric_memory.rendezvous(own, group.handle)
     except RuntimeError as error:
         raise RunError(
@@ -45,9 +52,39 @@ def symmetric(group: Group, size: int, device: torch.device) -> Window:
             "'nccl'"
         ) from error
     everyone = [
-        own if rank == group.rank else handle.get_buffer(rank, (size,), torch.uint8) for rank in range(group.size)
+        own if rank == group.rank else handle.get_buffer(rank, own.shape, torch.uint8) for rank in range(group.size)
     ]
-    return Window(everyone, handle.barrier)
+    handle.barrier()  # nobody's flags are cleared any more
+    return Window([each[:size] for each in everyone], Flags([each[flags_at:] for each in everyone], group.rank))
+
+
+class Flags:
+    """A barrier of streams without kernels, which would hold multiprocessors while they wait: each rank writes the number of the
+    meeting to every other's memory, and waits until all have written theirs."""
+
+    def __init__(self, everyone: Sequence[Tensor], rank: int):
+        self.everyone, self.rank, self.meetings = everyone, rank, 0
+        self.driver = ctypes.CDLL("libcuda.so.1")
+
+    def __call__(self) -> None:
+        """On the current stream. What it did before is seen by whoever has passed."""
+        self.meetings += 1
+        others = [rank for rank in range(len(self.everyone)) if rank != self.rank]
+        for rank in others:
+            self.tell("cuStreamWriteValue32_v2", rank, self.rank)
+        for rank in others:
+            self.tell("cuStreamWaitValue32_v2", self.rank, rank)
+
+    def tell(self, operation: str, owner: int, flag: int) -> None:
+        """The driver's operation on one rank's flag for another: without options, a write comes after all before it, and a wait ends at
+        this number or a larger one."""
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        address = ctypes.c_uint64(self.everyone[owner].data_ptr() + 4 * flag)
+        error = getattr(self.driver, operation)(stream, address, ctypes.c_uint32(self.meetings), ctypes.c_uint(0))
+        if error:
+            raise RunError(
+                f"{operation} failed with error {error} of the CUDA driver: use parallel.transport = 'nccl'"
+            )
 
 
 @dataclass
@@ -61,31 +98,38 @@ class Windows:
     done: torch.cuda.Event | None = None
     """The end of the exchange before, which may have been on another stream."""
 
-    def exchange(self, group: Group, flat: Tensor) -> Tensor:
-        """uint8 [ranks x n] -> the same: slab i goes to rank i, and slab i comes from it."""
-        if len(flat) > self.size:
-            if flat.is_cuda:
-                torch.cuda.synchronize(flat.device)  # the old windows may still be in use
-            self.both, self.size = [self.open(group, len(flat), flat.device) for _ in range(2)], len(flat)
+    def exchange(self, group: Group, parts: Sequence[Tensor]) -> list[Tensor]:
+        """Each uint8 [ranks x n] -> the same: slab i goes to rank i, and slab i comes from it. All with one barrier."""
+        ends = list(accumulate(-(-len(each) // ALIGNMENT) * ALIGNMENT for each in parts))
+        device = parts[0].device
+        if ends[-1] > self.size:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)  # the old windows may still be in use
+            self.both, self.size = [self.open(group, ends[-1], device) for _ in range(2)], ends[-1]
         if self.done is not None:
             torch.cuda.current_stream().wait_event(self.done)
-        window, out, slab = self.both[self.next], torch.empty_like(flat), len(flat) // group.size
+        window, places = self.both[self.next], list(zip(parts, [0, *ends], strict=False))
         self.next = 1 - self.next
-        window.everyone[group.rank][: len(flat)].copy_(flat)
+        for part, start in places:
+            window.everyone[group.rank][start : start + len(part)].copy_(part)
         window.barrier()
-        # Each begins with the next rank, so that no rank is read by all at once.
-        for distance in range(1, group.size + 1):
-            rank = (group.rank + distance) % group.size
-            theirs = window.everyone[rank][group.rank * slab : (group.rank + 1) * slab]
-            out[rank * slab : (rank + 1) * slab].copy_(theirs)
-        if flat.is_cuda:
+        found = []
+        for part, start in places:
+            out, slab = torch.empty_like(part), len(part) // group.size
+            # Each begins with the next rank, so that no rank is read by all at once.
+            for distance in range(1, group.size + 1):
+                rank = (group.rank + distance) % group.size
+                theirs = window.everyone[rank][start + group.rank * slab :][:slab]
+                out[rank * slab :][:slab].copy_(theirs)
+            found.append(out)
+        if device.type == "cuda":
             self.done = torch.cuda.current_stream().record_event()
-        return out
+        return found
 
 
 @dataclass(frozen=True)
 class CopyingGroup(Group):
-    """A group within a node whose `exchange` takes slabs of one size."""
+    """A group within a node whose `exchange_all` takes slabs of one size."""
 
     windows: Windows = field(default_factory=Windows)
 
@@ -94,16 +138,18 @@ class CopyingGroup(Group):
         """The same ranks."""
         return cls(**vars(group), windows=Windows(open_window))
 
-    def exchange(self, rows: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+    def exchange_all(
+        self, tensors: Sequence[Tensor], sent: Sequence[int], received: Sequence[int], room: int = 0
+    ) -> list[Tensor]:
         """See `Group`; `RunError` where the slabs differ in size, as those of exact exchanges do."""
         if self.handle is None:
-            return rows
+            return list(tensors)
         if len({*sent, *received}) != 1:
             raise RunError(
                 f"copies over {self.name} take slabs of one size, not {list(sent)} and {list(received)} rows"
             )
-        flat = rows.contiguous().view(-1).view(torch.uint8)
-        self.traffic["sent"] += len(flat) - len(flat) // self.size
+        parts = [as_bytes(each) for each in tensors]
+        self.traffic["sent"] += sum(len(each) - len(each) // self.size for each in parts)
         with self.activity.communicating(f"exchange over {self.name}"):
-            out = self.windows.exchange(self, flat)
-        return out.view(rows.dtype).view(rows.shape)
+            found = self.windows.exchange(self, parts)
+        return [out.view(each.dtype).view(each.shape) for out, each in zip(found, tensors, strict=True)]

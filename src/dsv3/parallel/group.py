@@ -40,18 +40,26 @@ class Group:
                 dist.all_reduce(tensor, group=self.handle)
         return tensor
 
-    def exchange(self, rows: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
-        """[S, ...] -> [sum(received), ...]: `sent[i]` rows, in order, go to rank i, and `received[i]` come from it."""
+    def exchange(self, rows: Tensor, sent: Sequence[int], received: Sequence[int], room: int = 0) -> Tensor:
+        """[S, ...] -> [sum(received), ...]: `sent[i]` rows, in order, go to rank i, and `received[i]` come from it.
+
+        Rows behind those sent stay here; with a larger `room`, the result has so many, of which the last hold anything.
+        """
         if self.handle is None:
             return rows
-        # As bytes: gloo knows fewer dtypes than torch. Through one dimension: that of size one may have any stride.
         width = rows.element_size() * prod(rows.shape[1:])
-        flat = rows.contiguous().view(-1).view(torch.uint8).view(len(rows), width)
+        flat = as_bytes(rows)[: sum(sent) * width].view(sum(sent), width)
         self.traffic["sent"] += (sum(sent) - sent[self.rank]) * width
-        out = flat.new_empty(sum(received), width)
+        out = flat.new_empty(max(room, sum(received)), width)
         with self.activity.communicating(f"exchange over {self.name}"):
-            dist.all_to_all_single(out, flat, list(received), list(sent), group=self.handle)
-        return out.view(rows.dtype).view(sum(received), *rows.shape[1:])
+            dist.all_to_all_single(out[: sum(received)], flat, list(received), list(sent), group=self.handle)
+        return out.view(rows.dtype).view(len(out), *rows.shape[1:])
+
+    def exchange_all(
+        self, tensors: Sequence[Tensor], sent: Sequence[int], received: Sequence[int], room: int = 0
+    ) -> list[Tensor]:
+        """`exchange` of several that have as many rows."""
+        return [self.exchange(each, sent, received, room) for each in tensors]
 
     def scatter_sum(self, parts: Tensor) -> Tensor:
         """[ranks, n] -> [n]: the sum over the ranks of what is this rank's row."""
@@ -106,3 +114,8 @@ class Group:
         with self.activity.communicating(f"talking over {self.name}"):
             dist.all_gather_object(found, own, group=self.handle)
         return found
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """uint8 [n]: gloo knows fewer dtypes than torch. Through one dimension: that of size one may have any stride."""
+    return tensor.contiguous().view(-1).view(torch.uint8)

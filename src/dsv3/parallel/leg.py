@@ -1,15 +1,16 @@
 """One leg of the way from tokens to their experts: every token once to each rank of a group that has experts of its own.
 
-Legend: T tokens here, D hidden, K experts per token, S rows sent, A rows received, G ranks of the group.
+Legend: T tokens here, D hidden, K experts per token, S rows that could be sent, A rows received, G ranks of the group.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dsv3.ops.permute import Permutation, count_by_expert, sort_some, with_rows
+from dsv3.ops.permute import Permutation, with_rows
 from dsv3.ops.tiles import Tiles, dequantize_rows, empty_scale, quantize_rows
 from dsv3.parallel.group import Group
 
@@ -22,54 +23,73 @@ class Leg:
     to: Permutation
     """Where each token's row lies among those sent: ranks take the place of experts. Of a token's experts on one rank, the
     first alone has a row."""
-    sent: list[int]
-    """Rows to each rank."""
-    received: list[int]
-    """Rows from each rank."""
+    due_2G: Tensor
+    """int64: rows that go to each rank, and assignments to its experts."""
+    sent: Sequence[int] = ()
+    """Rows to each rank..."""
+    received: Sequence[int] = ()
+    """...and from each rank: of a bounded leg from the beginning, of an exact one once it is `measured`."""
+    assigned: int = 0
+    """Assignments to this rank's experts, of an exact leg."""
 
-    def there(self, rows_SD: Tensor, fp8: bool = False) -> Tensor:
-        """[S, D] -> [A, D], ordered by the rank they came from. `fp8`: sent as E4M3 with scales that are powers of two. The
-        backward pass is `back` in the rows' dtype."""
-        return Exchange.apply(rows_SD, self.group, self.sent, self.received, fp8, False)
+    def measured(self) -> "Leg":
+        """With the sizes of an exact leg. Waits for the device, to learn how many rows go where; all ranks of the group must call
+        it together."""
+        due_G2 = self.due_2G.t().contiguous()
+        arriving_G2 = self.group.exchange(due_G2, [1] * self.group.size, [1] * self.group.size)
+        sent, received, assigned = torch.stack([due_G2[:, 0], *arriving_G2.t()]).tolist()
+        return replace(self, sent=sent, received=received, assigned=sum(assigned))
+
+    def there(self, rows_SD: Tensor, slip_S: Tensor, fp8: bool = False) -> tuple[Tensor, Tensor]:
+        """[S, D], [S, n] -> [A, D], [A, n], ordered by the rank they came from. `fp8`: rows are sent as E4M3 with scales that are
+        powers of two. The backward pass is `back` in the rows' dtype."""
+        rows_AD, slip_A = There.apply(self, fp8, rows_SD, slip_S)
+        return rows_AD, slip_A
 
     def back(self, rows_AD: Tensor, fp8: bool = False) -> Tensor:
         """[A, D] -> [S, D]. Backward is `there`, in FP8 if `fp8`."""
-        return Exchange.apply(rows_AD, self.group, self.received, self.sent, False, fp8)
+        rows_SD: Tensor = Back.apply(self, fp8, rows_AD)
+        return rows_SD
+
+    def carry_there(self, rows: Tensor, fp8: bool, *others: Tensor) -> list[Tensor]:
+        """Without graph: rows, and what goes with them as it is. Rows sent in FP8 can be quantised again on the way without further
+        loss, because their scales are powers of two."""
+        if not fp8:
+            return self.group.exchange_all([rows, *others], self.sent, self.received)
+        tiles = quantize_rows(rows, True)
+        values, arrived, *others_there = self.group.exchange_all(
+            [tiles.values, tiles.scale, *others], self.sent, self.received
+        )
+        scale = empty_scale(len(values), values.shape[1], values.device)
+        return [dequantize_rows(Tiles(values, scale.copy_(arrived)), rows.dtype), *others_there]
+
+    def carry_back(self, *tensors: Tensor) -> list[Tensor]:
+        """Without graph; rows behind those that come back hold anything."""
+        return self.group.exchange_all(tensors, self.received, self.sent, len(self.to.assignment_R))
 
 
-def plan_leg(expert_TK: Tensor, span: int, group: Group) -> tuple[Leg, Tensor, int]:
+def plan_leg(expert_TK: Tensor, span: int, group: Group, bounded: bool) -> tuple[Leg, Tensor]:
     """The leg of tokens to the ranks of `group`, each of which has `span` experts: expert e (-1: none) is with rank e // span.
 
-    With it the experts of each row that arrived (int64 [A, K], counted from this rank's first, -1 for those elsewhere), and how many
-    of these are not -1. Waits for the device, to learn how many rows go where; all ranks of the group must call it together.
+    With it the experts of each row that could be sent, in the numbers of this leg's (int64 [S, K]; -1 for none). Nobody waits. Rows
+    follow one another, and there is room for as many as there could be; those of a `bounded` leg begin at the same place for each
+    rank, as many for each as there are tokens here, whatever is due. All ranks of the group must then have equally many tokens, as in training
+    they do.
     """
+    (tokens, chosen), ranks = expert_TK.shape, group.size
     rank_TK = expert_TK.div(span, rounding_mode="floor")
     first_TK = first_on_rank(rank_TK)
-    # Without those that are -1.
-    rows, assignments = (count_by_expert(each.flatten() + 1, group.size + 1)[1:] for each in (first_TK, rank_TK))
-    counts = torch.stack([rows, assignments], dim=1)
-    arriving = group.exchange(counts, [1] * group.size, [1] * group.size)
-    sent, received, assigned = torch.stack([counts[:, 0], arriving[:, 0], arriving[:, 1]]).tolist()
-    to = sort_some(first_TK, group.size, sum(sent))
-    expert_AK = group.exchange(expert_TK.index_select(0, to.token_R).int(), sent, received)
-    return Leg(group, to, sent, received), on_this_rank(expert_AK, span, group), sum(assigned)
-
-
-def plan_bounded_leg(expert_TK: Tensor, span: int, group: Group) -> tuple[Leg, Tensor]:
-    """The same without waiting: every rank is sent as many rows as there are tokens here, the most it can be due.
-
-    Those due come first, in the order of the exact leg; the others hold anything, and have no experts. All ranks of the group must
-    have equally many tokens, as in training they do. With it the experts of each row to be sent (int32 [S, K]).
-    """
-    tokens, ranks = len(expert_TK), group.size
-    first_TK = first_on_rank(expert_TK.div(span, rounding_mode="floor"))
-    due_TG = (first_TK.unsqueeze(2) == torch.arange(ranks, device=first_TK.device)).any(1).long()
-    place_TK = (due_TG.cumsum(0) - 1).gather(1, first_TK.clamp(min=0))
-    row_TK = (first_TK * tokens + place_TK).masked_fill(first_TK < 0, -1)
-    to = with_rows(row_TK, ranks * tokens, due_TG.sum(0))
+    each_G11 = torch.arange(ranks, device=expert_TK.device).view(-1, 1, 1)
+    due_GT = (first_TK == each_G11).any(2).long()
+    due_2G = torch.stack([due_GT.sum(1), (rank_TK == each_G11).sum((1, 2))])
+    start_G = each_G11.flatten() * tokens if bounded else due_2G[0].cumsum(0) - due_2G[0]
+    place_TG = (start_G.unsqueeze(1) + due_GT.cumsum(1) - 1).t()
+    row_TK = place_TG.gather(1, first_TK.clamp(min=0)).masked_fill(first_TK < 0, -1)
+    to = with_rows(row_TK, tokens * (ranks if bounded else min(ranks, chosen)), due_2G[0])
     assert to.real_R is not None
     expert_SK = expert_TK.index_select(0, to.token_R).masked_fill(~to.real_R.unsqueeze(1), -1)
-    return Leg(group, to, [tokens] * ranks, [tokens] * ranks), expert_SK.int()
+    sizes = [tokens] * ranks if bounded else []
+    return Leg(group, to, due_2G, sizes, sizes), expert_SK
 
 
 def first_on_rank(rank_TK: Tensor) -> Tensor:
@@ -78,36 +98,31 @@ def first_on_rank(rank_TK: Tensor) -> Tensor:
     return rank_TK.masked_fill(same_TKK.tril(-1).any(2), -1)
 
 
-def on_this_rank(expert_AK: Tensor, span: int, group: Group) -> Tensor:
-    """int64: the experts counted from this rank's first, -1 for those of others."""
-    own_AK = expert_AK.long() - group.rank * span
-    return own_AK.masked_fill((own_AK < 0) | (own_AK >= span), -1)
-
-
-class Exchange(torch.autograd.Function):
-    """`Group.exchange` of rows [S, D], forward or backward in FP8."""
+class There(torch.autograd.Function):
+    """`Leg.there`."""
 
     @staticmethod
-    def forward(
-        ctx: Any, rows: Tensor, group: Group, sent: list[int], received: list[int], fp8: bool, backward_fp8: bool
-    ) -> Tensor:
-        """[A, D]."""
-        ctx.group, ctx.sent, ctx.received, ctx.backward_fp8 = group, sent, received, backward_fp8
-        return payload(rows, group, sent, received, fp8)
+    def forward(ctx: Any, leg: Leg, fp8: bool, rows: Tensor, slip: Tensor) -> tuple[Tensor, ...]:
+        """([A, D], [A, n])."""
+        ctx.leg = leg
+        return tuple(leg.carry_there(rows, fp8, slip))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, grad_slip: Tensor) -> tuple[Tensor | None, ...]:
+        """The same way back."""
+        return None, None, *ctx.leg.carry_back(grad, grad_slip)
+
+
+class Back(torch.autograd.Function):
+    """`Leg.back`."""
+
+    @staticmethod
+    def forward(ctx: Any, leg: Leg, fp8: bool, rows: Tensor) -> Tensor:
+        """[S, D]."""
+        ctx.leg, ctx.fp8 = leg, fp8
+        return leg.carry_back(rows)[0]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """The same way back."""
-        return payload(grad, ctx.group, ctx.received, ctx.sent, ctx.backward_fp8), None, None, None, None, None
-
-
-def payload(rows: Tensor, group: Group, sent: list[int], received: list[int], fp8: bool) -> Tensor:
-    """The rows received, in the dtype of those sent. Rows sent in FP8 can be quantised again on the way without further loss,
-    because their scales are powers of two."""
-    if not fp8 or group.size == 1:
-        return group.exchange(rows, sent, received)
-    tiles = quantize_rows(rows, True)
-    values = group.exchange(tiles.values, sent, received)
-    scale = empty_scale(len(values), values.shape[1], values.device)
-    scale.copy_(group.exchange(tiles.scale, sent, received))
-    return dequantize_rows(Tiles(values, scale), rows.dtype)
+        """The same way there."""
+        return None, None, *ctx.leg.carry_there(grad, ctx.fp8)

@@ -15,6 +15,7 @@ from dsv3.ops.tiles import (
     TILE,
     Tiles,
     empty_scale,
+    in_whole_tiles,
     quantize_both,
     quantize_columns,
     quantize_rows,
@@ -65,7 +66,8 @@ class GradientBlocks(Quantizers):
         """(`gradient_rows`, its transpose), rounded once."""
         values, scale_PQ = quantize_blocks(grad_RK, power_of_two)
         columns, scale_QP = transpose_blocks(values, scale_PQ)
-        return Tiles(values, of_every_row(scale_PQ, len(values))), Tiles(columns, of_every_row(scale_QP, len(columns)))
+        turned = in_whole_tiles(Tiles(columns, of_every_row(scale_QP, len(columns))))
+        return Tiles(values, of_every_row(scale_PQ, len(values))), turned
 
 
 class Tensors(Quantizers):
@@ -79,9 +81,9 @@ class Tensors(Quantizers):
     def columns(self, x: Tensor | Tiles, power_of_two: bool = False) -> Tiles:
         """An activation [R, K], for the weight's gradient: its transpose."""
         if not isinstance(x, Tiles):
-            return self.rows(x.t(), power_of_two)
+            return in_whole_tiles(self.rows(x.t(), power_of_two))
         values = x.values.view(torch.uint8).t().contiguous().view(x.values.dtype)
-        return Tiles(values, of_every_tile(x.scale[:1, :1], values))
+        return in_whole_tiles(Tiles(values, of_every_tile(x.scale[:1, :1], values)))
 
     def activated(self, gate_up: Tensor, weight_R: Tensor | None = None) -> Tiles:
         """SwiGLU of [R, 2K], times the weights of rows, for the output."""

@@ -22,7 +22,6 @@ from dsv3.errors import RunError
 from dsv3.evaluation.mode import evaluating
 from dsv3.model.device import pick_device
 from dsv3.model.transformer import DeepSeekV3
-from dsv3.parallel.bounded import BoundedExpertParallel
 from dsv3.parallel.copies import symmetric
 from dsv3.parallel.dispatch import ExpertParallel
 from dsv3.parallel.mesh import Mesh
@@ -134,8 +133,7 @@ class Trainer:
         experts = None
         if self.mesh.expert.size > 1:
             copies = symmetric if parallel.transport == "copy" else None
-            bounded = parallel.bounded_exchange
-            experts = BoundedExpertParallel(self.mesh, fp8, copies) if bounded else ExpertParallel(self.mesh, fp8)
+            experts = ExpertParallel(self.mesh, fp8, parallel.bounded_exchange, copies)
         with torch.device("meta"):
             return DeepSeekV3(self.recipe.model.config(), self.dtype, experts)
 

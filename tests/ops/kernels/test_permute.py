@@ -9,9 +9,11 @@ from dsv3.ops.permute import (
     Summed,
     aligned_rows,
     counting_sort,
+    counting_sort_some,
     permute_reference,
     sort_reference,
     sort_some,
+    sort_some_reference,
     unpermute_reference,
 )
 
@@ -34,6 +36,21 @@ def test_the_counting_sort_is_the_stable_sort(tokens, k, experts, aligned):
     for name in ("assignment_R", "row_TK", "counts_E", "real_R"):
         ours, theirs = getattr(found, name), getattr(expected, name)
         assert (ours is None and theirs is None) or (ours.dtype == theirs.dtype and torch.equal(ours, theirs)), name
+
+
+@pytest.mark.parametrize("bounded", [False, True])
+@pytest.mark.parametrize("aligned", [0, 8])
+@pytest.mark.parametrize(("tokens", "k", "experts"), [(1, 2, 40), (150, 3, 7), (0, 2, 4)])
+def test_the_counting_sort_of_some_is_the_stable_sort(tokens, k, experts, aligned, bounded):
+    expert = routed(tokens, k, experts) if tokens else torch.empty(0, k, dtype=torch.int64)
+    expert[torch.rand(expert.shape) < 0.4] = -1
+    rows = expert.numel() if bounded else int((expert >= 0).sum())
+    sorts = (counting_sort_some, sort_some_reference)
+    found, expected = (sort(expert, experts, rows, aligned, bounded) for sort in sorts)
+    for name in ("assignment_R", "row_TK", "counts_E", "real_R"):
+        ours, theirs = getattr(found, name), getattr(expected, name)
+        assert (ours is None and theirs is None) or (ours.dtype == theirs.dtype and torch.equal(ours, theirs)), name
+    assert found.partial
 
 
 def test_more_parts_than_a_block_takes(monkeypatch):

@@ -236,8 +236,8 @@ def sort() -> Iterator[Variant]:
         "assignments": "i32", "experts": "i32", "aligned": "i32",
     }  # fmt: skip
     constants = {"PART": PART, "EXPERTS": 256}
-    yield Variant(place_kernel, types | {"real": "*u8"}, constants | {"ALIGNED": True}, warps)
-    yield Variant(place_kernel, types, constants | {"ALIGNED": False, "real": None}, warps)
+    yield Variant(place_kernel, types | {"real": "*u8"}, constants | {"ALIGNED": True, "MARKED": True}, warps)
+    yield Variant(place_kernel, types, constants | {"ALIGNED": False, "MARKED": False, "real": None}, warps)
 
 
 def of_rooms() -> Iterator[Variant]:

@@ -23,11 +23,10 @@ from dsv3.bench.gpus.rank import Rank
 from dsv3.bench.gpus.sizes import Size, Sizes
 from dsv3.bench.measure import Spread, Work, clear, times_faster
 from dsv3.errors import RunError
-from dsv3.model.feed_forward import Dispatcher, Routing
+from dsv3.model.feed_forward import Dispatcher
 from dsv3.model.micro_batch import MicroBatch
-from dsv3.parallel.bounded import BoundedExpertParallel, Slabs
 from dsv3.parallel.copies import symmetric
-from dsv3.parallel.dispatch import ExpertParallel
+from dsv3.parallel.dispatch import ExpertParallel, Parcel
 from dsv3.parallel.group import Group
 from dsv3.parallel.mesh import Mesh
 from dsv3.parallel.pipeline.executor import Executor, Run
@@ -65,7 +64,7 @@ class Remembered:
 
     def __init__(self, real: Dispatcher):
         self.real = real
-        self.sent: Any = None
+        self.sent: Parcel | None = None
         """What was given to `send`, without graph."""
         self.back: Tensor | None = None
         """What `send_back` brought."""
@@ -73,14 +72,17 @@ class Remembered:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.real, name)
 
-    def send(self, parcel: Any) -> Any:
+    def send(self, parcel: Parcel) -> Parcel:
         """See `Dispatcher`."""
         if self.sent is None:
-            self.sent = with_parts(parcel, [each.detach() for each in parts(parcel)])
+            self.sent = replace(parcel, rows=parcel.rows.detach(), slip=parcel.slip.detach())
             with torch.no_grad():
                 self.arrived = self.real.send(self.sent)
-        triples = zip(parts(parcel), parts(self.arrived), parts(self.sent), strict=True)
-        return with_parts(self.arrived, [Instead.apply(*each) for each in triples])
+        return replace(
+            self.arrived,
+            rows=Instead.apply(parcel.rows, self.arrived.rows, self.sent.rows),
+            slip=Instead.apply(parcel.slip, self.arrived.slip, self.sent.slip),
+        )
 
     def send_back(self, rows: Tensor, handle: Any) -> Any:
         """See `Dispatcher`."""
@@ -92,28 +94,12 @@ class Remembered:
 
     def alone(self) -> None:
         """The real communicating phases of one micro-batch, forward and backward, with nothing between."""
+        assert self.sent is not None
         assert self.back is not None
-        given = with_parts(self.sent, [each.detach().requires_grad_() for each in parts(self.sent)])
-        arrived = self.real.send(given)
+        rows, slip = (each.detach().requires_grad_() for each in (self.sent.rows, self.sent.slip))
+        arrived = self.real.send(replace(self.sent, rows=rows, slip=slip))
         back = self.real.send_back(self.returned.detach().requires_grad_(), self.handle)
-        torch.autograd.backward([*parts(arrived), back], [*parts(self.arrived), self.back])
-
-
-def parts(parcel: Any) -> list[Tensor]:
-    """[rows, weights]: what has gradients of a dispatcher's parcels, slabs or tuples of either way."""
-    if isinstance(parcel, Slabs):
-        return [parcel.rows, parcel.weight]
-    rows, second, *_ = parcel
-    return [rows, second.weight if isinstance(second, Routing) else second]
-
-
-def with_parts(parcel: Any, new: Sequence[Tensor]) -> Any:
-    """The parcel with other rows and weights."""
-    rows, weight = new
-    if isinstance(parcel, Slabs):
-        return replace(parcel, rows=rows, weight=weight)
-    _, second, *others = parcel
-    return (rows, replace(second, weight=weight) if isinstance(second, Routing) else weight, *others)
+        torch.autograd.backward([arrived.rows, arrived.slip, back], [self.arrived.rows, self.arrived.slip, self.back])
 
 
 @dataclass
@@ -182,9 +168,9 @@ def measure_overlap(rank: Rank, sizes: Sizes) -> Sequence[Part]:
             model.compute_in_fp8(gradients)
         model.zero_grad()
         clear()
-        kinds = {"": ExpertParallel(mesh, fp8), ", bounded": BoundedExpertParallel(mesh, fp8)}
+        kinds = {"": ExpertParallel(mesh, fp8), ", bounded": ExpertParallel(mesh, fp8, bounded=True)}
         if copies:
-            kinds[", copied"] = BoundedExpertParallel(mesh, fp8, symmetric)
+            kinds[", copied"] = ExpertParallel(mesh, fp8, True, symmetric)
         # All blocks are in the stage between two that are elsewhere.
         layout = Layout(((), tuple(block.name for block in model.blocks()), ()))
         found.append(compare(rank, size, precision, Executor(model, layout, Group("pipeline"), gradients), kinds))
@@ -222,7 +208,7 @@ def compare(rank: Rank, size: Size, precision: str, executor: Executor, kinds: M
     streams[APART] = Stream(executor, batch, x, gradient, streams["overlapped"].dispatchers)
     sides |= {name: partial(stream.pairs, count, name != APART) for name, stream in streams.items()}
     seconds = rank.turns(sides, f"{precision} pairs")
-    figures, checks = [], {}
+    figures, checks = [], {f"output and input's gradient, {APART}, twice": agreement(APART, streams)}
     for kind, real in kinds.items():
         names = (f"overlapped{kind}", f"overlapped{kind}, nothing exchanged", f"dispatch and combine alone{kind}")
         rounds = zip(*(seconds[name] for name in names), strict=True)
@@ -254,11 +240,12 @@ def wire(stream: Stream, real: ExpertParallel) -> float:
 def agreement(name: str, streams: Mapping[str, Stream]) -> str:
     """How far apart outputs and inputs' gradients of a side and of passes one after the other are; `RunError` where it is more than
     rounding."""
-    ours, theirs = streams[name], streams[APART]
-    ours.pairs(1, True)
-    theirs.pairs(1, False)
+    both = []
+    for side in (name, APART):
+        streams[side].pairs(1, side != APART)
+        both.append(streams[side].found)
     found = []
-    for what, a, b in zip(("outputs", "gradients of inputs"), ours.found, theirs.found, strict=True):
+    for what, a, b in zip(("outputs", "gradients of inputs"), *both, strict=True):
         # By token: one that went astray would hardly be seen among all. Attention's backward pass differs from run to run in its last
         # bits, which FP8 rounds to some percent.
         worst = float(((a - b).float().norm(dim=-1) / b.float().norm(dim=-1)).max())

@@ -9,7 +9,6 @@ from dsv3.bench.gpus.rank import Rank
 from dsv3.bench.gpus.sizes import Size, Sizes
 from dsv3.bench.measure import Spread, agree, times_faster
 from dsv3.data.loader import Batch
-from dsv3.parallel.bounded import BoundedExpertParallel
 from dsv3.parallel.dispatch import ExpertParallel
 from dsv3.parallel.mesh import Mesh
 from dsv3.recipe.schema import OptimizerSection
@@ -62,8 +61,8 @@ def random_batch(rank: Rank, size: Size) -> Batch:
 
 def stepper(rank: Rank, size: Size, mesh: Mesh, batch: Batch, bounded: bool = False) -> Callable[[], float]:
     """One optimizer step as the trainer does it, which gives back the batch's loss."""
-    kind = BoundedExpertParallel if bounded else ExpertParallel
-    model = rank.network(size.config, dispatcher=kind(mesh) if mesh.expert.size > 1 else None)
+    experts = ExpertParallel(mesh, bounded=bounded) if mesh.expert.size > 1 else None
+    model = rank.network(size.config, dispatcher=experts)
     optimizer = Optimizer(model, OptimizerSection(moments="bf16"), torch.bfloat16, mesh)
 
     def step() -> float:

@@ -50,7 +50,7 @@ THREE_BLOCKS = {"num_hidden_layers": 3, "vocab_size": 32768}
 class Sizes:
     """Of all parts."""
 
-    overlap: Size = Size("deepseek-v3", THREE_WIDE, 4096, 3)
+    overlap: Size = Size("deepseek-v3", THREE_WIDE, 4096, 6)
     """Its micro-batches are pairs of passes."""
     pipeline: Size = Size("lite", EIGHT_DENSE, 4096, 12)
     zero: Size = Size("lite", THREE_BLOCKS, 4096, 1)

@@ -9,7 +9,7 @@ import torch
 from dsv3.bench.gpus.findings import Figure, Part
 from dsv3.bench.gpus.rank import Rank
 from dsv3.bench.gpus.sizes import Size, Sizes
-from dsv3.bench.measure import Spread, synchronize, track
+from dsv3.bench.measure import Spread, clear, synchronize, track
 from dsv3.errors import RunError
 from dsv3.model.transformer import DeepSeekV3
 from dsv3.ops.cast import gradient_dtype
@@ -57,6 +57,7 @@ def recipe_of(size: Size, ranks: int, precision: str, moments: str) -> Recipe:
 
 def memory(rank: Rank, size: Size, mesh: Mesh, recipe: Recipe) -> dict[str, int]:
     """Bytes of the weights with their masters, of the moments, and of all after a step."""
+    clear()  # what the measurement before has left would be freed within this one
     empty = torch.cuda.memory_allocated(rank.device) if rank.device.type == "cuda" else 0
     model = rank.network(size.config)
     optimizer = Optimizer(model, recipe.optimizer, torch.bfloat16, mesh)

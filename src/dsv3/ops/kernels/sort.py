@@ -41,7 +41,7 @@ def prefix_kernel(count, before, total, parts, experts, PARTS: tl.constexpr, EXP
 @triton.jit
 def place_kernel(
     expert, before, total, assignment, row, real, counts, assignments, experts, aligned,
-    PART: tl.constexpr, EXPERTS: tl.constexpr, ALIGNED: tl.constexpr,
+    PART: tl.constexpr, EXPERTS: tl.constexpr, ALIGNED: tl.constexpr, MARKED: tl.constexpr,
 ):  # fmt: skip
     part = tl.program_id(0)
     each = tl.arange(0, EXPERTS)
@@ -53,28 +53,29 @@ def place_kernel(
     number = part * PART + tl.arange(0, PART)
     inside = number < assignments
     own = tl.load(expert + number, mask=inside, other=-1).to(tl.int32)
+    sorted = own >= 0
     # What is summed over lies along the first axis, so that it stays within a thread.
     start = tl.sum(tl.where(each[:, None] < own[None, :], size[:, None], 0), axis=0)
     earlier = (own[:, None] == own[None, :]) & (number[:, None] < number[None, :])
     rank = tl.sum(earlier.to(tl.int32), axis=0)
-    place = start + rank + tl.load(before + part * experts + own, mask=inside, other=0)
-    tl.store(row + number, place.to(tl.int64), mask=inside)
-    tl.store(assignment + place, number.to(tl.int64), mask=inside)
-    if ALIGNED:
-        tl.store(real + place, tl.full([PART], 1, tl.uint8), mask=inside)
+    place = start + rank + tl.load(before + part * experts + own, mask=sorted, other=0)
+    tl.store(row + number, tl.where(sorted, place, -1).to(tl.int64), mask=inside)
+    tl.store(assignment + place, number.to(tl.int64), mask=sorted)
+    if MARKED:
+        tl.store(real + place, tl.full([PART], 1, tl.uint8), mask=sorted)
 
 
 def sort_assignments(
-    expert_A: Tensor, num_experts: int, aligned: int, rows: int
+    expert_A: Tensor, num_experts: int, aligned: int, rows: int, marked: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """(assignment of each row [R], row of each assignment [A], rows of each expert [E], all int64; which rows are real
-    [R], bool, None without alignment), for experts int64 [A]."""
+    """(assignment of each row [R], row of each assignment [A], rows of each expert [E], all int64; where `marked`, which rows are
+    real [R], bool), for experts int64 [A], -1 for none. Where not `marked`, every row must be some assignment's."""
     device, assignments = expert_A.device, len(expert_A)
     parts, padded = triton.cdiv(assignments, PART), triton.next_power_of_2(num_experts)
     row_A = torch.empty(assignments, dtype=torch.int64, device=device)
     counts_E = torch.empty(num_experts, dtype=torch.int64, device=device)
-    real_R = torch.zeros(rows, dtype=torch.bool, device=device) if aligned else None
-    new = torch.zeros if aligned else torch.empty
+    real_R = torch.zeros(rows, dtype=torch.bool, device=device) if marked else None
+    new = torch.zeros if marked else torch.empty
     assignment_R = new(rows, dtype=torch.int64, device=device)
     if not assignments:
         return assignment_R, row_A, counts_E.zero_(), real_R
@@ -86,6 +87,6 @@ def sort_assignments(
     )
     place_kernel[(parts,)](
         expert_A, before, total, assignment_R, row_A, None if real_R is None else real_R.view(torch.uint8), counts_E,
-        assignments, num_experts, aligned, PART=PART, EXPERTS=padded, ALIGNED=aligned > 0, num_warps=4,
+        assignments, num_experts, aligned, PART=PART, EXPERTS=padded, ALIGNED=aligned > 0, MARKED=marked, num_warps=4,
     )  # fmt: skip
     return assignment_R, row_A, counts_E, real_R

@@ -111,7 +111,8 @@ class Run:
 
     def overlap(self, pair: Overlapped) -> None:
         """The order of DeepSeek's training trace: each pass communicates while the other computes. The backward pass's weight
-        gradients are computed while its next communication runs."""
+        gradients are computed while its next communication runs. The device has its computation before the forward pass
+        communicates, since an exact exchange has the host wait for counts."""
         ahead, back = self.start(pair.forward).forwards(), self.turn(pair.backward)
         later = self.deferring(back[0])
         for forth, returning in zip_longest(
@@ -121,8 +122,10 @@ class Run:
                 returning[0]()
             perform(later)
             if forth is not None:
-                perform(forth)
+                forth[0]()
             later = self.deferring(returning[1]) if returning is not None else []
+            if forth is not None:
+                forth[1]()
         perform([*later, ahead[-1]])
         self.forwarded(pair.forward)
         self.returned(pair.backward)
