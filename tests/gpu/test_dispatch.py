@@ -51,7 +51,10 @@ def through(moe: DeepSeekMoE, x: Tensor, routing: Routing, alignment: int = 0) -
 @pytest.mark.parametrize(("fp8", "alignment"), [(False, 0), (True, 0), (True, 128)])
 def test_a_bounded_exchange_waits_for_nothing(fp8: bool, alignment: int) -> None:
     pair = Mirror("expert", (0, 1), 0)
-    moe, local = layer(ExpertParallel(Mesh(expert=pair, node=pair), fp8, bounded=True), fp8), layer(LocalDispatcher(), fp8)
+    moe, local = (
+        layer(ExpertParallel(Mesh(expert=pair, node=pair), fp8, bounded=True), fp8),
+        layer(LocalDispatcher(), fp8),
+    )
     x, grad = (torch.randn(512, 256, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     # A token's experts are all on one of the ranks: what comes back as if from the other has none here.
     expert = torch.rand(512, 8, device="cuda").topk(4).indices + 8 * torch.randint(2, (512, 1), device="cuda")

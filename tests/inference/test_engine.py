@@ -93,6 +93,18 @@ def test_wrong_drafts_leave_nothing_in_the_first_modules_cache(drafting_model, d
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("drafts", [1, 3])
+def test_a_draft_asked_for_ahead_is_the_one_asked_for_afterwards(drafting_model, monkeypatch, drafts, params):
+    ahead, engine = continued(drafting_model, PROMPTS, params, num_speculative_tokens=drafts)
+    calls = []
+    monkeypatch.setattr(runner.Runner, "first_draft", lambda *_: calls.append(None))
+    afterwards, other = continued(drafting_model, PROMPTS, params, num_speculative_tokens=drafts)
+    assert ahead == afterwards
+    assert engine.stats() == other.stats()
+    assert calls
+
+
 @pytest.mark.parametrize("drafts", [0, 1])
 def test_a_batch_that_others_join_and_leave(drafting_model, drafts):
     """What was gathered for the batch before is not read; 20 blocks are too few for some of these batches."""

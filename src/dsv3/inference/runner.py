@@ -5,6 +5,7 @@ Legend: F tokens of the pass, D hidden, N rows of logits, V vocabulary.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -39,19 +40,22 @@ class Runner:
                 rows += range(end - 1 - len(drafts), end)
                 places += [(work.choice, k, drafts) for k in range(len(drafts) + 1)]
         hidden_FD, logits_NV, experts = self.passes.main(batch, self.numbers(rows))
-        found = self.chosen(batch, logits_NV, choose(logits_NV, places) if rows else [], experts)
+        token_N = choose(logits_NV, places) if rows else self.numbers([])
+        count = plan.drafts if self.model.mtp else 0
+        # Asked for before the host reads what was chosen: it waits once, not twice.
+        ahead = self.first_draft(batch, hidden_FD, token_N) if count else None
+        tokens = (token_N if ahead is None else torch.cat((token_N, ahead.guess_N))).tolist()
+        found = self.chosen(batch, logits_NV, tokens[: len(rows)], experts)
         self.score(batch, hidden_FD, found)
-        if plan.drafts and self.model.mtp:
-            self.draft(batch, hidden_FD, found, plan.drafts)
+        if count:
+            self.draft(batch, hidden_FD, found, count, ahead, tokens[len(rows) :])
         return found
 
     def numbers(self, values: Sequence[int]) -> Tensor:
         """int64, on the device."""
         return torch.tensor(values, dtype=torch.int64, device=self.device)
 
-    def chosen(
-        self, batch: Batch, logits_NV: Tensor, tokens: Sequence[int | None], experts: Sequence[Tensor]
-    ) -> list[Found]:
+    def chosen(self, batch: Batch, logits_NV: Tensor, tokens: Sequence[int], experts: Sequence[Tensor]) -> list[Found]:
         """Accepts chosen tokens as far as drafts were right."""
         found, row = [], 0
         for work, first in zip(batch.works, batch.first, strict=True):
@@ -80,8 +84,23 @@ class Runner:
                     logits_NV = self.model.head(hidden_FD[first + start : first + start + len(part)])
                     each.scores += logprobs(logits_NV, part, work.scored)
 
-    def draft(self, batch: Batch, hidden_FD: Tensor, found: Sequence[Found], count: int) -> None:
-        """Guesses the next `count` tokens after each chosen one.
+    def first_draft(self, batch: Batch, hidden_FD: Tensor, token_N: Tensor) -> "FirstDraft | None":
+        """What the first MTP module makes of a pass where a token is chosen after every one: as long as drafts are right, the token
+        chosen is the next one, and what is read after a wrong one is read again. None for other passes."""
+        if not batch.uniform or len(token_N) != len(batch.works) * batch.uniform:
+            return None
+        draft_BC = batch.token_F[: len(token_N)].view(-1, batch.uniform)[:, 1:]
+        right_B = (token_N.view(-1, batch.uniform)[:, :-1] == draft_BC).long().cumprod(1).sum(1)
+        row_N = torch.arange(0, len(token_N), batch.uniform, device=self.device) + right_B
+        next_F = F.pad(token_N.clamp(min=0), (0, len(batch.token_F) - len(token_N)))
+        return FirstDraft(*self.passes.draft(self.model.mtp[0], batch, hidden_FD, next_F, row_N))
+
+    def draft(
+        self, batch: Batch, hidden_FD: Tensor, found: Sequence[Found], count: int, ahead: "FirstDraft | None",
+        guesses: Sequence[int],
+    ) -> None:  # fmt: skip
+        """Guesses the next `count` tokens after each chosen one; `ahead`, with its `guesses`, is there where one could be asked for
+        before.
 
         MTP module k reads the pass's tokens together with those k + 1 positions ahead, so that its layer of the cache covers
         the same positions as the main model's; tokens not known yet are the drafts so far. After the last module, it drafts
@@ -89,9 +108,14 @@ class Runner:
         """
         modules = list(self.model.mtp)[:count]
         going = [k for k, each in enumerate(found) if each.tokens]
-        rows = [batch.first[k] + kept(batch.works[k], found[k]) - 1 for k in going]
-        row_N = self.numbers(rows)
-        for module in modules:
+        if ahead is not None:
+            hidden_FD = ahead.hidden_FD
+            for k in going:
+                found[k].drafts.append(guesses[k])
+            if count == 1:
+                return
+        row_N = self.numbers([batch.first[k] + kept(batch.works[k], found[k]) - 1 for k in going])
+        for module in modules if ahead is None else modules[1:]:
             following = [further(work, each, module.depth + 1) for work, each in zip(batch.works, found, strict=True)]
             tokens = [token for each in following for token in each]
             tokens += [0] * (len(batch.token_F) - len(tokens))
@@ -116,15 +140,24 @@ class Runner:
             hidden_ND = out_FD[: len(going)].clone()
 
 
+class FirstDraft(NamedTuple):
+    """Of a pass in which every work has equally many tokens."""
+
+    hidden_FD: Tensor
+    """The module's."""
+    guess_N: Tensor
+    """int64: after each work."""
+
+
 def drafts_of(work: Work) -> list[int]:
     """The drafts among its tokens."""
     return [] if work.choice is None else work.tokens[len(work.tokens) - work.choice.drafts :]
 
 
-def accept(found: Found, work: Work, tokens: Sequence[int | None]) -> None:
-    """Accepts tokens as long as the draft before them was right."""
+def accept(found: Found, work: Work, tokens: Sequence[int]) -> None:
+    """Accepts tokens as long as the draft before them was right; -1 is none."""
     for token, draft in zip(tokens, [*drafts_of(work), None], strict=True):
-        if token is None:
+        if token < 0:
             found.failed = True
             return
         found.tokens.append(token)

@@ -28,8 +28,8 @@ def uniform(seed: int, step: int) -> float:
     return float((z ^ (z >> 31)) >> 11) / 2**53
 
 
-def choose(logits_NV: Tensor, places: Sequence[Place]) -> list[int | None]:
-    """The token of each choice; None where its logits are not finite. `logits_NV` is not changed."""
+def choose(logits_NV: Tensor, places: Sequence[Place]) -> Tensor:
+    """int64 [N]: the token of each choice; -1 where its logits are not finite. `logits_NV` is not changed."""
     finite = logits_NV.sum(-1, dtype=torch.float32).isfinite()
     logits_NV = adjusted(logits_NV, places)
     tokens = logits_NV.argmax(-1)
@@ -37,8 +37,7 @@ def choose(logits_NV: Tensor, places: Sequence[Place]) -> list[int | None]:
     if rows:
         at = slice(None) if len(rows) == len(places) else torch.tensor(rows, device=logits_NV.device)
         tokens[at] = draw(logits_NV[at], [places[n] for n in rows])
-    found = torch.where(finite, tokens, -1).tolist()
-    return [None if token < 0 else token for token in found]
+    return torch.where(finite, tokens, -1)
 
 
 def adjusted(logits_NV: Tensor, places: Sequence[Place]) -> Tensor:

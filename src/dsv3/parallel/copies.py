@@ -45,6 +45,7 @@ def symmetric(group: Group, size: int, device: torch.device) -> Window:
     try:
         own = symmetric_memory.empty(flags_at + 4 * group.size, dtype=torch.uint8, device=device)
         own.zero_()
+        torch.cuda.synchronize(device)  # nobody writes flags before all have met here, with theirs cleared
         handle = symmetric_memory.rendezvous(own, group.handle)
     except RuntimeError as error:
         raise RunError(
@@ -54,16 +55,18 @@ def symmetric(group: Group, size: int, device: torch.device) -> Window:
     everyone = [
         own if rank == group.rank else handle.get_buffer(rank, own.shape, torch.uint8) for rank in range(group.size)
     ]
-    handle.barrier()  # nobody's flags are cleared any more
-    return Window([each[:size] for each in everyone], Flags([each[flags_at:] for each in everyone], group.rank))
+    flags = Flags([each[flags_at:] for each in everyone], group.rank, handle)
+    return Window([each[:size] for each in everyone], flags)
 
 
 class Flags:
     """A barrier of streams without kernels, which would hold multiprocessors while they wait: each rank writes the number of the
     meeting to every other's memory, and waits until all have written theirs."""
 
-    def __init__(self, everyone: Sequence[Tensor], rank: int):
+    def __init__(self, everyone: Sequence[Tensor], rank: int, handle: object):
         self.everyone, self.rank, self.meetings = everyone, rank, 0
+        self.handle = handle
+        """What keeps the others' memory in sight."""
         self.driver = ctypes.CDLL("libcuda.so.1")
 
     def __call__(self) -> None:
@@ -82,9 +85,7 @@ class Flags:
         address = ctypes.c_uint64(self.everyone[owner].data_ptr() + 4 * flag)
         error = getattr(self.driver, operation)(stream, address, ctypes.c_uint32(self.meetings), ctypes.c_uint(0))
         if error:
-            raise RunError(
-                f"{operation} failed with error {error} of the CUDA driver: use parallel.transport = 'nccl'"
-            )
+            raise RunError(f"{operation} failed with error {error} of the CUDA driver: use parallel.transport = 'nccl'")
 
 
 @dataclass
