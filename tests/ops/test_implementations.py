@@ -8,7 +8,7 @@ from dsv3.ops.attention import attention
 from dsv3.ops.cross_entropy import IGNORE, linear_cross_entropy, token_losses
 from dsv3.ops.grouped_linear import grouped_linear
 from dsv3.ops.operation import Operation
-from dsv3.ops.permute import permute, sort_by_expert, sort_some, unpermute
+from dsv3.ops.permute import permute, sort_by_expert, unpermute
 from dsv3.ops.rms_norm import rms_norm
 from dsv3.ops.swiglu import swiglu
 
@@ -169,7 +169,7 @@ def test_rows_have_the_weights_of_their_assignments(aligned, partial):
     expert, x, weight = routed(11, 3, 5), torch.randn(11, 6), torch.rand(11, 3, requires_grad=True)
     if partial:
         expert[:, 1] = -1
-    to = sort_some(expert, 5, 22, aligned) if partial else sort_by_expert(expert, 5, aligned=aligned)
+    to = sort_by_expert(expert, 5, aligned=aligned, some=22 if partial else None)
     weight_R = to.by_row(weight)
     real = torch.ones_like(weight_R, dtype=torch.bool) if to.real_R is None else to.real_R
     assert real.sum() == (expert >= 0).sum()

@@ -68,7 +68,6 @@ def calls(device: torch.device) -> Iterator[Call]:
     expert = affinity.topk(CHOSEN).indices
     yield router.select_experts, (affinity, affinity[0], CHOSEN, 1, 1, True, 1.0)
     yield permute.sort_by_expert, (expert, EXPERTS)
-    yield permute.sort_some, (expert, EXPERTS, expert.numel())
     order = permute.sort_by_expert(expert, EXPERTS)
     yield permute.permute, (x, order)
     yield permute.unpermute, (random(ROWS * CHOSEN, SIZE).requires_grad_(), order)

@@ -5,7 +5,6 @@ Legend: F tokens of the pass, D hidden, N rows of logits, V vocabulary.
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -44,11 +43,11 @@ class Runner:
         count = plan.drafts if self.model.mtp else 0
         # Asked for before the host reads what was chosen: it waits once, not twice.
         ahead = self.first_draft(batch, hidden_FD, token_N) if count else None
-        tokens = (token_N if ahead is None else torch.cat((token_N, ahead.guess_N))).tolist()
+        tokens = (token_N if ahead is None else torch.cat((token_N, ahead[1]))).tolist()
         found = self.chosen(batch, logits_NV, tokens[: len(rows)], experts)
         self.score(batch, hidden_FD, found)
         if count:
-            self.draft(batch, hidden_FD, found, count, ahead, tokens[len(rows) :])
+            self.draft(batch, hidden_FD if ahead is None else ahead[0], found, count, tokens[len(rows) :])
         return found
 
     def numbers(self, values: Sequence[int]) -> Tensor:
@@ -84,23 +83,21 @@ class Runner:
                     logits_NV = self.model.head(hidden_FD[first + start : first + start + len(part)])
                     each.scores += logprobs(logits_NV, part, work.scored)
 
-    def first_draft(self, batch: Batch, hidden_FD: Tensor, token_N: Tensor) -> "FirstDraft | None":
-        """What the first MTP module makes of a pass where a token is chosen after every one: as long as drafts are right, the token
-        chosen is the next one, and what is read after a wrong one is read again. None for other passes."""
+    def first_draft(self, batch: Batch, hidden_FD: Tensor, token_N: Tensor) -> tuple[Tensor, Tensor] | None:
+        """(hidden states, guesses [N]) of the first MTP module after a pass where a token is chosen after every one: as long as drafts
+        are right, the token chosen is the next one, and what is read after a wrong one is read again. None for other passes."""
         if not batch.uniform or len(token_N) != len(batch.works) * batch.uniform:
             return None
         draft_BC = batch.token_F[: len(token_N)].view(-1, batch.uniform)[:, 1:]
         right_B = (token_N.view(-1, batch.uniform)[:, :-1] == draft_BC).long().cumprod(1).sum(1)
         row_N = torch.arange(0, len(token_N), batch.uniform, device=self.device) + right_B
         next_F = F.pad(token_N.clamp(min=0), (0, len(batch.token_F) - len(token_N)))
-        return FirstDraft(*self.passes.draft(self.model.mtp[0], batch, hidden_FD, next_F, row_N))
+        return self.passes.draft(self.model.mtp[0], batch, hidden_FD, next_F, row_N)
 
     def draft(
-        self, batch: Batch, hidden_FD: Tensor, found: Sequence[Found], count: int, ahead: "FirstDraft | None",
-        guesses: Sequence[int],
-    ) -> None:  # fmt: skip
-        """Guesses the next `count` tokens after each chosen one; `ahead`, with its `guesses`, is there where one could be asked for
-        before.
+        self, batch: Batch, hidden_FD: Tensor, found: Sequence[Found], count: int, guesses: Sequence[int]
+    ) -> None:
+        """Guesses the next `count` tokens after each chosen one, from `first_draft`'s where there are `guesses`.
 
         MTP module k reads the pass's tokens together with those k + 1 positions ahead, so that its layer of the cache covers
         the same positions as the main model's; tokens not known yet are the drafts so far. After the last module, it drafts
@@ -108,14 +105,13 @@ class Runner:
         """
         modules = list(self.model.mtp)[:count]
         going = [k for k, each in enumerate(found) if each.tokens]
-        if ahead is not None:
-            hidden_FD = ahead.hidden_FD
+        if guesses:
             for k in going:
                 found[k].drafts.append(guesses[k])
             if count == 1:
                 return
         row_N = self.numbers([batch.first[k] + kept(batch.works[k], found[k]) - 1 for k in going])
-        for module in modules if ahead is None else modules[1:]:
+        for module in modules[1 if guesses else 0 :]:
             following = [further(work, each, module.depth + 1) for work, each in zip(batch.works, found, strict=True)]
             tokens = [token for each in following for token in each]
             tokens += [0] * (len(batch.token_F) - len(tokens))
@@ -138,15 +134,6 @@ class Runner:
             for k, token in zip(going, guess_N.tolist(), strict=True):
                 found[k].drafts.append(token)
             hidden_ND = out_FD[: len(going)].clone()
-
-
-class FirstDraft(NamedTuple):
-    """Of a pass in which every work has equally many tokens."""
-
-    hidden_FD: Tensor
-    """The module's."""
-    guess_N: Tensor
-    """int64: after each work."""
 
 
 def drafts_of(work: Work) -> list[int]:

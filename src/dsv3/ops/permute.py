@@ -48,70 +48,43 @@ def count_by_expert(expert_A: Tensor, num_experts: int) -> Tensor:
     return expert_A.new_zeros(num_experts).scatter_add_(0, expert_A, torch.ones_like(expert_A))
 
 
-def sort_reference(expert_TK: Tensor, num_experts: int, equal_groups: int = 0, aligned: int = 0) -> Permutation:
-    """The definition, by a stable sort of numbers that are the experts'."""
-    expert_A = expert_TK.flatten()
-    counts = count_by_expert(expert_A, num_experts)
+def sort_reference(
+    expert_TK: Tensor, num_experts: int, equal_groups: int = 0, aligned: int = 0, some: int | None = None,
+    bounded: bool = False,
+) -> Permutation:  # fmt: skip
+    """The definition, by a stable sort of numbers that are the experts'; those without one are a last group."""
+    expert_A, partial = expert_TK.flatten(), some is not None
+    if partial:
+        expert_A = expert_A % (num_experts + 1)
+    counts = count_by_expert(expert_A, num_experts + partial)
+    order = torch.argsort(expert_A, stable=True)[:some]
+    padded, rows = counts, len(order)
     if equal_groups:
         capacity = -(-int(counts.max()) // equal_groups) * equal_groups
         padded, rows = torch.full_like(counts, capacity), num_experts * capacity
     elif aligned:
-        padded, rows = (counts + aligned - 1) // aligned * aligned, aligned_rows(len(expert_A), num_experts, aligned)
-    else:
-        padded, rows = counts, None
-    assignment_R = torch.argsort(expert_A, stable=True)
-    return placed(assignment_R, expert_TK, counts, padded, rows)
+        padded, rows = (counts + aligned - 1) // aligned * aligned, aligned_rows(rows, num_experts, aligned)
+    row_R = torch.arange(len(order), device=order.device)
+    if padded is not counts:
+        row_R += ((padded.cumsum(0) - padded) - (counts.cumsum(0) - counts))[expert_A[order]]
+    row_A = torch.empty_like(expert_A)
+    row_A[order] = row_R
+    row_TK = row_A.view_as(expert_TK)
+    if partial:
+        row_TK.masked_fill_(expert_TK < 0, -1)
+    if padded is counts and not bounded:
+        return Permutation(order, row_TK, counts[:num_experts], partial=partial)
+    return with_rows(row_TK, rows, padded[:num_experts], partial)
 
 
-def sort_some_reference(
-    expert_TK: Tensor, num_experts: int, rows: int, aligned: int = 0, bounded: bool = False
-) -> Permutation:
-    """The definition."""
-    expert_A = expert_TK.flatten()
-    missing_A = expert_A < 0
-    counts = count_by_expert(expert_A.masked_fill(missing_A, num_experts), num_experts + 1)[:-1]
-    assignment_R = torch.argsort(expert_A.masked_fill(missing_A, num_experts), stable=True)[:rows]
-    if not aligned and not bounded:
-        return placed(assignment_R, expert_TK, counts, counts, None, partial=True)
-    padded = (counts + aligned - 1) // aligned * aligned if aligned else counts
-    if bounded:
-        before_E = (padded.cumsum(0) - padded) - (counts.cumsum(0) - counts)
-        numbers_R = torch.arange(len(assignment_R), device=expert_A.device)
-        row_A = torch.empty_like(expert_A)
-        row_A[assignment_R] = numbers_R + before_E[expert_A[assignment_R].clamp(min=0)]
-        room = aligned_rows(rows, num_experts, aligned) if aligned else rows
-        return with_rows(row_A.masked_fill_(missing_A, -1).view_as(expert_TK), room, padded)
-    return placed(assignment_R, expert_TK, counts, padded, aligned_rows(rows, num_experts, aligned), partial=True)
-
-
-def with_rows(row_TK: Tensor, rows: int, counts_E: Tensor) -> Permutation:
-    """The partial permutation of assignments whose rows are known (int64 [T, K], -1: none), of so many rows; nobody waits."""
+def with_rows(row_TK: Tensor, rows: int, counts_E: Tensor, partial: bool = True) -> Permutation:
+    """The permutation of assignments whose rows are known (int64 [T, K], -1: none), of so many rows; nobody waits."""
     row_A = row_TK.flatten()
     # What has no row is written behind the last one.
     at_A = row_A.masked_fill(row_A < 0, rows)
     assignment_R = row_A.new_zeros(rows + 1).scatter_(0, at_A, torch.arange(len(row_A), device=row_A.device))
     real_R = torch.zeros(rows + 1, dtype=torch.bool, device=row_A.device).scatter_(0, at_A, True)
-    return Permutation(assignment_R[:rows], row_TK, counts_E, real_R[:rows], partial=True)
-
-
-def placed(
-    assignment_R: Tensor, expert_TK: Tensor, counts: Tensor, padded: Tensor, rows: int | None, partial: bool = False
-) -> Permutation:
-    """The permutation that these sorted assignments make, each expert's rows padded; `rows` None: nothing is."""
-    expert_A = expert_TK.flatten()
-    row_A = torch.full_like(expert_A, -1) if partial else torch.empty_like(expert_A)
-    numbers = torch.arange(len(assignment_R), device=assignment_R.device)
-    if rows is None:
-        row_A[assignment_R] = numbers
-        return Permutation(assignment_R, row_A.view_as(expert_TK), counts, partial=partial)
-    before_E = (padded.cumsum(0) - padded) - (counts.cumsum(0) - counts)
-    row_R = numbers + before_E[expert_A[assignment_R]]
-    row_A[assignment_R] = row_R
-    real_R = torch.zeros(rows, dtype=torch.bool, device=row_A.device)
-    real_R[row_R] = True
-    assignment_of_row = torch.zeros(rows, dtype=torch.int64, device=row_A.device)
-    assignment_of_row[row_R] = assignment_R
-    return Permutation(assignment_of_row, row_A.view_as(expert_TK), padded, real_R, partial)
+    return Permutation(assignment_R[:rows], row_TK, counts_E, real_R[:rows], partial)
 
 
 def aligned_rows(assignments: int, num_experts: int, aligned: int) -> int:
@@ -119,32 +92,22 @@ def aligned_rows(assignments: int, num_experts: int, aligned: int) -> int:
     return -(-assignments // aligned) * aligned + num_experts * aligned
 
 
-def counting_sort(expert_TK: Tensor, num_experts: int, equal_groups: int = 0, aligned: int = 0) -> Permutation:
+def counting_sort(
+    expert_TK: Tensor, num_experts: int, equal_groups: int = 0, aligned: int = 0, some: int | None = None,
+    bounded: bool = False,
+) -> Permutation:  # fmt: skip
     """By counts of parts and their prefix sums: three kernels, and nothing that the host would have to wait for."""
     from dsv3.ops.kernels.sort import sort_assignments
 
-    chosen = expert_TK.shape[1]
-    rows = aligned_rows(expert_TK.numel(), num_experts, aligned) if aligned else expert_TK.numel()
-    assignment_R, row_A, counts_E, real_R = sort_assignments(
-        expert_TK.flatten(), num_experts, aligned, rows, aligned > 0
-    )
-    return Permutation(assignment_R, row_A.view(-1, chosen), counts_E, real_R)
-
-
-def counting_sort_some(
-    expert_TK: Tensor, num_experts: int, rows: int, aligned: int = 0, bounded: bool = False
-) -> Permutation:
-    """The same kernels."""
-    from dsv3.ops.kernels.sort import sort_assignments
-
+    rows, marked = expert_TK.numel() if some is None else some, aligned > 0 or bounded
     room = aligned_rows(rows, num_experts, aligned) if aligned else rows
-    assignment_R, row_A, counts_E, real_R = sort_assignments(
-        expert_TK.flatten(), num_experts, aligned, room, aligned > 0 or bounded
-    )
-    return Permutation(assignment_R, row_A.view_as(expert_TK), counts_E, real_R, partial=True)
+    assignment_R, row_A, counts_E, real_R = sort_assignments(expert_TK.flatten(), num_experts, aligned, room, marked)
+    return Permutation(assignment_R, row_A.view_as(expert_TK), counts_E, real_R, some is not None)
 
 
-def sorts_on_gpu(expert_TK: Tensor, num_experts: int, equal_groups: int = 0, aligned: int = 0) -> str | None:
+def sorts_on_gpu(
+    expert_TK: Tensor, num_experts: int, equal_groups: int = 0, *others: object, **named: object
+) -> str | None:
     """Groups of equal size are the CPU's."""
     return "sorts without equal groups" if equal_groups else no_triton(expert_TK)
 
@@ -262,25 +225,16 @@ sort_by_expert = Operation(
         Implementation("reference", sort_reference, anything),
     ],
 )
-"""`sort_by_expert(expert [T, K] int64, num_experts, equal_groups=0, aligned=0) -> Permutation`: it brings the rows of one
-expert together, tokens in order within it (a stable sort).
+"""`sort_by_expert(expert [T, K] int64, num_experts, equal_groups=0, aligned=0, some=None, bounded=False) -> Permutation`: it brings the
+rows of one expert together, tokens in order within it (a stable sort).
 
 With `equal_groups` = n > 0, every group is padded to the same number of rows, a multiple of n, so that one batched product
 serves all experts; their number is read back from the device.
 With `aligned` = n > 0, every group starts at a multiple of n, its padding counted with it, and there are
 `round_up(T K, n) + E n` rows whatever the distribution, so that no host has to know it; those behind the last group are
-nobody's. Products in FP8 need groups of whole tiles (n = 128)."""
-
-sort_some = Operation(
-    "sort_some",
-    [
-        Implementation("counting_sort", counting_sort_some, on_gpu),
-        Implementation("reference", sort_some_reference, anything),
-    ],
-)
-"""`sort_some(expert [T, K] int64, num_experts, rows, aligned=0, bounded=False) -> Permutation`: as `sort_by_expert`, of the
-assignments whose expert is not -1. They are `rows`, which the caller must know; or so many at most, where `bounded`: the rows behind
-the last group are nobody's then."""
+nobody's. Products in FP8 need groups of whole tiles (n = 128).
+With `some` = n, assignments whose expert is -1 have no row, and n are left, which the caller must know; or n at most, where `bounded`:
+the rows behind the last group are nobody's then."""
 
 permute = Operation(
     "permute",

@@ -60,8 +60,8 @@ def symmetric(group: Group, size: int, device: torch.device) -> Window:
 
 
 class Flags:
-    """A barrier of streams without kernels, which would hold multiprocessors while they wait: each rank writes the number of the
-    meeting to every other's memory, and waits until all have written theirs."""
+    """A barrier of streams without kernels, which would hold multiprocessors: each rank writes the meeting's number to every other's
+    memory, and waits for theirs."""
 
     def __init__(self, everyone: Sequence[Tensor], rank: int, handle: object):
         self.everyone, self.rank, self.meetings = everyone, rank, 0
@@ -72,20 +72,15 @@ class Flags:
     def __call__(self) -> None:
         """On the current stream. What it did before is seen by whoever has passed."""
         self.meetings += 1
-        others = [rank for rank in range(len(self.everyone)) if rank != self.rank]
-        for rank in others:
-            self.tell("cuStreamWriteValue32_v2", rank, self.rank)
-        for rank in others:
-            self.tell("cuStreamWaitValue32_v2", self.rank, rank)
-
-    def tell(self, operation: str, owner: int, flag: int) -> None:
-        """The driver's operation on one rank's flag for another: without options, a write comes after all before it, and a wait ends at
-        this number or a larger one."""
-        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        address = ctypes.c_uint64(self.everyone[owner].data_ptr() + 4 * flag)
-        error = getattr(self.driver, operation)(stream, address, ctypes.c_uint32(self.meetings), ctypes.c_uint(0))
-        if error:
-            raise RunError(f"{operation} failed with error {error} of the CUDA driver: use parallel.transport = 'nccl'")
+        stream, (own, place) = torch.cuda.current_stream().cuda_stream, (self.everyone[self.rank], 4 * self.rank)
+        others = [(rank, each) for rank, each in enumerate(self.everyone) if rank != self.rank]
+        # A write comes after all before it, and a wait ends at this number or a larger one.
+        calls = [("cuStreamWriteValue32_v2", theirs.data_ptr() + place) for _, theirs in others]
+        calls += [("cuStreamWaitValue32_v2", own.data_ptr() + 4 * rank) for rank, _ in others]
+        for name, address in calls:
+            number, none = ctypes.c_uint32(self.meetings), ctypes.c_uint(0)
+            if error := getattr(self.driver, name)(ctypes.c_void_p(stream), ctypes.c_uint64(address), number, none):
+                raise RunError(f"{name} failed with error {error} of the CUDA driver: use parallel.transport = 'nccl'")
 
 
 @dataclass

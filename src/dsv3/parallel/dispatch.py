@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dsv3.errors import UserError
 from dsv3.model.feed_forward import Dispatched, Dispatcher, Routing
-from dsv3.ops.permute import Permutation, permute, sort_some, unpermute
+from dsv3.ops.permute import Permutation, permute, sort_by_expert, unpermute
 from dsv3.parallel.copies import CopyingGroup, Open
 from dsv3.parallel.leg import Leg, plan_leg
 from dsv3.parallel.mesh import Mesh
@@ -118,13 +118,12 @@ class ExpertParallel(Dispatcher):
 
     def unpack(self, parcel: Parcel) -> Dispatched:
         """See `Dispatcher`: rows sorted by expert; of a bounded exchange, those without one last."""
-        expert, leg = parcel.expert, parcel.legs[-1]
+        expert, assignments = parcel.expert, parcel.legs[-1].assigned
         if self.bounded:
             assignments = len(expert) * min(expert.shape[1], parcel.span)
         else:
-            assignments = leg.assigned
             self.watch(assignments, parcel.legs[0].to.row_TK.numel())
-        local = sort_some(expert, parcel.span, assignments, parcel.alignment, self.bounded)
+        local = sort_by_expert(expert, parcel.span, aligned=parcel.alignment, some=assignments, bounded=self.bounded)
         rows, weight = permute(parcel.rows, local), local.by_row(parcel.weight)
         return Dispatched(rows, weight, local.counts_E, Journey(parcel.legs, local))
 

@@ -26,9 +26,8 @@ class Leg:
     due_2G: Tensor
     """int64: rows that go to each rank, and assignments to its experts."""
     sent: Sequence[int] = ()
-    """Rows to each rank..."""
     received: Sequence[int] = ()
-    """...and from each rank: of a bounded leg from the beginning, of an exact one once it is `measured`."""
+    """Rows to each rank and from it: of a bounded leg from the beginning, of an exact one once it is `measured`."""
     assigned: int = 0
     """Assignments to this rank's experts, of an exact leg."""
 
@@ -43,38 +42,47 @@ class Leg:
     def there(self, rows_SD: Tensor, slip_S: Tensor, fp8: bool = False) -> tuple[Tensor, Tensor]:
         """[S, D], [S, n] -> [A, D], [A, n], ordered by the rank they came from. `fp8`: rows are sent as E4M3 with scales that are
         powers of two. The backward pass is `back` in the rows' dtype."""
-        rows_AD, slip_A = There.apply(self, fp8, rows_SD, slip_S)
+        rows_AD, slip_A = Carried.apply(self, True, fp8, rows_SD, slip_S)
         return rows_AD, slip_A
 
     def back(self, rows_AD: Tensor, fp8: bool = False) -> Tensor:
-        """[A, D] -> [S, D]. Backward is `there`, in FP8 if `fp8`."""
-        rows_SD: Tensor = Back.apply(self, fp8, rows_AD)
+        """[A, D] -> [S, D], where rows behind those that come back hold anything. Backward is `there`, in FP8 if `fp8`."""
+        (rows_SD,) = Carried.apply(self, False, fp8, rows_AD)
         return rows_SD
 
-    def carry_there(self, rows: Tensor, fp8: bool, *others: Tensor) -> list[Tensor]:
-        """Without graph: rows, and what goes with them as it is. Rows sent in FP8 can be quantised again on the way without further
-        loss, because their scales are powers of two."""
+    def carry(self, there: bool, fp8: bool, rows: Tensor, *others: Tensor) -> list[Tensor]:
+        """Either way without graph. Scales are powers of two: FP8 rows may be quantised again on the way without further loss."""
+        if not there:
+            return self.group.exchange_all([rows, *others], self.received, self.sent, len(self.to.assignment_R))
         if not fp8:
             return self.group.exchange_all([rows, *others], self.sent, self.received)
         tiles = quantize_rows(rows, True)
-        values, arrived, *others_there = self.group.exchange_all(
-            [tiles.values, tiles.scale, *others], self.sent, self.received
-        )
+        sent = [tiles.values, tiles.scale, *others]
+        values, arrived, *others_there = self.group.exchange_all(sent, self.sent, self.received)
         scale = empty_scale(len(values), values.shape[1], values.device)
         return [dequantize_rows(Tiles(values, scale.copy_(arrived)), rows.dtype), *others_there]
 
-    def carry_back(self, *tensors: Tensor) -> list[Tensor]:
-        """Without graph; rows behind those that come back hold anything."""
-        return self.group.exchange_all(tensors, self.received, self.sent, len(self.to.assignment_R))
+
+class Carried(torch.autograd.Function):
+    """`Leg.carry`, whose backward pass is the other way."""
+
+    @staticmethod
+    def forward(ctx: Any, leg: Leg, there: bool, fp8: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Rows, and what goes with them."""
+        ctx.leg, ctx.there, ctx.fp8 = leg, there, fp8
+        return tuple(leg.carry(there, fp8, *tensors))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Their gradients."""
+        return None, None, None, *ctx.leg.carry(not ctx.there, ctx.fp8, *grads)
 
 
 def plan_leg(expert_TK: Tensor, span: int, group: Group, bounded: bool) -> tuple[Leg, Tensor]:
     """The leg of tokens to the ranks of `group`, each of which has `span` experts: expert e (-1: none) is with rank e // span.
 
-    With it the experts of each row that could be sent, in the numbers of this leg's (int64 [S, K]; -1 for none). Nobody waits. Rows
-    follow one another, and there is room for as many as there could be; those of a `bounded` leg begin at the same place for each
-    rank, as many for each as there are tokens here, whatever is due. All ranks of the group must then have equally many tokens, as in training
-    they do.
+    With it the experts of each row that could be sent (int64 [S, K]; -1 for none). Nobody waits: there is room for as many rows as
+    there could be. A `bounded` leg sends each rank as many as there are tokens here; all ranks of the group must have equally many.
     """
     (tokens, chosen), ranks = expert_TK.shape, group.size
     rank_TK = expert_TK.div(span, rounding_mode="floor")
@@ -96,33 +104,3 @@ def first_on_rank(rank_TK: Tensor) -> Tensor:
     """Each token's ranks, every one once, where it stands first; -1 elsewhere."""
     same_TKK = rank_TK.unsqueeze(2) == rank_TK.unsqueeze(1)
     return rank_TK.masked_fill(same_TKK.tril(-1).any(2), -1)
-
-
-class There(torch.autograd.Function):
-    """`Leg.there`."""
-
-    @staticmethod
-    def forward(ctx: Any, leg: Leg, fp8: bool, rows: Tensor, slip: Tensor) -> tuple[Tensor, ...]:
-        """([A, D], [A, n])."""
-        ctx.leg = leg
-        return tuple(leg.carry_there(rows, fp8, slip))
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, grad_slip: Tensor) -> tuple[Tensor | None, ...]:
-        """The same way back."""
-        return None, None, *ctx.leg.carry_back(grad, grad_slip)
-
-
-class Back(torch.autograd.Function):
-    """`Leg.back`."""
-
-    @staticmethod
-    def forward(ctx: Any, leg: Leg, fp8: bool, rows: Tensor) -> Tensor:
-        """[S, D]."""
-        ctx.leg, ctx.fp8 = leg, fp8
-        return leg.carry_back(rows)[0]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """The same way there."""
-        return None, None, *ctx.leg.carry_there(grad, ctx.fp8)

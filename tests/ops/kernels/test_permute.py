@@ -9,11 +9,8 @@ from dsv3.ops.permute import (
     Summed,
     aligned_rows,
     counting_sort,
-    counting_sort_some,
     permute_reference,
     sort_reference,
-    sort_some,
-    sort_some_reference,
     unpermute_reference,
 )
 
@@ -45,8 +42,8 @@ def test_the_counting_sort_of_some_is_the_stable_sort(tokens, k, experts, aligne
     expert = routed(tokens, k, experts) if tokens else torch.empty(0, k, dtype=torch.int64)
     expert[torch.rand(expert.shape) < 0.4] = -1
     rows = expert.numel() if bounded else int((expert >= 0).sum())
-    sorts = (counting_sort_some, sort_some_reference)
-    found, expected = (sort(expert, experts, rows, aligned, bounded) for sort in sorts)
+    options = {"aligned": aligned, "some": rows, "bounded": bounded}
+    found, expected = (sort(expert, experts, **options) for sort in (counting_sort, sort_reference))
     for name in ("assignment_R", "row_TK", "counts_E", "real_R"):
         ours, theirs = getattr(found, name), getattr(expected, name)
         assert (ours is None and theirs is None) or (ours.dtype == theirs.dtype and torch.equal(ours, theirs)), name
@@ -86,11 +83,11 @@ def sorted_rows(tokens, k, experts, aligned, partial):
     if not partial:
         return sort_reference(expert, experts, aligned=aligned)
     expert.view(-1)[::3] = -1
-    return sort_some(expert, experts, int((expert >= 0).sum()), aligned)
+    return sort_reference(expert, experts, aligned=aligned, some=int((expert >= 0).sum()))
 
 
 def test_assignments_without_an_expert_have_no_row():
-    to = sort_some(torch.tensor([[2, -1], [0, 2], [-1, -1]]), 3, 3)
+    to = sort_reference(torch.tensor([[2, -1], [0, 2], [-1, -1]]), 3, some=3)
     assert to.assignment_R.tolist() == [2, 0, 3]
     assert to.row_TK.tolist() == [[1, -1], [0, 2], [-1, -1]]
     assert to.counts_E.tolist() == [1, 0, 2]

@@ -115,17 +115,13 @@ class Run:
         communicates, since an exact exchange has the host wait for counts."""
         ahead, back = self.start(pair.forward).forwards(), self.turn(pair.backward)
         later = self.deferring(back[0])
-        for forth, returning in zip_longest(
-            zip(ahead[:-1:2], ahead[1::2], strict=True), zip(back[1::2], back[2::2], strict=True)
-        ):
-            if returning is not None:
-                returning[0]()
-            perform(later)
-            if forth is not None:
-                forth[0]()
-            later = self.deferring(returning[1]) if returning is not None else []
-            if forth is not None:
-                forth[1]()
+        forth, returning = zip(ahead[:-1:2], ahead[1::2], strict=True), zip(back[1::2], back[2::2], strict=True)
+        # Where one pass has fewer blocks than the other, it does nothing beside the other's last ones.
+        for (compute, send), (send_back, compute_back) in zip_longest(forth, returning, fillvalue=(idle, idle)):
+            send_back()
+            perform([*later, compute])
+            later = self.deferring(compute_back)
+            send()
         perform([*later, ahead[-1]])
         self.forwarded(pair.forward)
         self.returned(pair.backward)
@@ -183,6 +179,10 @@ class Run:
         """See `Executor.run`."""
         losses, load = (self.executor.group.sum_(each) for each in (self.losses, self.load))
         return losses / len(self.batch), dict(zip(self.names, load, strict=True))
+
+
+def idle() -> None:
+    """Nothing to do."""
 
 
 def perform(work: Sequence[Work]) -> None:
