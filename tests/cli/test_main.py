@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 import time
@@ -88,3 +89,22 @@ def test_answers_at_once_and_without_torch(arguments: list[str]) -> None:
 def test_python_m_dsv3() -> None:
     done = subprocess.run([sys.executable, "-m", "dsv3", "--version"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout.split()[0]) == (0, "dsv3,")
+
+
+@pytest.mark.parametrize(
+    ("given", "spins"),
+    [({}, main.SPINS), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "PASSIVE"}, None)],
+    ids=str,
+)
+def test_threads_spin_a_little_unless_the_environment_says_how(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, str], spins: str | None
+) -> None:
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "whatever was there comes back afterwards")
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(main.sys, "argv", ["dsv3", "--version"])
+    with pytest.raises(SystemExit):
+        main.main()
+    assert os.environ.get("GOMP_SPINCOUNT") == spins
