@@ -47,3 +47,28 @@ def test_what_cannot_be_served_is_one_paragraph(directory):
         assert str(value >> 10 if name.endswith("BYTES") else value) in text, name
     for said in ("10 s to tokenise", "10 s to compile", "30 s for the body", "60 s without reading"):
         assert said in text
+
+
+@pytest.mark.parametrize(("given", "most", "expected"), [(None, 2**24, 1), ("2", 2**24, 2), (None, 0, 2)])
+def test_a_small_model_runs_on_one_thread(directory, monkeypatch, given, most, expected):
+    """Unless the environment says how many; others on as many as torch takes."""
+    pytest.importorskip("fastapi", reason="the server needs the extra `serve`")
+    import torch
+    from click.testing import CliRunner
+
+    from dsv3.cli.serve import serve
+    from dsv3.inference import recording
+    from dsv3.serving import server
+
+    monkeypatch.setenv("OMP_NUM_THREADS", given or "")
+    if given is None:
+        monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(recording, "MOST_PARAMETERS", most)
+    found, before = [], torch.get_num_threads()
+    monkeypatch.setattr(server, "run", lambda *_: found.append(torch.get_num_threads()))
+    try:
+        torch.set_num_threads(2)
+        assert CliRunner().invoke(serve, [str(directory), "--device", "cpu"]).exception is None
+    finally:
+        torch.set_num_threads(before)
+    assert found == [expected]

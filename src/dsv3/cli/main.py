@@ -59,10 +59,6 @@ class LazyGroup(click.Group):
             formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
 
 
-SPINS = "4000"
-"""A tenth of a millisecond or two, in pauses of the processor."""
-
-
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.version_option(__version__, prog_name="dsv3")
 @click.option("--debug", is_flag=True, help="Show Python's traceback when something goes wrong; works anywhere.")
@@ -75,7 +71,7 @@ def main() -> None:
     # Before torch is loaded: how long its threads spin for one another before they sleep. Where they sleep at once, decoding takes
     # three times as long; where they spin as long as OpenMP likes, a busy machine takes ten times as long (docs/log.md).
     if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
+        os.environ.setdefault("GOMP_SPINCOUNT", "4000")
     sys.exit(run(sys.argv[1:]))
 
 

@@ -12,6 +12,7 @@ Legend: T tokens here, D hidden, K experts per token, S rows that could be sent,
 
 import logging
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,8 +56,7 @@ class Parcel:
         return own.masked_fill((own < 0) | (own >= self.span), -1)
 
 
-@dataclass(frozen=True)
-class Journey:
+class Journey(NamedTuple):
     """Where the tokens of one pass went."""
 
     legs: list[Leg]
