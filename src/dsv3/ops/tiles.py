@@ -158,6 +158,6 @@ transpose_tiles = Operation(
         Implementation("reference", transpose_reference, anything),
     ],
 )
-"""`transpose_tiles(tiles, power_of_two=False) -> Tiles` of the transposed matrix, as `quantize_columns` has it, from what is left of it after quantisation:
-what the weight gradient does with an activation that was kept in FP8 (report, section 3.5.2). With scales that are powers of
-two on both sides, values that stay normal numbers are not rounded again."""
+"""`transpose_tiles(tiles, power_of_two=False) -> Tiles` of the transposed matrix, as `quantize_columns` has it, from what is left of
+it after quantisation: what the weight gradient does with an activation that was kept in FP8 (report, section 3.5.2). With scales that
+are powers of two on both sides, values that stay normal numbers are not rounded again."""

@@ -23,7 +23,7 @@ class Leg:
     to: Permutation
     """Where each token's row lies among those sent: ranks take the place of experts. Of a token's experts on one rank, the
     first alone has a row."""
-    due_2G: Tensor
+    due_G2: Tensor
     """int64: rows that go to each rank, and assignments to its experts."""
     sent: Sequence[int] = ()
     received: Sequence[int] = ()
@@ -34,9 +34,8 @@ class Leg:
     def measured(self) -> "Leg":
         """With the sizes of an exact leg. Waits for the device, to learn how many rows go where; all ranks of the group must call
         it together."""
-        due_G2 = self.due_2G.t().contiguous()
-        arriving_G2 = self.group.exchange(due_G2, [1] * self.group.size, [1] * self.group.size)
-        sent, received, assigned = torch.stack([due_G2[:, 0], *arriving_G2.t()]).tolist()
+        arriving_G2 = self.group.exchange(self.due_G2, [1] * self.group.size, [1] * self.group.size)
+        sent, received, assigned = torch.stack([self.due_G2[:, 0], *arriving_G2.t()]).tolist()
         return replace(self, sent=sent, received=received, assigned=sum(assigned))
 
     def there(self, rows_SD: Tensor, slip_S: Tensor, fp8: bool = False) -> tuple[Tensor, Tensor]:
@@ -89,15 +88,15 @@ def plan_leg(expert_TK: Tensor, span: int, group: Group, bounded: bool) -> tuple
     first_TK = first_on_rank(rank_TK)
     each_G11 = torch.arange(ranks, device=expert_TK.device).view(-1, 1, 1)
     due_GT = (first_TK == each_G11).any(2).long()
-    due_2G = torch.stack([due_GT.sum(1), (rank_TK == each_G11).sum((1, 2))])
-    start_G = each_G11.flatten() * tokens if bounded else due_2G[0].cumsum(0) - due_2G[0]
+    rows_G, assignments_G = due_GT.sum(1), (rank_TK == each_G11).sum((1, 2))
+    start_G = each_G11.flatten() * tokens if bounded else rows_G.cumsum(0) - rows_G
     place_TG = (start_G.unsqueeze(1) + due_GT.cumsum(1) - 1).t()
     row_TK = place_TG.gather(1, first_TK.clamp(min=0)).masked_fill(first_TK < 0, -1)
-    to = with_rows(row_TK, tokens * (ranks if bounded else min(ranks, chosen)), due_2G[0])
+    to = with_rows(row_TK, tokens * (ranks if bounded else min(ranks, chosen)), rows_G)
     assert to.real_R is not None
     expert_SK = expert_TK.index_select(0, to.token_R).masked_fill(~to.real_R.unsqueeze(1), -1)
     sizes = [tokens] * ranks if bounded else []
-    return Leg(group, to, due_2G, sizes, sizes), expert_SK
+    return Leg(group, to, torch.stack([rows_G, assignments_G], dim=1), sizes, sizes), expert_SK
 
 
 def first_on_rank(rank_TK: Tensor) -> Tensor:
