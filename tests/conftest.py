@@ -43,9 +43,7 @@ class GrowingCache:
     @property
     def parts(self):
         if not self.before:
-            rows = self.batch * self.length
-            segments = torch.arange(self.batch).repeat_interleave(self.length).unsqueeze(0)
-            return [Expanded(slice(0, rows), segments)]
+            return [Expanded(slice(0, self.batch * self.length), self.batch)]
         pages = -(-self.length // PAGE)
         table = torch.arange(self.batch * pages, dtype=torch.int32).view(self.batch, pages)
         return [Absorbed(slice(None), table, torch.full((self.batch,), self.length, dtype=torch.int32))]

@@ -19,6 +19,18 @@ def test_turns_are_timed():
     assert min(seconds["slow"]) >= 0.02 > max(seconds["fast"])
 
 
+def test_what_prepares_a_turn_is_not_timed():
+    prepared = []
+
+    def prepare(name):
+        prepared.append(name)
+        time.sleep(0.05)
+
+    seconds = take_turns({"a": lambda: None, "b": lambda: None}, 1, prepare=prepare)
+    assert prepared == ["b", "a", "a", "b"]
+    assert max(seconds["a"] + seconds["b"]) < 0.05
+
+
 def test_a_ratio_is_taken_round_by_round_against_the_fastest():
     seconds = {"ours": [1.0, 2.0, 4.0], "slow": [9.0, 9.0, 9.0], "best": [3.0, 4.0, 20.0]}
     found = ratio("title", seconds, "ours", ["slow", "best"], 2.5)

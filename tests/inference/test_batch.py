@@ -34,3 +34,14 @@ def test_whole_prompts_are_one_part_on_a_gpu():
     assert decoding.lengths.tolist() == [10, 10]
     assert prompts.segment_ids.tolist() == [[0, 0, 1, 1, 1, 2, 2, 2]]
     assert chunk.slots.tolist() == [*range(3 * 64, 4 * 64), *range(9 * 64, 9 * 64 + 25)]
+
+
+def test_whole_prompts_of_one_length_are_one_part_on_a_cpu():
+    works = [Work(k, [0] * size, 0, [k, k + 6]) for k, size in enumerate((3, 70, 3, 5, 3))]
+    batch = lay_out(works, ModelConfig.preset("debug"), torch.device("cpu"))
+    assert [work.sequence for work in batch.works] == [0, 2, 4, 3, 1]
+    assert [(part.rows, part.sequences) for part in batch.parts] == [
+        (slice(0, 9), 3),
+        (slice(9, 14), 1),
+        (slice(14, 84), 1),
+    ]

@@ -33,10 +33,10 @@ def test_the_gathered_copy_is_what_the_pages_hold():
     assert gathered[:2].isfinite().all()
     expected = [[1.0] * 70 + [2.0] + [3.0] * 3 + [4.0], [1.0] * 70 + [2.0, 3.0, 4.0]]
     for sequence, (values, blocks) in enumerate(zip(expected, ([2, 5], [1, 3]), strict=True)):
-        assert gathered[sequence, 0, : len(values)].tolist() == values
+        assert gathered[sequence, : len(values), 0].tolist() == values
         assert held[blocks].flatten(0, 1)[: len(values), 0].tolist() == values
     cache.write("0", [2], torch.full((1, *held.shape[1:]), 5.0))
-    assert stored(cache, (75, 73), (1, 1), True, 6.0)[0, 0, [0, 63, 64, 75]].tolist() == [5.0, 5.0, 1.0, 6.0]
+    assert stored(cache, (75, 73), (1, 1), True, 6.0)[0, [0, 63, 64, 75], 0].tolist() == [5.0, 5.0, 1.0, 6.0]
 
 
 def test_a_batch_without_room_makes_the_copy_stale():
@@ -47,4 +47,4 @@ def test_a_batch_without_room_makes_the_copy_stale():
     works = [Work(k, [0], 71, blocks) for k, blocks in enumerate(([2, 5], [1, 3], [0, 4], [6, 7]))]
     assert not cache.gather(["0"], lay_out(works, CONFIG, torch.device("cpu")))
     cache.held["0"][5, 7] = 3.0
-    assert stored(cache, (72, 71), (1, 1), True, 4.0)[0, 0, 70:73].tolist() == [2.0, 3.0, 4.0]
+    assert stored(cache, (72, 71), (1, 1), True, 4.0)[0, 70:73, 0].tolist() == [2.0, 3.0, 4.0]

@@ -1,7 +1,10 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from dsv3.errors import RunError
+from dsv3.inference.engine import Engine, EngineConfig
 from dsv3.inference.recording import Recorder, pays, program
 from tests.inference.continuing import GREEDY, continued, random_prompts
 
@@ -17,6 +20,18 @@ def test_replayed_passes_choose_the_tokens_of_passes_in_python(drafting_model, m
     expected, engine = continued(drafting_model, prompts, GREEDY, **sizes)
     assert not engine.runner.passes.recorded
     assert found == expected
+
+
+@pytest.mark.parametrize("drafts", [0, 1])
+def test_one_recording_serves_a_batch_that_shrinks(drafting_model, drafts):
+    """Passes have room for eight, and nothing else tells them apart."""
+    model, prompts = drafting_model, [[k + 1] * 9 for k in range(8)]
+    engine = Engine(model, None, EngineConfig(num_blocks=64, num_speculative_tokens=drafts))
+    for k, prompt in enumerate(prompts):
+        engine.add(str(k), prompt, replace(GREEDY, max_tokens=8 + 6 * k))
+    while len(engine.requests) > 4:
+        engine.step()
+    assert len(engine.runner.passes.recorded) == 1 + drafts
 
 
 def test_when_it_pays(make_model):

@@ -47,7 +47,7 @@ def test_pages_side_by_side_attend_like_gathered_ones(tokens):
     entries = side_by_side(pages, table, lengths)
     assert all(not entries[b, length:].any() for b, length in enumerate(lengths))
     bias = causal_bias(lengths, tokens, 4, entries.shape[1], q.dtype)
-    found = entries_attention(q, entries.mT.contiguous(), bias, 32, 0.2)
+    found = entries_attention(q, entries, bias, 32, 0.2)
     torch.testing.assert_close(found, paged_latent_attention(q, pages, table, lengths, 32, 0.2)[0])
 
 

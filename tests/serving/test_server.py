@@ -2,6 +2,7 @@
 
 import json
 import signal
+import threading
 
 import pytest
 
@@ -49,26 +50,24 @@ def test_what_cannot_be_served_is_one_paragraph(directory):
         assert said in text
 
 
-@pytest.mark.parametrize(("given", "most", "expected"), [(None, 2**24, 1), ("2", 2**24, 2), (None, 0, 2)])
-def test_a_small_model_runs_on_one_thread(directory, monkeypatch, given, most, expected):
-    """Unless the environment says how many; others on as many as torch takes."""
+def test_weights_are_loaded_in_a_thread_that_ends(directory, monkeypatch):
+    """With it end OpenMP's workers that it started: beside them, those of the engine's thread would be too many for the cores."""
     pytest.importorskip("fastapi", reason="the server needs the extra `serve`")
-    import torch
     from click.testing import CliRunner
 
     from dsv3.cli.serve import serve
-    from dsv3.inference import recording
     from dsv3.serving import server
+    from dsv3.weights import opening
 
-    monkeypatch.setenv("OMP_NUM_THREADS", given or "")
-    if given is None:
-        monkeypatch.delenv("OMP_NUM_THREADS")
-    monkeypatch.setattr(recording, "MOST_PARAMETERS", most)
-    found, before = [], torch.get_num_threads()
-    monkeypatch.setattr(server, "run", lambda *_: found.append(torch.get_num_threads()))
-    try:
-        torch.set_num_threads(2)
-        assert CliRunner().invoke(serve, [str(directory), "--device", "cpu"]).exception is None
-    finally:
-        torch.set_num_threads(before)
-    assert found == [expected]
+    loading, load = [], opening.load_model
+
+    def spied(*arguments, **options):
+        loading.append(threading.current_thread())
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(opening, "load_model", spied)
+    monkeypatch.setattr(server, "run", lambda *_: loading.append(loading[0].is_alive()))
+    assert CliRunner().invoke(serve, [str(directory), "--device", "cpu"]).exception is None
+    thread, alive = loading
+    assert thread is not threading.current_thread()
+    assert not alive

@@ -3,11 +3,13 @@
     make interop-speed
 
 Servers take turns, in which a number of clients ask at once over HTTP, each for one greedy answer to a
-prompt of random tokens that nobody has asked before. Exits with 1 where a server gives fewer tokens than were asked for.
+prompt of random tokens that nobody has asked before. Each turn comes after one that is not timed, and after a pause in which the
+others come to rest. Exits with 1 where a server gives fewer tokens than were asked for.
 """
 
 import json
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor
 
 from dsv3.bench.decode import SERVED
-from dsv3.bench.measure import Result, Row, Spread, ratio, take_turns
+from dsv3.bench.measure import Result, Row, Spread, Work, ratio, take_turns
 from dsv3.cli.bench import print_result
 from dsv3.cli.ui import Progress
 from dsv3.errors import RunError
@@ -27,6 +29,8 @@ from tools.interop.server import MODEL, ask, check_vllm, dsv3, run, vllm
 
 OURS = "dsv3"
 TARGET = 2.0
+PAUSE = 2.0
+"""Seconds between turns: vLLM's worker keeps a core busy for one after its last request."""
 
 
 def turn(url: str, draw: Callable[[], Tensor], new: int) -> None:
@@ -66,7 +70,12 @@ def main(environment: Path, out: Path, rounds: int, result: Path | None) -> None
             group = f"{count} requests, {before}/{new}"
             draw = partial(torch.randint, config["vocab_size"], (count, before), generator=generator)
             sides = {name: partial(turn, url, draw, new) for name, url in urls.items()}
-            seconds = take_turns(sides, rounds, progress, group)
+
+            def prepare(name: str, sides: Mapping[str, Work] = sides) -> None:
+                time.sleep(PAUSE)
+                sides[name]()
+
+            seconds = take_turns(sides, rounds, progress, group, prepare=prepare)
             for name, each in seconds.items():
                 speed = Spread.of([count * new / elapsed for elapsed in each])
                 rows.append(Row(name, group, speed, {"ms a token": 1000 * count / speed.median}))

@@ -119,14 +119,17 @@ def take_turns(
     progress: Progress = lambda **_: None,
     stage: str = "rounds",
     clock: Callable[[], float] = time.perf_counter,
+    prepare: Callable[[str], None] = lambda name: None,
 ) -> dict[str, list[float]]:
     """Seconds of each side's turn in each round, after one round that does not count.
 
-    Every other round goes through the sides backwards, so that a steady drift favours nobody.
+    `prepare` is called before each turn, with the side's name. Every other round goes through the sides backwards, so that a steady
+    drift favours nobody.
     """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(rounds + 1):
         for name in list(sides) if number % 2 else reversed(list(sides)):
+            prepare(name)
             started = clock()
             sides[name]()
             elapsed = clock() - started

@@ -1,6 +1,6 @@
 """`dsv3 serve`: a model behind an OpenAI-compatible server."""
 
-import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +52,8 @@ def serve(
 
     Ctrl-C or SIGTERM ends it when open answers are complete.
     """
-    import torch
-
     from dsv3.data.tokenizer import Tokenizer
     from dsv3.inference.engine import Engine, EngineConfig
-    from dsv3.inference.recording import small
     from dsv3.weights.opening import load_model
 
     try:
@@ -66,9 +63,10 @@ def serve(
         raise UserError(f"the server needs the package {error.name}: pip install 'dsv3[serve]'") from None
     if not all(api_keys):
         raise UserError("an --api-key is empty: leave it out, or give one")
-    model, directory = load_model(checkpoint, dtype=dtype, device=device, ema=ema)
-    if small(model) and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)  # more would take the cores that the server's own thread needs
+    # In a thread that ends: beside OpenMP's workers of this one, those of the engine's thread would be more than there are cores, and
+    # sleep between any two operations.
+    with ThreadPoolExecutor(1) as loading:
+        model, directory = loading.submit(load_model, checkpoint, dtype=dtype, device=device, ema=ema).result()
     tokenizer = Tokenizer.load(directory)
     config = EngineConfig(cache_bytes=None if cache_gib is None else int(cache_gib * 2**30), **engine_options)
     engine = Engine(model, tokenizer, config)

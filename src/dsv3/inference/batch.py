@@ -68,11 +68,12 @@ def lay_out(works: Sequence[Work], config: ModelConfig, device: torch.device) ->
             rows = count * length if on_gpu else -(-count * length // ROWS) * ROWS
         parts.append(absorbed(each, slice(place, place + count * length), count, device))
         place += count * length
-    # A GPU's kernel keeps sequences apart, and is launched once for all whole prompts.
-    for each in [prompts] if on_gpu and prompts else [[work] for work in prompts]:
+    # A GPU's kernel keeps sequences apart, and is launched once for all whole prompts; on a CPU, once for those of one length.
+    for each in [prompts] if on_gpu and prompts else [list(group) for _, group in groupby(prompts, key=length_of)]:
         sizes = list(map(length_of, each))
-        parts.append(Expanded(slice(place, place + sum(sizes)), segments(sizes, device)))
-        place += sum(sizes)
+        own = slice(place, place + sum(sizes))
+        parts.append(Expanded(own, segment_ids=segments(sizes, device)) if on_gpu else Expanded(own, len(each)))
+        place = own.stop
     for work in chunks:
         end = work.start + len(work.tokens)
         slots = torch.tensor(slots_of(work, 0, end), device=device)

@@ -13,7 +13,7 @@ from dsv3.inference.batch import Batch
 from dsv3.model.attention import Absorbed, Expanded
 from dsv3.model.config import ModelConfig
 from dsv3.ops.latent_pages import PAGE, packed_size, store_latents
-from dsv3.ops.paged_attention import causal_bias, side_by_side
+from dsv3.ops.paged_attention import causal_bias
 
 
 def token_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
@@ -57,15 +57,19 @@ class PagedCache:
         for layer in layers:
             if self.gathered_of.get(layer) != sequences:
                 self.gathered.setdefault(layer, torch.empty_like(held))
-                self.entries(layer, width)[:count] = side_by_side(self.held[layer], part.table, part.lengths).mT
+                entries = self.entries(layer, width)[:count]
+                pages = entries.view(-1, *held.shape[1:])
+                torch.index_select(self.held[layer], 0, part.table.flatten(), out=pages)
+                for entries_SL, length in zip(entries, part.lengths.tolist(), strict=True):
+                    entries_SL[length:] = 0  # 0 times what is not finite is not 0
                 self.gathered_of[layer] = sequences
         return True
 
     def entries(self, layer: str, width: int) -> Tensor:
-        """[sequences, L, S] of the gathered copy, for so many pages each: slots are contiguous, as the product with queries reads them."""
+        """[sequences, S, L] of the gathered copy, for so many pages each."""
         pages = self.gathered[layer]
         count = len(pages) // width
-        return pages[: count * width].view(count, pages.shape[2], width * PAGE)
+        return pages[: count * width].view(count, width * PAGE, pages.shape[2])
 
     def begin(self, batch: Batch) -> None:
         """Prepares for a pass. A slot is block * 64 + offset; tokens with a negative one are not stored."""
@@ -74,7 +78,7 @@ class PagedCache:
             part = batch.only
             count, width = part.table.shape
             # Padding belongs to the page behind all sequences.
-            sequence_F = (torch.arange(len(batch.slot_F)) // batch.uniform).clamp_(max=count)
+            sequence_F = (torch.arange(len(batch.slot_F)) // batch.uniform).clamp(max=count)
             self.places = sequence_F, batch.position_F
             self.parts = [
                 replace(part, bias=causal_bias(part.lengths, batch.uniform, self.heads, width * PAGE, self.dtype))
@@ -88,7 +92,7 @@ class PagedCache:
         else:
             tokens = torch.cat((latent_FC, key_FR), dim=1)
             self.held[block].flatten(0, 1)[self.slots_F] = tokens
-            self.pages(block).mT[self.places] = tokens
+            self.pages(block)[self.places] = tokens
 
     def pages(self, block: str) -> Tensor:
         """See `dsv3.model.attention.Cache`."""

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dsv3.inference.batch import Batch
@@ -58,8 +59,9 @@ class Passes:
 
     def main(self, batch: Batch, row_N: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """(hidden [F, D], logits [N, V] of these rows, the experts [F, K] that each MoE block chose)."""
-        hidden_FD, logits_NV, *experts = self.repeat("main", self.model.layers, self.read, batch, row_N)
-        return hidden_FD, logits_NV, tuple(experts)
+        rows = filled(row_N, len(batch.token_F)) if batch.uniform else row_N
+        hidden_FD, logits, *experts = self.repeat("main", self.model.layers, self.read, batch, rows)
+        return hidden_FD, logits[: len(row_N)], tuple(experts)
 
     def read(self, batch: Batch, row_N: Tensor) -> tuple[Tensor, ...]:
         """The main model on one batch."""
@@ -78,10 +80,11 @@ class Passes:
             self.cache.begin(batch)
             shared = Pass(rotations(self.model.config, batch.position_F[None]), None, self.cache)
             out_FD = module(hidden_FD[None], self.model.embed(token_F[None]), shared)[0][0]
-            return out_FD, self.model.head(out_FD.index_select(0, row_N)).argmax(-1)
+            return out_FD, self.model.head(out_FD.index_select(0, row_N)).max(-1).indices
 
-        out_FD, guess_N = self.repeat(f"draft {module.depth}", [module.block], read, batch, hidden_FD, token_F, row_N)
-        return out_FD, guess_N
+        rows = filled(row_N, len(batch.only.lengths)) if batch.uniform else row_N
+        out_FD, guesses = self.repeat(f"draft {module.depth}", [module.block], read, batch, hidden_FD, token_F, rows)
+        return out_FD, guesses[: len(row_N)]
 
     def repeat(
         self,
@@ -98,8 +101,9 @@ class Passes:
         batch = replace(batch, gathered=gathered)
         part = batch.only
         tensors = batch.token_F, batch.position_F, batch.slot_F, part.table, part.lengths, *inputs
-        # Without a gathered copy, storing depends on how many tokens are padding.
-        key = kind, batch.uniform, gathered or len(batch.works), *(each.shape for each in tensors)
+        on_gpu = batch.token_F.is_cuda
+        # On a CPU and without a gathered copy, storing depends on how many tokens are padding.
+        key = kind, batch.uniform, gathered or on_gpu or len(batch.works), *(each.shape for each in tensors)
         self.seen[key] += 1
         if key not in self.recorded:
             if self.seen[key] < STEADY:
@@ -111,7 +115,6 @@ class Passes:
                 parts = [Absorbed(part.rows, table, lengths)]
                 return function(replace(batch, token_F=token, position_F=position, slot_F=slot, parts=parts), *rest)
 
-            on_gpu = batch.token_F.is_cuda
             self.recorded[key] = Graph(of_tensors, tensors) if on_gpu else Recording(of_tensors, tensors, self.layouts)
         return self.recorded[key](*tensors)
 
@@ -128,6 +131,11 @@ class Passes:
             else:  # attention over packed pages reads tensors' values in Python there
                 self.worth[rows] = self.cache.dtype != torch.uint8 and pays(self.model, rows)
         return self.worth[rows]
+
+
+def filled(row_N: Tensor, count: int) -> Tensor:
+    """With row 0 behind them, so many: one recording serves a batch that shrinks."""
+    return row_N if len(row_N) == count else F.pad(row_N, (0, count - len(row_N)))
 
 
 @torch.inference_mode()

@@ -30,8 +30,10 @@ class Expanded:
     """Tokens of a pass whose attention takes the expanded form."""
 
     rows: slice
+    sequences: int = 1
+    """How many equally long ones these tokens are, each as a row of its own."""
     segment_ids: Tensor | None = None
-    """int [1, tokens]: each token's sequence, if there are several; all of them start in this pass."""
+    """int [1, tokens]: each token's sequence, if several share the one row; all of them start in this pass."""
     slots: Tensor | None = None
     """int [S]: where the cache holds the sequence up to its last token here, if it started before this pass."""
 
@@ -46,7 +48,7 @@ class Absorbed:
     lengths: Tensor
     """int32 [B]: the tokens of each, those of the pass included; 0 for padding."""
     bias: Tensor | None = None
-    """[B, T H, S] of `causal_bias`, where the cache has entries side by side: then `Cache.pages` is [B or more, L, S]."""
+    """[B, T H, S] of `causal_bias`, where the cache has entries side by side: then `Cache.pages` is [B or more, S, L]."""
 
 
 class Cache(Protocol):
@@ -110,8 +112,10 @@ class MultiHeadLatentAttention(nn.Module):
             if isinstance(part, Absorbed):
                 outs.append(self.absorbed(q, pages, part))
             elif part.slots is None:
-                own = q[None], latent_FC[None, rows], key_FR[None, rows]
-                outs.append(self.expanded(*own, part.segment_ids)[0])
+                own_q, latent, key = (
+                    each.unflatten(0, (part.sequences, -1)) for each in (q, latent_FC[rows], key_FR[rows])
+                )
+                outs.append(self.expanded(own_q, latent, key, part.segment_ids).flatten(0, 1))
             else:
                 entries = read_latents(pages, part.slots, self.config.kv_lora_rank, q.dtype)
                 latent, key = entries.split([self.config.kv_lora_rank, self.config.qk_rope_head_dim], dim=-1)

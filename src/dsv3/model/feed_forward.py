@@ -15,6 +15,7 @@ from dsv3.model.config import ModelConfig
 from dsv3.model.linear import Linear, fp8_storage
 from dsv3.model.recompute import Recomputation
 from dsv3.ops.block_scaled import dequantize
+from dsv3.ops.cast import cast
 from dsv3.ops.grouped_linear import grouped_linear, segments
 from dsv3.ops.linear_fp32 import linear_fp32
 from dsv3.ops.permute import Permutation, count_by_expert, permute, sort_by_expert, unpermute
@@ -181,11 +182,17 @@ class Dispatcher(Protocol):
         return self.unpack_back(self.send_back(self.pack_back(rows_RD, handle), handle), handle)
 
 
+class ForAll(NamedTuple):
+    """Tokens that every expert computes, in order of experts: R = E T rows."""
+
+    x_TD: Tensor
+
+
 class Dispatched(NamedTuple):
     """What arrived at a rank's experts."""
 
-    rows: Tensor | Rooms
-    """[R, D], sorted by expert; or in rooms."""
+    rows: Tensor | Rooms | ForAll
+    """[R, D], sorted by expert; or in rooms; or the same for all."""
     weight: Tensor
     """FP32 [R]: each row's weight in its token's sum; gradients flow through it."""
     counts: Tensor
@@ -208,9 +215,8 @@ class LocalDispatcher(Dispatcher):
         (tokens, hidden), chosen, experts = x_TD.shape, routing.expert.shape[1], routing.num_experts
         few = not torch.is_grad_enabled()
         if few and x_TD.device.type == "cpu" and every_expert(tokens, hidden, experts, chosen):
-            weight_TE = routing.weight.new_zeros(tokens, experts).scatter_(1, routing.expert, routing.weight)
-            counts = torch.full((experts,), tokens)
-            return Dispatched(torch.cat([x_TD] * experts), weight_TE.t().flatten(), counts, tokens)
+            weight_TE = torch.zeros(tokens, experts).scatter(1, routing.expert, routing.weight)
+            return Dispatched(ForAll(x_TD), weight_TE.t().flatten(), torch.full((experts,), tokens), tokens)
         if few and tokens == 1:
             return Dispatched(x_TD.expand(chosen, -1), routing.weight[0], routing.load, tokens)
         equal = 0 if alignment else equal_groups(routing)
@@ -299,9 +305,15 @@ class Experts(nn.Module):
         up = self.gate_up_proj.detach(), of_up.of(self.gate_up_proj_scale_inv)
         return up, (self.down_proj.detach(), of_down.of(self.down_proj_scale_inv))
 
-    def forward(self, rows_RD: Tensor | Rooms, counts_E: Tensor, weight_R: Tensor, aligned: bool = False) -> Tensor:
+    def forward(
+        self, rows_RD: Tensor | Rooms | ForAll, counts_E: Tensor, weight_R: Tensor, aligned: bool = False
+    ) -> Tensor:
         """Each expert's SwiGLU on its rows, times their weights: [R, D] -> [R, D], also of rows in rooms. `aligned`: they are padded
         as `alignment` says."""
+        if isinstance(rows_RD, ForAll):
+            if self.fp8 is None and self.splits is None and self.gate_up_proj_scale_inv is None:
+                return self.on_all(rows_RD.x_TD, weight_R)
+            rows_RD = rows_RD.x_TD.repeat(len(self.down_proj), 1)
         if isinstance(rows_RD, Rooms):
             return experts_in_rooms(rows_RD, counts_E, weight_R, *self.stored)
         if self.serves_in_fp8(rows_RD):
@@ -316,6 +328,13 @@ class Experts(nn.Module):
             return down(activated(gate_up, self.recomputation, weight_R), [self.down_proj], counts_E)
         gate_up = grouped_linear(rows_RD, self.gate_up_proj, counts_E)
         return grouped_linear(activated(gate_up, self.recomputation, weight_R), self.down_proj, counts_E)
+
+    def on_all(self, x_TD: Tensor, weight_R: Tensor) -> Tensor:
+        """Every expert on the same tokens: [E T, D]. Gate and up of all experts are one product, in half the time of a batched one."""
+        up, down = (cast(each, x_TD.dtype) for each in (self.gate_up_proj, self.down_proj))
+        weight_TE = weight_R.view(len(down), -1).t()
+        act_TEI = swiglu(F.linear(x_TD, up.flatten(0, 1)).unflatten(1, (len(down), -1)), weight_TE)
+        return torch.bmm(act_TEI.transpose(0, 1), down.mT).flatten(0, 1)
 
     def from_blocks(self, rows_RD: Tensor, counts_E: Tensor, weight_R: Tensor) -> Tensor:
         """`forward` with FP8 weights dequantised one expert at a time, so that only one is ever held in another dtype."""

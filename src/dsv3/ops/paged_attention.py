@@ -68,14 +68,14 @@ def gathered(q_BTHL: Tensor, pages: Tensor, table_BM: Tensor, lengths_B: Tensor,
     return mixed.unflatten(1, (tokens, heads)).masked_fill_(blind_BT1.unsqueeze(3), 0.0), lse
 
 
-def entries_attention(q_BTHL: Tensor, entries_BLS: Tensor, bias_BQS: Tensor, latent: int, scale: float) -> Tensor:
+def entries_attention(q_BTHL: Tensor, entries_BSL: Tensor, bias_BQS: Tensor, latent: int, scale: float) -> Tensor:
     """[B, T, H, C]: what `paged_latent_attention` gives over entries that lie side by side already, all of them finite.
 
     `bias_BQS` is `causal_bias`: many layers share it.
     """
-    scores_BQS = torch.baddbmm(bias_BQS, q_BTHL.flatten(1, 2), entries_BLS, alpha=scale)
-    weights_BQS = scores_BQS.float().softmax(-1).to(entries_BLS.dtype)
-    return torch.bmm(weights_BQS, entries_BLS[:, :latent].mT).unflatten(1, q_BTHL.shape[1:3])
+    scores_BQS = torch.baddbmm(bias_BQS, q_BTHL.flatten(1, 2), entries_BSL.mT, alpha=scale)
+    weights_BQS = scores_BQS.float().softmax(-1).to(entries_BSL.dtype)
+    return torch.bmm(weights_BQS, entries_BSL[..., :latent]).unflatten(1, q_BTHL.shape[1:3])
 
 
 def causal_bias(lengths_B: Tensor, tokens: int, heads: int, slots: int, dtype: torch.dtype) -> Tensor:

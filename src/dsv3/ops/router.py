@@ -30,9 +30,8 @@ def select(
     if topk_group < n_group:
         grouped = biased_TE.unflatten(1, (n_group, -1))
         rank_TG = grouped.topk(2, dim=-1).values.sum(-1)
-        kept_TG = torch.zeros_like(rank_TG, dtype=torch.bool).scatter_(
-            1, rank_TG.topk(topk_group, dim=-1).indices, True
-        )
+        kept_TG = torch.zeros(rank_TG.shape, dtype=torch.bool, device=rank_TG.device)
+        kept_TG = kept_TG.scatter(1, rank_TG.topk(topk_group, dim=-1).indices, True)
         biased_TE = grouped.masked_fill(~kept_TG.unsqueeze(-1), float("-inf")).flatten(1)
     expert_TK = biased_TE.topk(num_experts, dim=-1).indices.sort(dim=-1).values
     weight_TK = affinity_TE.gather(1, expert_TK)

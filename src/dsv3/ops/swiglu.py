@@ -15,7 +15,7 @@ def reference(gate_up: Tensor, weight_R: Tensor | None = None) -> Tensor:
     """The definition."""
     gate, up = gate_up.chunk(2, dim=-1)
     act = F.silu(gate) * up
-    return act if weight_R is None else act * weight_R.unsqueeze(1).to(act.dtype)
+    return act if weight_R is None else act * weight_R.unsqueeze(-1).to(act.dtype)
 
 
 class InputKept(torch.autograd.Function):
