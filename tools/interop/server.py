@@ -32,6 +32,8 @@ SETTINGS = {
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
 }
+LEFT_OUT = ("PYTHONPATH", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+"""Of our environment: each server decides itself how its threads wait."""
 ATTENTION = "CPU_MLA"
 """By name: where the processor has AMX, vLLM would take AMX_MLA, which refuses FP32, for the model and for its drafts."""
 OPTIONS = ("--dtype", "float32", "--attention-backend", ATTENTION, "--max-num-seqs", "16", "--served-model-name", MODEL)
@@ -57,7 +59,7 @@ def serving(command: Sequence[str], port: int, log: Path, seconds: float = START
     What it prints goes to `log`. Raises `RunError` when it ends, or is not ready after so many seconds.
     """
     url = f"http://127.0.0.1:{port}"
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment = {key: value for key, value in os.environ.items() if key not in LEFT_OUT}
     with log.open("wb") as stream:
         # A session of its own, so that one signal reaches the engine's processes too.
         process = subprocess.Popen(

@@ -34,11 +34,6 @@ def pays(model: DeepSeekV3, rows: int) -> bool:
         return False
     if not all(block.moe is None or type(block.moe.dispatcher) is LocalDispatcher for block in model.blocks()):
         return False
-    return small(model)
-
-
-def small(model: DeepSeekV3) -> bool:
-    """Whether its operations are short, on a CPU."""
     return sum(parameter.numel() for parameter in model.parameters()) <= MOST_PARAMETERS
 
 
