@@ -1,7 +1,7 @@
 import os
+import resource
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 
 import click
@@ -79,11 +79,17 @@ def test_answers_at_once_and_without_torch(arguments: list[str]) -> None:
     )
     best = float("inf")
     for _ in range(3):
-        started = time.perf_counter()
+        started = children_seconds()
         done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
-        best = min(best, time.perf_counter() - started)
+        best = min(best, children_seconds() - started)
         assert done.returncode == 0, done.stderr
     assert best < 0.7
+
+
+def children_seconds() -> float:
+    """The processor's time of ended child processes, whatever else runs."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def test_python_m_dsv3() -> None:
